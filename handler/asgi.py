@@ -1,0 +1,328 @@
+"""Between ASGI and `Call`, both ways: streaming, back-pressure, cancellation.
+
+`call_app` calls an ASGI application in this process; `serve` is an ASGI application
+that answers with a `Call`. The two are inverse: `serve(call_app(app))` behaves as `app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from handler import sse
+from handler.errors import BodyTooLarge, EngineDead, RequestError
+from handler.messages import Call, Headers, Reply, Request, read
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+
+HIGH_WATER_BYTES = 64 * 1024
+"""A producer waits once this much is unread: a slow client slows its own stream only."""
+
+LEAVE_GRACE_S = 5.0
+"""How long an application may take to notice `http.disconnect` before it is cancelled."""
+
+
+def call_app(app: App, *, keep_alive_s: float = 0) -> Call:
+    """The `Call` that asks `app`, an ASGI application in this process and on this loop.
+
+    An event stream in which nothing happens for `keep_alive_s` gets a comment frame, its
+    prefill included; 0 turns that off.
+    """
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        exchange = _Exchange(request, keep_alive_s)
+        task = asyncio.create_task(app(exchange.scope(), exchange.receive, exchange.send))
+        task.add_done_callback(exchange.ended)
+        try:
+            status, headers = await exchange.head()
+            reply = Reply(status, headers, exchange.chunks())
+            yield Reply(status, headers, sse.frames(reply.frames)) if reply.streams else reply
+        finally:
+            exchange.leave()
+            await _end(task)
+
+    return call
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    # Disconnect comes before cancel: vLLM's handlers run in tasks of their own, which they
+    # stop on `http.disconnect` and forget when they are cancelled from outside.
+    try:
+        if not task.done():
+            await asyncio.wait({task}, timeout=LEAVE_GRACE_S)
+    finally:
+        if not task.done():
+            task.cancel()
+
+
+class _Exchange:
+    """One request inside an application: what it may read, what it has said so far."""
+
+    def __init__(self, request: Request, keep_alive_s: float) -> None:
+        self._request = request
+        self._keep_alive_s = keep_alive_s
+        self._keep_alive: asyncio.TimerHandle | None = None
+        self._idle = True
+        self._body_read = False
+        self._start: Message | None = None
+        self._ready: deque[bytes] = deque()
+        self._ready_bytes = 0
+        self._complete = False
+        self._failure: BaseException | None = None
+        self._left = asyncio.Event()
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+
+    def scope(self) -> Message:
+        request = self._request
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in request.headers]
+        return {
+            "type": "http",
+            # Below 2.4 Starlette listens for `http.disconnect` while it streams, so a client
+            # that leaves between two tokens is noticed at once and not at the next send.
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": request.method,
+            "scheme": "http",
+            "path": request.path,
+            "raw_path": request.path.encode(),
+            "query_string": request.query.encode("latin-1"),
+            "root_path": "",
+            "headers": headers,
+            "client": ("127.0.0.1", 0),
+            "server": ("127.0.0.1", 80),
+            "state": {},
+        }
+
+    async def receive(self) -> Message:
+        if not self._body_read:
+            self._body_read = True
+            return {"type": "http.request", "body": self._request.body, "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if self._left.is_set():
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            if self._keep_alive_s and _is_event_stream(message):
+                self._tick()
+            return  # status and headers go out with the first body byte: one wake-up, not two
+        if message["type"] != "http.response.body":
+            return
+        if body := bytes(message.get("body", b"")):
+            self._ready.append(body)
+            self._ready_bytes += len(body)
+            self._idle = False
+        self._complete = not message.get("more_body", False)
+        self._news.set()
+        if self._ready_bytes > HIGH_WATER_BYTES and not self._complete:
+            self._room.clear()
+            await self._room.wait()
+
+    def _tick(self) -> None:
+        """Say something if nothing was said since the last tick. Costs a token nothing."""
+        if self._left.is_set() or self._complete:
+            return
+        if self._idle and self._keep_alive is not None:
+            self._ready.append(sse.KEEP_ALIVE)
+            self._news.set()
+        self._idle = True
+        self._keep_alive = asyncio.get_running_loop().call_later(self._keep_alive_s, self._tick)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The application returned, raised, or was cancelled."""
+        self._failure = None if task.cancelled() else task.exception()
+        if self._failure is not None and not self._left.is_set():
+            log.error("application failed", exc_info=self._failure)
+        if not self._complete and self._failure is None:
+            self._failure = EngineDead("The engine ended the answer before it was complete.")
+        self._news.set()
+
+    def leave(self) -> None:
+        """The caller reads no more: the application is told that its client has gone."""
+        self._left.set()
+        self._room.set()
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+
+    async def head(self) -> tuple[int, Headers]:
+        await self._news.wait()
+        if self._start is None:
+            raise _answerable(self._failure)
+        headers = tuple(
+            (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in self._start["headers"]
+        )
+        return int(self._start["status"]), headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            if self._ready:
+                ready, self._ready_bytes = b"".join(self._ready), 0
+                self._ready.clear()
+                self._room.set()
+                yield ready
+            if self._ready:
+                continue  # more came while the caller used what it had
+            if self._complete:
+                return
+            if self._failure is not None:
+                raise _answerable(self._failure)
+
+
+def _answerable(failure: BaseException | None) -> RequestError:
+    if isinstance(failure, RequestError):
+        return failure
+    error = EngineDead("The engine failed while it held this request.")
+    error.__cause__ = failure
+    return error
+
+
+def serve(
+    call: Call,
+    *,
+    max_body_bytes: int,
+    check: Callable[[Request], None] | None = None,
+    front: Callable[[Call], Call] | None = None,
+) -> App:
+    """An ASGI application whose every HTTP request is answered by `call`.
+
+    `check` sees each request before its body is read (`body` is still empty) and may raise
+    a `RequestError`. `front` wraps `call`, and also the refusals of `check`, so that what it
+    adds is on every answer. A client that goes away cancels its call at once.
+    """
+    wrap = front or (lambda inner: inner)
+    answer = wrap(call)
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        head = _parse(scope)
+        try:
+            if check is not None:
+                check(head)
+            request = replace(head, body=await _body(head, receive, max_body_bytes))
+        except RequestError as refusal:
+            await _until_left(_render(wrap(refuse(refusal)), head, send), receive)
+        except _ClientLeft:
+            return
+        else:
+            await _until_left(_render(answer, request, send), receive)
+
+    return app
+
+
+def refuse(error: RequestError) -> Call:
+    """The `Call` that answers nothing but `error`."""
+
+    @asynccontextmanager
+    async def call(_: Request) -> AsyncIterator[Reply]:
+        raise error
+        yield  # a generator, so that entering raises
+
+    return call
+
+
+class _ClientLeft(Exception):  # noqa: N818 - says what happened
+    """The client closed the connection before its body was whole."""
+
+
+def _parse(scope: Message) -> Request:
+    headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"])
+    return Request(scope["method"], scope["path"], headers, b"", scope["query_string"].decode("latin-1"))
+
+
+async def _body(head: Request, receive: Receive, limit_bytes: int) -> bytes:
+    announced = head.header("content-length") or ""
+    if announced.isdecimal() and int(announced) > limit_bytes:
+        raise BodyTooLarge(limit_bytes)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientLeft
+        if part := message.get("body", b""):
+            parts.append(part)
+            size += len(part)
+            if size > limit_bytes:
+                raise BodyTooLarge(limit_bytes)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _until_left(answering: Awaitable[None], receive: Receive) -> None:
+    """Await `answering`, or cancel it as soon as the client has gone."""
+    work = asyncio.ensure_future(answering)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            await work
+    finally:
+        gone.cancel()
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _render(call: Call, request: Request, send: Send) -> None:
+    begun = streams = False
+    try:
+        async with call(request) as reply:
+            streams = reply.streams
+            await send(_start(reply))
+            begun = True
+            async for chunk in reply.frames:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+    except RequestError as error:
+        if begun and not streams:
+            raise  # the server cuts the connection: a short body can't be mended
+        if not begun:
+            reply = error.reply()
+            await send(_start(reply))
+        body = error.frame() if begun else await read(reply)
+        await send({"type": "http.response.body", "body": body})
+
+
+def _start(reply: Reply) -> Message:
+    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers]
+    return {"type": "http.response.start", "status": reply.status, "headers": headers}
+
+
+def _is_event_stream(start: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"]
+    )
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

@@ -1,0 +1,256 @@
+"""The OpenAI edge: what vLLM's server lacks of the contract, and the default-deny routes.
+
+`front` is outermost on every server of ours; `openai` sits right before vLLM's
+application. What differs from vLLM's own server, and why, is in docs/openai.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from handler import sse
+from handler.errors import MethodNotAllowed, NoSuchModel, NoSuchRoute, RequestError, error_body, json_reply
+from handler.messages import Call, Headers, Reply, Request, once, read, without
+
+log = logging.getLogger(__name__)
+
+ROUTES: Mapping[str, str] = {
+    "/v1/models": "GET",
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/embeddings": "POST",
+    "/v1/rerank": "POST",
+    "/v1/score": "POST",
+    "/v1/audio/transcriptions": "POST",
+    "/v1/audio/translations": "POST",
+    "/v1/messages": "POST",
+    "/v1/messages/count_tokens": "POST",
+    "/v1/tokenize": "POST",
+    "/v1/detokenize": "POST",
+}
+"""Every route that is reachable from outside, besides `GET /v1/models/{id}`."""
+
+_MODELS = "/v1/models"
+_ELSEWHERE = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}  # where vLLM has them
+
+REQUEST_ID_MAX_CHARS = 128
+_REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_MAX_CHARS}}}")
+
+_NOT_FOR_THE_ENGINE = ("authorization", "cookie", "x-request-id", "host", "accept-encoding", "origin")
+_STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+
+OVERLOADED_RETRY_AFTER_S = 5
+"""vLLM's 503 says only that its queue is full; this is about how long one takes to move."""
+
+
+def allowed(method: str, path: str) -> None:
+    """Raise `NoSuchRoute` or `MethodNotAllowed` unless the OpenAI route may be called."""
+    path = _canonical(path)
+    known = "GET" if path.startswith(_MODELS + "/") else ROUTES.get(path)
+    if known is None:
+        raise NoSuchRoute(method, path)
+    if method != known:
+        raise MethodNotAllowed(method, path, [known])
+
+
+def _canonical(path: str) -> str:
+    return path.rstrip("/")
+
+
+def front(
+    call: Call,
+    *,
+    cors_origins: Sequence[str] = (),
+    request_id: Callable[[], str] = lambda: "req_" + secrets.token_hex(16),
+) -> Call:
+    """What every answer has: an `x-request-id`, CORS headers where set, OpenAI's error shape.
+
+    An incoming request id is echoed if it is printable ASCII and at most 128 characters
+    long; else `request_id` makes one. `cors_origins` holds origins, or `*`.
+    """
+
+    @asynccontextmanager
+    async def fronted(request: Request) -> AsyncIterator[Reply]:
+        given = request.header("x-request-id") or ""
+        rid = given if _REQUEST_ID.fullmatch(given) else request_id()
+        extra = (("x-request-id", rid), *_cors(request, cors_origins))
+        if request.method == "OPTIONS" and request.header("access-control-request-method") and len(extra) > 1:
+            yield Reply(204, extra, once(b""))
+            return
+        headers = (*without(request.headers, ["x-request-id"]), ("x-request-id", rid))
+        async with AsyncExitStack() as stack:
+            try:
+                reply = await stack.enter_async_context(call(replace(request, headers=headers)))
+            except RequestError as error:
+                reply = error.reply()
+            except Exception:  # the boundary of one request: whatever it was, the client hears of it
+                log.exception("request failed", extra={"request_id": rid})
+                reply = RequestError("The server had an internal error.", code="internal_error").reply()
+            kept = without(reply.headers, [name for name, _ in extra])
+            yield replace(reply, headers=(*kept, *extra))
+
+    return fronted
+
+
+def _cors(request: Request, origins: Sequence[str]) -> Headers:
+    origin = request.header("origin")
+    if origin is None or not ("*" in origins or origin in origins):
+        return ()
+    headers = (
+        ("access-control-allow-origin", "*" if "*" in origins else origin),
+        ("access-control-expose-headers", "x-request-id, retry-after"),
+        ("vary", "origin"),
+    )
+    if request.method != "OPTIONS":
+        return headers
+    asked = request.header("access-control-request-headers") or "authorization, content-type"
+    return (
+        *headers,
+        ("access-control-allow-methods", "GET, POST, OPTIONS"),
+        ("access-control-allow-headers", asked),
+        ("access-control-max-age", "600"),
+    )
+
+
+def openai(call: Call) -> Call:
+    """The OpenAI contract over vLLM's application.
+
+    Only the routes of `ROUTES` are reachable. Errors get OpenAI's shape with a string
+    `code`, before the stream and in its midst, where the error frame is the last one.
+    `/models/{id}` is answered, and no entry of `/models` names a path of this machine.
+    """
+
+    @asynccontextmanager
+    async def edged(request: Request) -> AsyncIterator[Reply]:
+        allowed(request.method, request.path)
+        path = _canonical(request.path)
+        model_id = path[len(_MODELS) + 1 :]
+        one_model = path.startswith(_MODELS + "/")
+        inner = replace(
+            request,
+            path=_MODELS if one_model else _ELSEWHERE.get(path, path),
+            headers=without(request.headers, _NOT_FOR_THE_ENGINE),
+        )
+        async with call(inner) as reply:
+            if reply.status >= 400:
+                yield await _error(reply, path, request.method)
+            elif reply.streams:
+                yield await _stream(reply, path)
+            elif path.startswith(_MODELS):
+                yield _models(json.loads(await read(reply)), model_id if one_model else None)
+            else:
+                yield reply
+
+    return edged
+
+
+def _models(listing: dict[str, Any], model_id: str | None) -> Reply:
+    for model in listing["data"]:
+        if "root" in model:
+            model["root"] = model["id"]  # vLLM puts the folder of the weights here
+    if model_id is None:
+        return json_reply(200, listing)
+    for model in listing["data"]:
+        if model["id"] == model_id:
+            return json_reply(200, model)
+    raise NoSuchModel(model_id)
+
+
+async def _error(reply: Reply, path: str, method: str) -> Reply:
+    body = openai_error(reply.status, await read(reply), path=path, method=method)
+    headers = tuple(pair for pair in reply.headers if pair[0] in {"retry-after", "allow"})
+    if reply.status == 503 and not headers:  # noqa: PLR2004
+        headers = (("retry-after", str(OVERLOADED_RETRY_AFTER_S)),)
+    return json_reply(reply.status, body, headers)
+
+
+async def _stream(reply: Reply, path: str) -> Reply:
+    """The event stream of `reply`, or its error if it fails before it says anything.
+
+    Some faults of a request vLLM finds only when it generates: its answer is then a 200
+    whose first frame is an error. Nothing has been sent yet, so the client gets the status.
+    """
+    begun = await anext(reply.frames, b"")
+    if begun.startswith(_ERROR_FRAME):
+        fault = sse.data(sse.split(begun)[0])
+        status = fault["error"].get("code") if isinstance(fault, dict) and isinstance(fault["error"], dict) else None
+        status = status if isinstance(status, int) and 400 <= status < 600 else 500  # noqa: PLR2004
+        return json_reply(status, openai_error(status, json.dumps(fault).encode(), path=path))
+    headers = without(reply.headers, ("content-length", *(name for name, _ in _STREAM_HEADERS)))
+    return Reply(reply.status, (*headers, *_STREAM_HEADERS), _until_error(begun, reply.frames, path))
+
+
+_ERROR_FRAME = b'data: {"error"'
+
+
+async def _until_error(begun: bytes, rest: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
+    if begun:
+        yield begun
+    async for chunk in rest:
+        # Quotes inside JSON strings are escaped, so no text that a model makes looks like this.
+        if _ERROR_FRAME not in chunk:
+            yield chunk
+            continue
+        frames = sse.split(chunk)
+        at = next(index for index, frame in enumerate(frames) if frame.startswith(_ERROR_FRAME))
+        fault = json.dumps(sse.data(frames[at])).encode()
+        yield b"".join(frames[:at]) + sse.event(openai_error(500, fault, path=path))
+        return  # vLLM goes on to say [DONE], which would tell the client that all is well
+
+
+_TYPES = {403: "permission_error", 429: "rate_limit_error"}
+_CODES = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    409: "conflict",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "unprocessable_entity",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    501: "not_implemented",
+    503: "overloaded",
+}
+_TOO_LONG_PARAM = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+
+
+def openai_error(status: int, raw: bytes, *, path: str, method: str = "POST") -> dict[str, Any]:
+    """OpenAI's error object for what vLLM answered with `status`; its message is kept.
+
+    vLLM answers with an integer `code`, with `{"error": text}`, or with FastAPI's
+    `{"detail"}` or plain text, depending on which layer refused the request.
+    """
+    fault = _fault(raw)
+    message = fault.get("message")
+    param = fault.get("param")
+    code = _CODES.get(status, "server_error" if status >= 500 else "invalid_request")  # noqa: PLR2004
+    if status == 404 and param == "model":  # noqa: PLR2004
+        code = "model_not_found"
+    elif status == 404 and message == "Not Found":  # noqa: PLR2004 - the model's task has no such route
+        return NoSuchRoute(method, path).body()
+    elif param == "input_tokens":
+        code, param = "context_length_exceeded", _TOO_LONG_PARAM.get(path, "input")
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")  # noqa: PLR2004
+    return error_body(str(message or f"The request failed with status {status}."), type=kind, param=param, code=code)
+
+
+def _fault(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return {"message": raw.decode(errors="replace")}
+    error = body.get("error", body.get("detail")) if isinstance(body, dict) else body
+    if isinstance(error, dict):
+        return error
+    return {"message": error if isinstance(error, str) else json.dumps(error)}

@@ -1,0 +1,270 @@
+"""Every error of firsttoken, in one tree.
+
+FirstTokenError
+├── RequestError            answered to the client: status, type, code, param, message
+│   ├── BadRequest          400  invalid_request_error
+│   │   └── BadEvent        400  a platform event whose shape is not known
+│   ├── Unauthorized        401  invalid_request_error / invalid_api_key
+│   ├── Forbidden           403  permission_error
+│   ├── NotFound            404  invalid_request_error
+│   │   ├── NoSuchRoute     404  unknown_url
+│   │   ├── NoSuchModel     404  model_not_found
+│   │   └── NoSuchEndpoint  404  endpoint_not_found
+│   ├── MethodNotAllowed    405  method_not_allowed, with Allow
+│   ├── BodyTooLarge        413  request_too_large
+│   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
+│   ├── EngineDead          500  engine_dead
+│   ├── UpstreamFailed      502  upstream_failed
+│   ├── NotAdmitted         503  not_admitted, with Retry-After
+│   └── DeadlineExceeded    504  deadline_exceeded
+└── StartError              ends the process with an exit code from sysexits.h
+    ├── UsageError          64
+    ├── ManifestMismatch    65
+    ├── ModelNotFound       66
+    ├── EngineFailed        70
+    ├── NoResources         75
+    └── BadSettings         78
+
+Bodies have the shape of OpenAI's: `{"error": {"message", "type", "param", "code"}}`,
+`code` a string or null. Statuses and codes: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from handler.messages import Headers, Reply, once
+
+MAX_RETRY_AFTER_S = 120
+"""openai-python does not retry at all when `Retry-After` is longer than this."""
+
+
+class FirstTokenError(Exception):
+    """The root of the tree above."""
+
+
+class RequestError(FirstTokenError):
+    """An error that a client is answered with."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, headers: Headers = ()
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        self.headers = headers
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object that a client gets."""
+        return error_body(self.message, type=self.type, param=self.param, code=self.code)
+
+    def reply(self) -> Reply:
+        """This error as a plain reply."""
+        return json_reply(self.status, self.body(), self.headers)
+
+    def frame(self) -> bytes:
+        """This error as the last frame of an event stream that had already begun."""
+        return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\n"
+
+
+class BadRequest(RequestError):
+    """The request can't be understood."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class BadEvent(BadRequest):
+    """A platform event has none of the shapes that are known."""
+
+    code = "unknown_event"
+
+
+class Unauthorized(RequestError):
+    """No key, or not one that is known."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def __init__(self, message: str = "Incorrect API key provided.") -> None:
+        super().__init__(message, headers=(("www-authenticate", "Bearer"),))
+
+
+class Forbidden(RequestError):
+    """The key is known and may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class NotFound(RequestError):
+    """There is no such thing."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class NoSuchRoute(NotFound):
+    """The route is not one of the OpenAI routes that are allowed."""
+
+    code = "unknown_url"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Unknown request URL: {method} {path}. Check the URL for typos.")
+
+
+class NoSuchModel(NotFound):
+    """No model of that name is served."""
+
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` does not exist.", param="model")
+
+
+class NoSuchEndpoint(NotFound):
+    """No endpoint of that id is served."""
+
+    code = "endpoint_not_found"
+
+    def __init__(self, endpoint_id: str) -> None:
+        super().__init__(f"The endpoint `{endpoint_id}` does not exist.")
+
+
+class MethodNotAllowed(RequestError):
+    """The route is known, with other methods."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
+        allow = ", ".join(sorted(allowed))
+        super().__init__(
+            f"Method {method} is not allowed for {path}; allowed: {allow}.", headers=(("allow", allow),)
+        )
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than `MAX_BODY_BYTES`."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is larger than {limit_bytes} bytes.")
+
+
+class _RetryLater(RequestError):
+    def __init__(self, message: str, *, retry_after_s: float, code: str | None = None) -> None:
+        seconds = str(max(1, min(MAX_RETRY_AFTER_S, round(retry_after_s))))
+        super().__init__(message, code=code, headers=(("retry-after", seconds),))
+
+
+class RateLimited(_RetryLater):
+    """The key has used up its share for now."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class EngineDead(RequestError):
+    """The engine died while it held the request, or before."""
+
+    code = "engine_dead"
+
+    def __init__(self, message: str = "The engine died while it held this request.") -> None:
+        super().__init__(message)
+
+
+class UpstreamFailed(RequestError):
+    """The worker behind the gateway went away or answered nonsense."""
+
+    status = 502
+    code = "upstream_failed"
+
+
+class NotAdmitted(_RetryLater):
+    """Nothing can take the request now: the queue is full, or the worker is stopping."""
+
+    status = 503
+    code = "not_admitted"
+
+
+class DeadlineExceeded(RequestError):
+    """The request waited longer than it may."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+class StartError(FirstTokenError):
+    """The process can't start, or can't go on. `exit_code` is from sysexits.h."""
+
+    exit_code: ClassVar[int] = 70
+
+
+class UsageError(StartError):
+    """The command line is wrong."""
+
+    exit_code = 64
+
+
+class ManifestMismatch(StartError):
+    """What runs is not what was baked."""
+
+    exit_code = 65
+
+
+class ModelNotFound(StartError):
+    """The model is neither a folder nor a repository that can be reached."""
+
+    exit_code = 66
+
+
+class EngineFailed(StartError):
+    """The engine could not start, or died."""
+
+    exit_code = 70
+
+
+class NoResources(StartError):
+    """The machine lacks memory, a device or a system library."""
+
+    exit_code = 75
+
+
+class BadSettings(StartError):
+    """One or more settings are wrong; `faults` names every one of them."""
+
+    exit_code = 78
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("bad settings:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+def error_body(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def json_reply(status: int, body: object, headers: Headers = ()) -> Reply:
+    """A reply whose body is `body` as JSON."""
+    raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    head = (("content-type", "application/json"), ("content-length", str(len(raw))), *headers)
+    return Reply(status, head, once(raw))

@@ -1,0 +1,90 @@
+"""The one contract of firsttoken: a `Request` goes in, a `Reply` comes out.
+
+Whatever answers an OpenAI request is a `Call`: the engine's application, a local
+worker behind a socket, a remote endpoint. Platform adapters translate an event to a
+`Request` and a `Reply` to what the platform wants back, and do nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+Headers = tuple[tuple[str, str], ...]
+"""Header fields in wire order; names in lower case, values as latin-1 text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One OpenAI request, whatever carried it.
+
+    `path` starts at `/v1/...`, is percent-decoded and holds no query string; `body` is
+    the whole body (a request is bounded by `MAX_BODY_BYTES`, see `handler.edge`).
+    """
+
+    method: str
+    path: str
+    headers: Headers = ()
+    body: bytes = b""
+    query: str = ""
+
+    def header(self, name: str) -> str | None:
+        """The first value of `name` (lower case), or None."""
+        return first(self.headers, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Status, headers and the body as it is made.
+
+    `frames` yields non-empty byte chunks. Of an event stream each chunk holds whole SSE
+    frames only (see `handler.sse`). It is valid inside the `async with` that opened it.
+    """
+
+    status: int
+    headers: Headers
+    frames: AsyncIterator[bytes] = field(repr=False)
+
+    def header(self, name: str) -> str | None:
+        """The first value of `name` (lower case), or None."""
+        return first(self.headers, name)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the body is a server-sent event stream."""
+        return (self.header("content-type") or "").startswith("text/event-stream")
+
+
+Call = Callable[[Request], AbstractAsyncContextManager[Reply]]
+"""`async with call(request) as reply:` answers one request.
+
+Entering waits for status and headers. Leaving the block early, or cancelling the task
+that waits in it, cancels the work behind it: there is no other abort API. Raises
+`handler.errors.RequestError` for what could not be answered at all.
+"""
+
+
+def first(headers: Headers, name: str) -> str | None:
+    """The first value of the header `name` (lower case), or None."""
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+def without(headers: Headers, names: Iterable[str]) -> Headers:
+    """`headers` without the fields called `names` (lower case)."""
+    drop = frozenset(names)
+    return tuple(pair for pair in headers if pair[0] not in drop)
+
+
+async def once(body: bytes) -> AsyncIterator[bytes]:
+    """The frames of a body that is already whole."""
+    if body:
+        yield body
+
+
+async def read(reply: Reply) -> bytes:
+    """The whole body of `reply`."""
+    return b"".join([chunk async for chunk in reply.frames])
