@@ -1,0 +1,1 @@
+"""The worker: it loads the model once and answers OpenAI requests, whatever carries them."""

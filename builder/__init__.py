@@ -1,0 +1,1 @@
+"""What is done before run time: a model fetched, converted, proven."""
