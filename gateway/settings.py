@@ -1,17 +1,82 @@
-"""Every setting of the gateway: the same machinery as the worker's, another table."""
+"""Every setting of the gateway: the worker's machinery and shared rows, another table.
+
+Gateway and worker share one environment, so each knows the other's names: none is a
+fault to the other. What only the worker knows, the worker checks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
-from handler.settings import public_name
+from handler.errors import BadSettings
+from handler.settings import TABLE as WORKER_TABLE
+from handler.settings import rows
+from handler.table import Setting, Table, Kind, choice, matching, public_name, read, seconds, whole
+from handler.unread import UNREAD
+
+ENDPOINT_ID = Kind(
+    "at most 64 letters, digits, `-` and `_`, the first a letter or a digit",
+    matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"),
+)
+
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+
+TABLE: Table = (
+    *rows("HOST", "PORT"),
+    replace(
+        _SHARED["API_KEY"],
+        help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown once.",
+    ),
+    Setting(
+        "ENDPOINT_ID",
+        "endpoint_id",
+        ENDPOINT_ID,
+        "local",
+        "The id in the URL, `/v2/{ENDPOINT_ID}/openai/v1`.",
+    ),
+    *rows("MODEL_NAME", "SERVED_MODEL_NAME"),
+    Setting(
+        "START",
+        "start",
+        choice("now", "first_request"),
+        "now",
+        "When the worker starts.",
+    ),
+    Setting(
+        "START_TIMEOUT_S",
+        "start_timeout_s",
+        seconds(1, 7200),
+        "600",
+        "How long a worker may take until its first token; then it is stopped.",
+    ),
+    Setting(
+        "QUEUE_LIMIT",
+        "queue_limit",
+        whole(0, 100_000),
+        "256",
+        "How many requests may wait for a worker; one more is a 503 with `Retry-After`.",
+    ),
+    Setting(
+        "QUEUE_TIMEOUT_S",
+        "queue_timeout_s",
+        seconds(0, 599),
+        "300",
+        "How long a request may wait. Below 600, where OpenAI's clients give up.",
+    ),
+    *rows("KEEP_ALIVE_S"),
+    replace(
+        _SHARED["DRAIN_TIMEOUT_S"],
+        help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
+    ),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """The gateway's settings; see `TABLE` for what each means, and `docs/settings.md`."""
+    """The gateway's settings; `TABLE` and `docs/settings.md` say what each means."""
 
     host: str
     port: int
@@ -28,7 +93,7 @@ class GatewaySettings:
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
-    notes: tuple[str, ...] = ()
+    foreign_names: tuple[str, ...]
 
     @property
     def model_id(self) -> str:
@@ -41,4 +106,8 @@ class GatewaySettings:
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
-        raise NotImplementedError
+        others = {*UNREAD, *(name for row in WORKER_TABLE for name in row.names)}
+        values, faults = read(TABLE, environ, others)
+        if faults:
+            raise BadSettings(faults)
+        return cls(**values)

@@ -1,53 +1,218 @@
-"""Every setting of the worker: one table, read from an environment that is passed in.
+"""Every setting of the worker, as one table and as one frozen object.
 
 `Settings.from_environ(environ)` reports all faults at once. A setting that is empty
-counts as not set. What is in the environment beside the table are either flags of
-vLLM in UPPER_SNAKE (`handler.flags` reads those, against vLLM's own parser) or names
-of other programs.
+counts as not set. What an environment holds beside the table are flags of vLLM in
+UPPER_SNAKE, which `handler.flags` reads against vLLM's own parser, and names of other
+programs.
+
+Dataclasses and not pydantic: its import alone takes longer than all that is done here,
+and a cold start counts it.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 from handler.errors import BadSettings
-
-Table = tuple["Setting", ...]
+from handler.table import (
+    HOST,
+    MODEL,
+    NAME,
+    NAMES,
+    ORIGINS,
+    SECRET,
+    SIZE,
+    SOCKET,
+    SWITCH,
+    TEXT,
+    YAML,
+    Setting,
+    Table,
+    choice,
+    ours,
+    public_name,
+    read,
+    seconds,
+    whole,
+)
+from handler.unread import UNREAD
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 PLATFORMS = ("http",)
 """Platforms that this version can serve, in the order in which they are detected."""
 
-TRUE = frozenset({"true", "1", "yes", "on"})
-FALSE = frozenset({"false", "0", "no", "off"})
+TABLE: Table = (
+    Setting("MODEL_NAME", "model_name", MODEL, DEFAULT_MODEL, "The model to serve."),
+    Setting(
+        "MODEL_REVISION",
+        "model_revision",
+        NAME,
+        None,
+        "Branch, tag or commit of the model's repository.",
+        ("REVISION",),
+    ),
+    Setting(
+        "SERVED_MODEL_NAME",
+        "served_model_name",
+        NAME,
+        None,
+        "What clients call the model. If not set: `MODEL_NAME`; of a folder, its last part.",
+        ("OPENAI_SERVED_MODEL_NAME_OVERRIDE",),
+    ),
+    Setting(
+        "TOKENIZER_NAME",
+        "tokenizer_name",
+        MODEL,
+        None,
+        "Another tokenizer than the model's own.",
+        ("TOKENIZER",),
+    ),
+    Setting(
+        "CUSTOM_CHAT_TEMPLATE",
+        "custom_chat_template",
+        TEXT,
+        None,
+        "Another chat template than the model's own: the path of a file, or the Jinja text itself.",
+        ("CHAT_TEMPLATE",),
+    ),
+    Setting(
+        "HF_TOKEN",
+        "hf_token",
+        SECRET,
+        None,
+        "Token for gated and private models. It never reaches a command line or a log.",
+        ("HUGGING_FACE_HUB_TOKEN",),
+        secret=True,
+    ),
+    Setting(
+        "VLLM_CONFIG_FILE",
+        "vllm_config_file",
+        YAML,
+        None,
+        "Flags of vLLM in a file, as its `--config` takes them.",
+    ),
+    Setting(
+        "VLLM_EXTRA_ARGS",
+        "vllm_extra_args",
+        TEXT,
+        None,
+        "Flags of vLLM as words, quoted as in a shell.",
+    ),
+    Setting(
+        "ENGINE_MODE",
+        "engine_mode",
+        choice("auto", "thread", "fork", "spawn"),
+        "auto",
+        "Where the engine core runs: in a thread of the worker, or in a forked or a new process. "
+        "`auto`: fork on a GPU, thread on a CPU.",
+    ),
+    Setting(
+        "MAX_CONCURRENCY",
+        "max_concurrency",
+        whole(1, 100_000),
+        None,
+        "How many requests one worker runs at once. If not set: as many as the engine batches.",
+    ),
+    Setting(
+        "PLATFORM",
+        "platform",
+        choice(*PLATFORMS),
+        None,
+        "What brings the requests. If not set: found from the environment, else `http`.",
+    ),
+    Setting(
+        "START_FAILURE",
+        "start_failure",
+        choice("exit", "answer"),
+        "exit",
+        "What a worker that can't start does: exit with a code, or stay and answer each request with the reason.",
+    ),
+    Setting("HOST", "host", HOST, "127.0.0.1", "Address to listen on."),
+    Setting("PORT", "port", whole(0, 65_535), "8000", "Port to listen on; 0 is any that is free."),
+    Setting("UDS", "uds", SOCKET, None, "Listen on this unix socket, and on no address."),
+    Setting(
+        "API_KEY",
+        "api_key",
+        SECRET,
+        None,
+        "The key that clients send as `Authorization: Bearer ...`.",
+        secret=True,
+    ),
+    Setting(
+        "AUTH",
+        "auth",
+        SWITCH,
+        "on",
+        "`on`: whoever listens beyond this machine needs an `API_KEY`. "
+        "`off`: no key is asked for, because something in front does.",
+    ),
+    Setting(
+        "CORS_ORIGINS",
+        "cors_origins",
+        ORIGINS,
+        "",
+        "Web pages that may call from a browser. If not set: none.",
+        ("ALLOWED_ORIGINS",),
+    ),
+    Setting("MAX_BODY_BYTES", "max_body_bytes", SIZE, "32MiB", "The largest request body; more is a 413."),
+    Setting(
+        "KEEP_ALIVE_S",
+        "keep_alive_s",
+        seconds(0, 600),
+        "15",
+        "A stream that is silent this long gets a comment, so that nothing on the way closes it; 0 is never.",
+    ),
+    Setting(
+        "DRAIN_TIMEOUT_S",
+        "drain_timeout_s",
+        seconds(0, 3600),
+        "30",
+        "After SIGTERM, how long running requests may take to finish.",
+    ),
+    Setting(
+        "LOG_LEVEL",
+        "log_level",
+        choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+        "INFO",
+        "How much to log. Prompts, answers and keys are logged at no level.",
+    ),
+    Setting(
+        "LIFELINE_FD",
+        "lifeline_fd",
+        whole(0, 2**20),
+        None,
+        "An inherited pipe: when its other end closes, the worker drains and exits. The gateway sets it.",
+    ),
+    Setting(
+        "NOTIFY_SOCKET",
+        "notify_socket",
+        SOCKET,
+        None,
+        "Where to say `READY=1`, as sd_notify(3) does. systemd and the gateway set it.",
+    ),
+    Setting(
+        "FOREIGN_NAMES",
+        "foreign_names",
+        NAMES,
+        "",
+        "Names in this environment that belong to another program, though they are settings here or look like one.",
+    ),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One row of a table: an environment variable and what it may hold.
-
-    `parse` raises `ValueError` for what `allowed` does not describe. The value of a
-    `secret` is never shown. `aliases` are other spellings, most of them worker-vllm's.
-    """
-
-    name: str
-    field: str
-    parse: Callable[[str], object]
-    default: object
-    help: str
-    allowed: str
-    aliases: tuple[str, ...] = ()
-    secret: bool = False
+def rows(*names: str) -> Table:
+    """The rows of the worker's table that are called `names`, for a table that shares them."""
+    by_name = {row.name: row for row in TABLE}
+    return tuple(by_name[name] for name in names)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The worker's settings; see `TABLE` for what each means, and `docs/settings.md`."""
+    """The worker's settings; `TABLE` and `docs/settings.md` say what each means."""
 
     platform: str | None
     model_name: str
@@ -75,9 +240,9 @@ class Settings:
     vllm_extra_args: str | None = field(repr=False)
     foreign_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Warnings worth a line in the log: names that are accepted and do nothing."""
+    """One line for each name that is set, accepted and does nothing."""
     rest: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
-    """The environment without the settings above: vLLM's flags, and what is not ours."""
+    """The environment without the settings above: flags of vLLM, and what is not ours."""
 
     @property
     def model_id(self) -> str:
@@ -90,4 +255,37 @@ class Settings:
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
-        raise NotImplementedError
+        values, faults = read(TABLE, environ, others=UNREAD)
+        if _open_to_all(**values):
+            faults.append(
+                f"HOST={values['host']} can be reached from other machines and there is no API_KEY; "
+                "set API_KEY, or AUTH=off if something in front of the worker asks for a key"
+            )
+        if faults:
+            raise BadSettings(faults)
+        return cls(**values, notes=_notes(environ), rest=rest(environ))
+
+
+def rest(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without the settings of the worker and without what is not ours."""
+    taken = {name for row in TABLE for name in row.names}
+    return {name: value for name, value in ours(environ).items() if name not in taken}
+
+
+def _open_to_all(
+    *, host: str | None, uds: str | None, auth: bool | None, api_key: str | None, **_: object
+) -> bool:
+    if host is None or uds is not None or auth is not True or api_key is not None:
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"
+
+
+def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
+    given = ours(environ)
+    notes = [f"{name} does nothing here: {why}" for name, why in UNREAD.items() if name in given]
+    if given.get("MAX_NUM_BATCHED_TOKENS") == "0":
+        notes.append("MAX_NUM_BATCHED_TOKENS=0 counts as not set")
+    return tuple(notes)

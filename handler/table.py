@@ -1,0 +1,275 @@
+"""Tables of settings: what a row is, what a value may be, how an environment is read.
+
+The worker's table is in `handler.settings`, the gateway's in `gateway.settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+NEAR = 0.9
+"""How alike (`difflib`) an unknown name and a setting are before it is taken for a slip."""
+
+ORDINARY = frozenset({"DEVICE_ID", "LOGLEVEL", "SSL_CERT_FILE", "WORKER_CLASS"})
+"""Names of other programs that are nearly one of ours: Ascend, torch, OpenSSL, gunicorn."""
+
+SOCKET_PATH_BYTES = 107
+"""The longest path of a unix socket: `sun_path` in unix(7), less its closing zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a value may be: in words, and as a function that raises `ValueError` otherwise."""
+
+    allowed: str
+    parse: Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row: an environment variable, the field it fills, what it may hold.
+
+    `default` is written as it would be in the environment; None is "not set". `aliases`
+    are other spellings, most of them worker-vllm's. A `secret` is never shown.
+    """
+
+    name: str
+    field: str
+    kind: Kind
+    default: str | None
+    help: str
+    aliases: tuple[str, ...] = ()
+    secret: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every spelling, the one to use first."""
+        return (self.name, *self.aliases)
+
+
+Table = tuple[Setting, ...]
+
+
+def read(
+    table: Table, environ: Mapping[str, str], others: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The value of each field of `table`, and one line for each fault.
+
+    A value that is at fault, or not set and without default, is None. `others` are names
+    that are known though they are not in `table`: a name that is neither, and nearly one
+    of `table`, is a fault.
+    """
+    environ = ours(environ)
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for row in table:
+        given = {name: environ[name] for name in row.names if name in environ}
+        if len(set(given.values())) > 1:
+            both = " and ".join(
+                given if row.secret else (f"{name}={shown(text)}" for name, text in given.items())
+            )
+            faults.append(f"{both} are spellings of one setting with different values; keep {row.name}")
+        name, text = next(iter(given.items()), (row.name, row.default))
+        try:
+            values[row.field] = None if text is None else row.kind.parse(text)
+        except ValueError:
+            values[row.field] = None
+            what = f"{name} (not shown)" if row.secret or text is None else f"{name}={shown(text)}"
+            faults.append(f"{what} is not allowed; allowed: {row.kind.allowed.replace('`', '')}")
+    spellings = [name for row in table for name in row.names]
+    for name in sorted(environ.keys() - {*spellings, *others, *ORDINARY}):
+        # Shorter names are a letter away from too many of other programs (PORT and POST).
+        if len(name) >= 7 and (near := nearest(name, spellings, NEAR)):
+            faults.append(f"{name} is not a setting; the nearest is {near}")
+    return values, faults
+
+
+def ours(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` stripped, less what is empty and less what `FOREIGN_NAMES` says is not ours."""
+    try:
+        foreign = NAMES.parse(environ.get("FOREIGN_NAMES", ""))
+    except ValueError:
+        foreign = ()
+    assert isinstance(foreign, tuple)
+    return {name: text for name, value in environ.items() if name not in foreign and (text := value.strip())}
+
+
+def nearest(name: str, known: Iterable[str], alike: float) -> str | None:
+    """The one of `known` that `name` is a slip of, or None.
+
+    Slips are hardly ever in the first letter, and names of other programs often are ours
+    with something in front (CONFIG_PATH, HF_CONFIG_PATH).
+    """
+    same_start = [other for other in known if other[:1] == name[:1]]
+    return next(iter(difflib.get_close_matches(name, same_start, n=1, cutoff=alike)), None)
+
+
+def shown(value: str) -> str:
+    """`value` as a fault shows it: quoted, on one line, not endless."""
+    return repr(value if len(value) <= 120 else f"{value[:117]}...")
+
+
+def render_markdown(table: Table) -> str:
+    """`table` as the table of a Markdown page."""
+    lines = [
+        "| Name | Default | Allowed | What it does | Other spellings |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in table:
+        default = f"`{row.default}`" if row.default else "not set"
+        aliases = ", ".join(f"`{alias}`" for alias in row.aliases)
+        lines.append(f"| `{row.name}` | {default} | {row.kind.allowed} | {row.help} | {aliases} |")
+    return "\n".join(lines) + "\n"
+
+
+def public_name(model: str) -> str:
+    """What to call `model` (an id, a folder or s3://bucket/prefix) in answers: never a path.
+
+    A folder of Hugging Face's cache is called by its repository, another by its last part.
+    """
+    if not is_path(model) and not model.startswith("s3://"):
+        return model
+    path = PurePosixPath(model.removeprefix("s3://"))
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name.strip(".") or "model"
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` can only be a folder, as far as its spelling says."""
+    return model.startswith(("/", ".")) or model.count("/") > 1
+
+
+def matching(pattern: str, flags: int = re.ASCII) -> Callable[[str], str]:
+    """A parser of what `pattern` matches as a whole."""
+    compiled = re.compile(pattern, flags)
+
+    def parse(value: str) -> str:
+        if compiled.fullmatch(value) is None:
+            raise ValueError(value)
+        return value
+
+    return parse
+
+
+def choice(*names: str) -> Kind:
+    """One of `names`, in upper or lower case."""
+
+    def parse(value: str) -> str:
+        return names[[name.lower() for name in names].index(value.lower())]
+
+    return Kind(", ".join(f"`{name}`" for name in names), parse)
+
+
+def whole(low: int, high: int) -> Kind:
+    """A whole number from `low` to `high`."""
+
+    def parse(value: str) -> int:
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(value)
+        return number
+
+    return Kind(f"a whole number from {low} to {high}", parse)
+
+
+def seconds(low: float, high: float) -> Kind:
+    """Seconds from `low` to `high`, fractions too."""
+
+    def parse(value: str) -> float:
+        number = float(value)
+        if not low <= number <= high:
+            raise ValueError(value)
+        return number
+
+    return Kind(f"seconds from {low:g} to {high:g}", parse)
+
+
+TRUE = frozenset({"true", "1", "yes", "on"})
+FALSE = frozenset({"false", "0", "no", "off"})
+
+
+def _switch(value: str) -> bool:
+    if value.lower() not in TRUE | FALSE:
+        raise ValueError(value)
+    return value.lower() in TRUE
+
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _size(value: str) -> int:
+    match = re.fullmatch(r"(\d+) ?([a-z]*)", value.lower(), re.ASCII)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(value)
+    size_bytes = int(match[1]) * _UNITS[match[2]]
+    if not 2**10 <= size_bytes <= 2**30:
+        raise ValueError(value)
+    return size_bytes
+
+
+_host_name = matching(r"(?=.{1,253}$)(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
+
+
+def _host(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        return _host_name(value)
+
+
+_repository = matching(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_bucket = matching(r"s3://[a-z0-9][a-z0-9.-]+(/[^\x00-\x1f]*)?")
+_folder = matching(r"(?![-~])(?!.*://)[^\x00-\x1f]+", 0)
+
+
+def _model(value: str) -> str:
+    if value.startswith("s3://"):
+        return _bucket(value)
+    return _folder(value) if is_path(value) else _repository(value)
+
+
+def _list(value: str) -> list[str]:
+    items = json.loads(value) if value.startswith("[") else value.split(",")
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(value)
+    return [item.strip() for item in items if item.strip()]
+
+
+_origin = matching(r"\*|[a-z][a-z0-9+.-]*://[^/\s,*]+")
+_variable = matching(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _origins(value: str) -> tuple[str, ...]:
+    return tuple(_origin(item.rstrip("/").lower()) for item in _list(value))
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(_variable(item) for item in _list(value))
+
+
+def _socket(value: str) -> str:
+    if len(value.encode()) > SOCKET_PATH_BYTES:
+        raise ValueError(value)
+    return value
+
+
+MODEL = Kind("a Hugging Face id, a folder, or `s3://bucket/prefix`", _model)
+NAME = Kind("at most 256 printable characters without spaces", matching(r"[\x21-\x7e]{1,256}"))
+SECRET = Kind("printable characters without spaces", matching(r"[\x21-\x7e]+"))
+TEXT = Kind("text", str)
+SWITCH = Kind("`true`, `false`, `on`, `off`, `yes`, `no`, `1`, `0`", _switch)
+SIZE = Kind("from 1KiB to 1GiB: bytes, or with `KiB`, `MiB`, `GiB`, `KB`, `MB`, `GB`", _size)
+HOST = Kind("an IP address or a host name", _host)
+ORIGINS = Kind("`*`, or origins such as `https://app.example`, separated by commas", _origins)
+NAMES = Kind("names of environment variables, separated by commas", _names)
+SOCKET = Kind(f"a path of at most {SOCKET_PATH_BYTES} bytes", _socket)
+YAML = Kind("a path that ends in `.yaml` or `.yml`", matching(r"(?s).+\.ya?ml"))
