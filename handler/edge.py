@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from handler import sse
-from handler.errors import MethodNotAllowed, NoSuchModel, NoSuchRoute, RequestError, error_body, json_reply
+from handler.errors import EngineDead, MethodNotAllowed, NoSuchModel, NoSuchRoute, RequestError, error_body, json_reply
 from handler.messages import Call, Headers, Reply, Request, once, read, without
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _cors(request: Request, origins: Sequence[str]) -> Headers:
     )
 
 
-def openai(call: Call) -> Call:
+def openai(call: Call, *, engine_is_dead: Callable[[], bool] = lambda: False) -> Call:
     """The OpenAI contract over vLLM's application.
 
     Only the routes of `ROUTES` are reachable. Errors get OpenAI's shape with a string
@@ -141,6 +141,8 @@ def openai(call: Call) -> Call:
         )
         async with call(inner) as reply:
             if reply.status >= 400:
+                if reply.status >= 500 and engine_is_dead():  # noqa: PLR2004
+                    raise EngineDead
                 yield await _error(reply, path, request.method)
             elif reply.streams:
                 yield await _stream(reply, path)

@@ -1,0 +1,315 @@
+"""vLLM, loaded once per worker: the only file that imports it.
+
+What is used of vLLM is little and named in `SEAM`; tests/integration/test_vllm_seam.py
+fails with the name and the signature found when an upgrade moves one of them. vLLM's own
+OpenAI application is hosted as it is and never re-implemented.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import importlib
+import json
+import logging
+import os
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self, TypeVar
+
+import uvloop
+
+from handler import asgi, machine
+from handler.core_thread import ThreadCoreClient
+from handler.errors import EngineFailed, ModelNotFound, NoResources, StartError
+from handler.flags import parse_flags
+from handler.messages import Call, Request, read
+from handler.phases import Phases
+from handler.settings import Settings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SEAM: Mapping[str, tuple[str, ...]] = {
+    # what it is: where it is in the newest vLLM, then where older ones have it
+    "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+    "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
+    "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
+    "init_app_state": ("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"),
+    "FlexibleArgumentParser": ("vllm.utils.argparse_utils", "vllm.utils"),
+    "AsyncEngineArgs": ("vllm.engine.arg_utils",),
+    "AsyncLLM": ("vllm.v1.engine.async_llm",),
+    "EngineCore": ("vllm.v1.engine.core",),
+    "EngineCoreClient": ("vllm.v1.engine.core_client",),
+    "EngineDeadError": ("vllm.v1.engine.exceptions",),
+    "Executor": ("vllm.v1.executor", "vllm.v1.executor.abstract"),
+    "UsageContext": ("vllm.usage.usage_lib",),
+    "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
+    "ReasoningParserManager": ("vllm.reasoning",),
+    "current_platform": ("vllm.platforms",),
+}
+"""Every name of vLLM that the worker uses."""
+
+MIN_KV_CACHE_BYTES = 1 << 30
+CANARY_TIMEOUT_S = 600.0
+
+
+def seam(name: str) -> Any:
+    """The object of vLLM called `name`, from the first of its places that exists."""
+    for module in SEAM[name]:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise EngineFailed(f"this vLLM has no {name} in any of {', '.join(SEAM[name])}; see docs/vllm.md")
+
+
+def make_parser() -> ArgumentParser:
+    """vLLM's own command-line parser: the list of its flags and what they may hold."""
+    parser: ArgumentParser = seam("make_arg_parser")(seam("FlexibleArgumentParser")(prog="vllm"))
+    return parser
+
+
+class Engine:
+    """One model on one event loop of its own, in a thread of its own.
+
+    `call` answers with vLLM's application; it must run on `loop` (see `submit`).
+    """
+
+    def __init__(self, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> None:
+        self._settings = settings
+        self._phases = phases
+        self._environ = environ
+        self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._closing = False
+        self._llm: Any = None
+        self._stop: asyncio.Event
+        self.loop: asyncio.AbstractEventLoop
+        self.mode = settings.engine_mode
+        self.call: Call
+        self.dead: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @classmethod
+    def start(cls, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> Self:
+        """Begin to load the model; other things may be imported beside it."""
+        check_model(settings, environ)
+        engine = cls(settings, phases, environ)
+        engine._thread.start()
+        return engine
+
+    def wait_open(self) -> None:
+        """Wait until a first token was made. Raises `StartError` if none can be."""
+        self._opened.result()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run `work` on the engine's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine died; it never comes back."""
+        return self.dead.done()
+
+    def running(self) -> int:
+        """How many requests the engine holds, waiting and running."""
+        core = getattr(self._llm.engine_core, "core", None)
+        if core is not None:
+            return sum(core.scheduler.get_request_counts())
+        return int(self._llm.get_num_unfinished_requests())
+
+    def close(self) -> None:
+        """Stop the engine and free the model."""
+        self._closing = True
+        if self._thread.is_alive() and self._opened.done() and self._opened.exception() is None:
+            self.loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._live())
+
+    async def _live(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            await self._open()
+        except StartError as error:
+            self._opened.set_exception(error)
+            return
+        except BaseException as error:  # noqa: BLE001 - the boundary of the start
+            self._opened.set_exception(_start_error(error))
+            return
+        self._llm.output_handler.add_done_callback(self._died)
+        self._opened.set_result(None)
+        await self._stop.wait()
+        self._llm.shutdown(timeout=self._settings.drain_timeout_s)
+
+    def _died(self, _: asyncio.Task[None]) -> None:
+        # vLLM's output task ends when the engine is dead, in every mode, and in no other case.
+        if not self._closing:
+            log.error("engine died")
+            self.dead.set_result(None)
+
+    async def _open(self) -> None:
+        phases = self._phases
+        with phases.span("import vllm"):
+            before_import(self._environ, self._settings.engine_mode)
+            parser = make_parser()
+            async_llm = seam("AsyncLLM")
+            self.mode = resolve_mode(self._settings.engine_mode)
+        with phases.span("config"):
+            args = parse_flags(parser, self._settings)
+            vllm_config = configure(args, self.mode)
+        with phases.span("engine"):
+            self._llm = build(async_llm, vllm_config, args, self.mode)
+            tasks = await self._llm.get_supported_tasks()
+        with phases.span("application"):
+            app = seam("build_app")(args, tasks, self._llm.model_config)
+            await seam("init_app_state")(self._llm, app.state, args, tasks)
+            app.state.server = SimpleNamespace(should_exit=False)  # vLLM asks it to exit when the engine dies
+            self.call = asgi.call_app(app, keep_alive_s=self._settings.keep_alive_s)
+        with phases.span("first token"):
+            await asyncio.wait_for(canary(self.call, tasks, self._settings.model_id), CANARY_TIMEOUT_S)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: later collections need not look at it
+        gc.enable()
+        phases.done()
+
+
+def before_import(environ: MutableMapping[str, str], mode: str) -> None:
+    """Set what vLLM and torch read from the environment as they load, where the user has not."""
+    environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
+    environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not machine.has_accelerator() and mode in {"auto", "thread"}:
+        # OpenMP spins between steps: with a thread on every core the event loop starves for seconds.
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() - 1)))
+
+
+def resolve_mode(mode: str) -> str:
+    """`auto` is a thread on the CPU and a forked process on a GPU."""
+    if mode != "auto":
+        return mode
+    return "thread" if seam("current_platform").is_cpu() else "fork"
+
+
+def configure(args: Namespace, mode: str) -> Any:
+    """vLLM's whole configuration for `args`."""
+    seam("validate_parsed_serve_args")(args)
+    if args.tool_parser_plugin:
+        seam("ToolParserManager").import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        seam("ReasoningParserManager").import_reasoning_parser(args.reasoning_parser_plugin)
+    on_cpu = seam("current_platform").is_cpu()
+    if on_cpu:
+        # A compile costs a minute and a C++ compiler, an eager model 20 % of the tokens
+        # (docs/decisions/0005-engine-in-process.md); ENFORCE_EAGER=false brings it back.
+        args.enforce_eager = True
+    engine_args = seam("AsyncEngineArgs").from_cli_args(args)
+    if mode == "thread":
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the CPU platform starts a process per rank
+        engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or "uni"
+    vllm_config = engine_args.create_engine_config(usage_context=seam("UsageContext").OPENAI_API_SERVER)
+    if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
+        vllm_config.cache_config.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
+    if mode == "fork":
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the CPU platform has just set spawn
+    return vllm_config
+
+
+def plan_kv_cache_bytes(vllm_config: Any) -> int:
+    """How much memory to give the KV cache on a CPU, where vLLM would take most of it.
+
+    Room for four sequences of the longest kind, at least 1 GiB, at most 40 % of what is free.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    per_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    wanted = 4 * per_token * model.dtype.itemsize * model.max_model_len
+    return int(min(max(wanted, MIN_KV_CACHE_BYTES), 0.4 * machine.free_memory_bytes()))
+
+
+def build(async_llm: Any, vllm_config: Any, args: Namespace, mode: str) -> Any:
+    """The engine. In `thread` mode its core runs in this process, else vLLM starts one."""
+    make = partial(
+        async_llm.from_vllm_config,
+        vllm_config,
+        usage_context=seam("UsageContext").OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
+    if mode != "thread":
+        return make()
+    core, clients = seam("EngineCore"), seam("EngineCoreClient")
+    dead_error: Callable[[], Exception] = partial(seam("EngineDeadError"), suppress_context=True)
+
+    def in_a_thread(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> ThreadCoreClient:
+        return ThreadCoreClient(lambda: core(vllm_config, executor_class, log_stats), dead_error)
+
+    theirs = clients.make_async_mp_client
+    clients.make_async_mp_client = staticmethod(in_a_thread)
+    try:
+        return make()
+    finally:
+        clients.make_async_mp_client = theirs
+
+
+async def canary(call: Call, tasks: tuple[str, ...], model_id: str) -> None:
+    """Make a first token, or a first vector, through the real route."""
+    if "generate" in tasks:
+        path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    elif "embed" in tasks:
+        path, body = "/v1/embeddings", {"input": "Hello"}
+    else:
+        return
+    raw = json.dumps({"model": model_id, **body}).encode()
+    async with call(Request("POST", path, (("content-type", "application/json"),), raw)) as reply:
+        answer = await read(reply)
+    if reply.status != 200:  # noqa: PLR2004
+        raise EngineFailed(f"the engine started but answers {reply.status}: {answer.decode(errors='replace')[:500]}")
+
+
+def check_model(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Raise `ModelNotFound` for a model that can't be had, before the slow imports."""
+    name = settings.model_name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+            raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
+
+
+def _start_error(error: BaseException) -> StartError:
+    """The error that a person reads for what vLLM raised at its start."""
+    for cause in _chain(error):
+        kind = type(cause).__module__.partition(".")[0]
+        if kind == "huggingface_hub" or (isinstance(cause, OSError) and "huggingface.co" in str(cause)):
+            return _from(ModelNotFound(f"the model can't be had from Hugging Face: {_first_line(cause)}"), error)
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return _from(NoResources(f"not enough memory: {_first_line(cause)}"), error)
+    log.error("engine failed to start", exc_info=error)
+    return _from(EngineFailed(f"the engine failed to start: {type(error).__name__}: {_first_line(error)}"), error)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _from(error: StartError, cause: BaseException) -> StartError:
+    error.__cause__ = cause
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

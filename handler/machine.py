@@ -1,0 +1,42 @@
+"""What this machine has: cores, memory, an accelerator. Reads /proc, /sys and /dev only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU's device file is there; asks no driver, so nothing is initialised."""
+    return any(Path(device).exists() for device in _ACCELERATORS)
+
+
+def cores() -> int:
+    """How many cores this process may use: its affinity, capped by the cgroup's quota."""
+    usable = len(os.sched_getaffinity(0))
+    quota = _words(_CPU_QUOTA)
+    if len(quota) == 2 and quota[0] != "max":  # noqa: PLR2004 - "QUOTA PERIOD", both in microseconds
+        usable = min(usable, max(1, int(quota[0]) // int(quota[1])))
+    return usable
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping: the machine's, capped by the cgroup's limit."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = _words(_MEMORY_LIMIT), _words(_MEMORY_USED)
+    if limit and used and limit[0] != "max":
+        free = min(free, max(0, int(limit[0]) - int(used[0])))
+    return free
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,135 @@
+"""Plain HTTP: the gateway's local workers, load balancers, Kubernetes, a machine of one's own.
+
+The server runs on the engine's loop, so a token crosses no thread on its way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+
+from handler import asgi, edge, metrics
+from handler.auth import Keyring
+from handler.drain import Drain
+from handler.engine import Engine
+from handler.errors import EngineFailed, NoResources, json_reply
+from handler.messages import Call, Reply, Request
+from handler.phases import Phases
+from handler.settings import Settings
+from handler.supervision import Notifier
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_TIMEOUT_S = 75
+"""Longer than proxies keep an idle connection (60 s is usual), so that theirs ends first."""
+
+PROBES = ("/health", "/ready", "/ping")
+"""Answered without a key; they say nothing but yes or no."""
+
+BACKLOG = 2048
+
+
+def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
+    listener = listen(settings)
+    server = _Server(settings, engine, phases)
+    engine.dead.add_done_callback(lambda _: server.stop())
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: server.stop())
+    serving = engine.submit(server.serve(listener, notifier))
+    notifier.ready(phases.report())
+    log.info("ready on %s", listener.getsockname())
+    serving.result()
+    if engine.is_dead:
+        raise EngineFailed("the engine died; what it held was answered with an error")
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket that `UDS`, or `HOST` and `PORT`, name; it queues connections from now on."""
+    if settings.uds:
+        path = Path(settings.uds)
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+        return listener
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise NoResources(f"can't listen on HOST={settings.host} PORT={settings.port}: {error.strerror}") from error
+
+
+class _Server:
+    def __init__(self, settings: Settings, engine: Engine, phases: Phases) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._drain = Drain()
+        self._stop = asyncio.Event()
+        metrics.register(phases, running=engine.running, in_flight=lambda: self._drain.in_flight)
+
+    def stop(self) -> None:
+        """Begin to drain; any thread may say so."""
+        self._engine.loop.call_soon_threadsafe(self._stop.set)
+
+    async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
+        """Answer requests until `stop`, then finish what runs."""
+        server = uvicorn.Server(
+            uvicorn.Config(
+                self._app(),
+                loop="none",
+                http="httptools",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
+            )
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await self._stop.wait()
+        notifier.stopping()
+        log.info("draining", extra={"in_flight": self._drain.in_flight})
+        ended = await self._drain.finish(self._settings.drain_timeout_s)
+        log.info("drained", extra={"ended_early": ended})
+        server.should_exit = True
+        await serving
+
+    def _app(self) -> asgi.App:
+        settings = self._settings
+        openai = edge.openai(self._engine.call, engine_is_dead=lambda: self._engine.is_dead)
+        keys = Keyring.of(settings.api_key) if settings.api_key and not settings.uds else None
+
+        def check(request: Request) -> None:
+            if keys is not None and request.path not in PROBES:
+                keys.check(request)
+
+        return asgi.serve(
+            _with_probes(self._drain.wrap(openai), self._engine),
+            max_body_bytes=settings.max_body_bytes,
+            check=check,
+            front=partial(edge.front, cors_origins=settings.cors_origins),
+        )
+
+
+def _with_probes(call: Call, engine: Engine) -> Call:
+    @asynccontextmanager
+    async def probed(request: Request) -> AsyncIterator[Reply]:
+        if request.method == "GET" and request.path in PROBES:
+            yield json_reply(503, {"status": "dead"}) if engine.is_dead else json_reply(200, {"status": "ready"})
+        elif request.method == "GET" and request.path == "/metrics":
+            yield metrics.exposition()
+        else:
+            async with call(request) as reply:
+                yield reply
+
+    return probed

@@ -1,0 +1,59 @@
+"""What a worker and the process that started it tell each other.
+
+Upwards the worker speaks systemd's notification protocol (sd_notify(3)), so that the
+gateway and systemd understand it alike. Downwards there is a lifeline: a pipe that ends
+when the parent does, however it died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Notifier:
+    """Sends state to the datagram socket that `NOTIFY_SOCKET` names; without one, nowhere."""
+
+    def __init__(self, address: str | None) -> None:
+        self._socket: socket.socket | None = None
+        if address:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+
+    def status(self, text: str) -> None:
+        """What the worker is doing, for a person to read."""
+        self._send({"STATUS": text})
+
+    def ready(self, cold_start: dict[str, Any]) -> None:
+        """A first token was made and the socket accepts; `cold_start` is `Phases.report()`."""
+        self._send({"READY": "1", "STATUS": "ready", "X_COLD_START": json.dumps(cold_start)})
+
+    def stopping(self) -> None:
+        """The worker takes no more and finishes what it holds."""
+        self._send({"STOPPING": "1", "STATUS": "draining"})
+
+    def _send(self, fields: dict[str, str]) -> None:
+        if self._socket is None:
+            return
+        lines = "\n".join(f"{name}={value}" for name, value in fields.items())
+        try:
+            self._socket.send(lines.encode())
+        except OSError:  # whoever listened is gone; the lifeline tells what to do about that
+            self._socket.close()
+            self._socket = None
+
+
+def watch_lifeline(fd: int, gone: Callable[[], None] = lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
+    """Call `gone` once the other end of the pipe `fd` is closed, from a daemon thread."""
+
+    def wait() -> None:
+        while os.read(fd, 1):
+            pass
+        gone()
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
