@@ -13,7 +13,7 @@ from typing import Self
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import Setting, Table, Kind, choice, matching, public_name, read, seconds, whole
+from handler.table import Kind, Setting, Table, choice, matching, public_name, read, seconds, whole
 from handler.unread import UNREAD
 
 ENDPOINT_ID = Kind(
@@ -27,7 +27,7 @@ TABLE: Table = (
     *rows("HOST", "PORT"),
     replace(
         _SHARED["API_KEY"],
-        help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown once.",
+        help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown.",
     ),
     Setting(
         "ENDPOINT_ID",

@@ -35,10 +35,22 @@ from handler.table import (
     ours,
     public_name,
     read,
+    render_markdown,
     seconds,
     whole,
 )
 from handler.unread import UNREAD
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "PLATFORMS",
+    "TABLE",
+    "Settings",
+    "public_name",
+    "render_markdown",
+    "rest",
+    "rows",
+]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -129,7 +141,7 @@ TABLE: Table = (
         "start_failure",
         choice("exit", "answer"),
         "exit",
-        "What a worker that can't start does: exit with a code, or stay and answer each request with the reason.",
+        "What a worker that can't start does: exit with a code, or stay and answer every request with why.",
     ),
     Setting("HOST", "host", HOST, "127.0.0.1", "Address to listen on."),
     Setting("PORT", "port", whole(0, 65_535), "8000", "Port to listen on; 0 is any that is free."),
@@ -199,7 +211,7 @@ TABLE: Table = (
         "foreign_names",
         NAMES,
         "",
-        "Names in this environment that belong to another program, though they are settings here or look like one.",
+        "Names that belong to another program here, though they are settings or flags, or look like one.",
     ),
 )
 

@@ -84,20 +84,21 @@ def read(
             what = f"{name} (not shown)" if row.secret or text is None else f"{name}={shown(text)}"
             faults.append(f"{what} is not allowed; allowed: {row.kind.allowed.replace('`', '')}")
     spellings = [name for row in table for name in row.names]
-    for name in sorted(environ.keys() - {*spellings, *others, *ORDINARY}):
+    faults += [
+        f"{name} is not a setting; the nearest is {near}"
+        for name in sorted(environ.keys() - {*spellings, *others, *ORDINARY})
         # Shorter names are a letter away from too many of other programs (PORT and POST).
-        if len(name) >= 7 and (near := nearest(name, spellings, NEAR)):
-            faults.append(f"{name} is not a setting; the nearest is {near}")
+        if len(name) >= 7 and (near := nearest(name, spellings, NEAR))
+    ]
     return values, faults
 
 
 def ours(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` stripped, less what is empty and less what `FOREIGN_NAMES` says is not ours."""
     try:
-        foreign = NAMES.parse(environ.get("FOREIGN_NAMES", ""))
+        foreign = _names(environ.get("FOREIGN_NAMES", ""))
     except ValueError:
         foreign = ()
-    assert isinstance(foreign, tuple)
     return {name: text for name, value in environ.items() if name not in foreign and (text := value.strip())}
 
 
@@ -145,7 +146,7 @@ def public_name(model: str) -> str:
 
 def is_path(model: str) -> bool:
     """Whether `model` can only be a folder, as far as its spelling says."""
-    return model.startswith(("/", ".")) or model.count("/") > 1
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def matching(pattern: str, flags: int = re.ASCII) -> Callable[[str], str]:
@@ -262,7 +263,7 @@ def _socket(value: str) -> str:
     return value
 
 
-MODEL = Kind("a Hugging Face id, a folder, or `s3://bucket/prefix`", _model)
+MODEL = Kind("a Hugging Face id, a folder (`~` is not expanded), or `s3://bucket/prefix`", _model)
 NAME = Kind("at most 256 printable characters without spaces", matching(r"[\x21-\x7e]{1,256}"))
 SECRET = Kind("printable characters without spaces", matching(r"[\x21-\x7e]+"))
 TEXT = Kind("text", str)
