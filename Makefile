@@ -1,0 +1,59 @@
+# `make` alone lists the commands. Settings come from the environment, see docs/settings.md.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; \
+  done || echo python3)
+ENGINE ?= cpu
+MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
+PY      = .venv/bin/python
+INSTALL = $(PYTHON) -m scripts.install
+
+.PHONY: help serve test unit lint format types judge-vllm judge-openai bench-overhead clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENGINE=gpu on a GPU
+	@$(INSTALL) $(ENGINE)
+	@model=$${MODEL_NAME:-$(MODEL)}; folder=$$($(PY) -m builder fetch "$$model") || exit; \
+	[ -d "$$model" ] || export SERVED_MODEL_NAME="$${SERVED_MODEL_NAME:-$$model}"; \
+	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
+
+test: ## All that CI checks: lint, types, every test
+	@$(INSTALL) $(ENGINE) dev --with-node
+	@$(MAKE) --no-print-directory lint types
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
+
+unit: ## The tests that take seconds and need no engine
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q tests/unit
+
+lint: ## ruff, and the format
+	@$(INSTALL) dev
+	@$(PY) -m ruff check --quiet
+	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
+
+format: ## Let ruff lay out the code, and fix what it can
+	@$(INSTALL) dev
+	@$(PY) -m ruff check --fix --quiet
+	@$(PY) -m ruff format
+
+types: ## mypy, strict
+	@$(INSTALL) dev
+	@$(PY) -m mypy
+
+judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) judge/vllm.py
+
+judge-openai: ## openai-python's own tests of its resources against our URL
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) judge/openai_python.py
+
+bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) bench/overhead.py
+
+clean: ## Remove .venv and what tools left; models in the user's cache folder stay
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

