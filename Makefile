@@ -44,15 +44,15 @@ types: ## mypy, strict
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
 	@$(INSTALL) $(ENGINE) dev
-	@$(PY) judge/vllm.py
+	@$(PY) -m judge.vllm
 
 judge-openai: ## openai-python's own tests of its resources against our URL
 	@$(INSTALL) $(ENGINE) dev
-	@$(PY) judge/openai_python.py
+	@$(PY) -m judge.openai_python
 
 bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
 	@$(INSTALL) $(ENGINE) dev
-	@$(PY) bench/overhead.py
+	@$(PY) -m bench.overhead
 
 clean: ## Remove .venv and what tools left; models in the user's cache folder stay
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
