@@ -13,6 +13,7 @@ import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import warnings  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
 
 from handler import platforms  # noqa: E402
@@ -20,8 +21,9 @@ from handler.engine import Engine, make_parser  # noqa: E402
 from handler.errors import BadSettings, StartError  # noqa: E402
 from handler.flags import flag_faults  # noqa: E402
 from handler.phases import Phases, process_started_s  # noqa: E402
-from handler.settings import TABLE, Settings, render_markdown  # noqa: E402
+from handler.settings import TABLE, Settings  # noqa: E402
 from handler.supervision import Notifier, watch_lifeline  # noqa: E402
+from handler.table import render_markdown  # noqa: E402
 
 log = logging.getLogger("handler")
 
@@ -48,7 +50,7 @@ def serve(environ: MutableMapping[str, str]) -> None:
     phases = Phases(process_started_s())
     phases.until_now("interpreter")
     settings = read_settings(environ)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level)
     for note in settings.notes:
         log.warning("%s", note)
     notifier = Notifier(settings.notify_socket)
@@ -72,6 +74,17 @@ def read_settings(environ: MutableMapping[str, str]) -> Settings:
         return Settings.from_environ(environ)
     except BadSettings as ours:
         raise BadSettings([*ours.faults, *flag_faults(make_parser(), environ)]) from None
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr at `level`, whatever the libraries make of the root logger afterwards."""
+    ours = logging.getLogger("handler")
+    ours.setLevel(level)
+    ours.propagate = False  # vLLM's SageMaker bootstrap sets the root logger to ERROR
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours.addHandler(to_stderr)
+    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: nobody who runs a worker can act on them
 
 
 def _give_up(*_: object) -> None:

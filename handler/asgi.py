@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -230,15 +230,20 @@ def serve(
     return app
 
 
+class _Refusal(AbstractAsyncContextManager[Reply]):
+    def __init__(self, error: RequestError) -> None:
+        self._error = error
+
+    async def __aenter__(self) -> Reply:
+        raise self._error
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing was opened."""
+
+
 def refuse(error: RequestError) -> Call:
     """The `Call` that answers nothing but `error`."""
-
-    @asynccontextmanager
-    async def call(_: Request) -> AsyncIterator[Reply]:
-        raise error
-        yield  # a generator, so that entering raises
-
-    return call
+    return lambda _: _Refusal(error)
 
 
 class _ClientLeft(Exception):  # noqa: N818 - says what happened

@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import socket
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
@@ -21,10 +22,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import uvloop
 
-from handler import asgi, machine
+from handler import asgi, machine, prerequisites
 from handler.core_thread import ThreadCoreClient
 from handler.errors import EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -58,6 +60,7 @@ SEAM: Mapping[str, tuple[str, ...]] = {
 
 MIN_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
+HUB_TIMEOUT_S = 3.0
 
 
 def seam(name: str) -> Any:
@@ -99,6 +102,7 @@ class Engine:
     @classmethod
     def start(cls, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> Self:
         """Begin to load the model; other things may be imported beside it."""
+        prerequisites.check()
         check_model(settings, environ)
         engine = cls(settings, phases, environ)
         engine._thread.start()
@@ -165,7 +169,7 @@ class Engine:
             async_llm = seam("AsyncLLM")
             self.mode = resolve_mode(self._settings.engine_mode)
         with phases.span("config"):
-            args = parse_flags(parser, self._settings)
+            args = read_flags(parser, self._settings)
             vllm_config = configure(args, self.mode)
         with phases.span("engine"):
             self._llm = build(async_llm, vllm_config, args, self.mode)
@@ -186,7 +190,10 @@ class Engine:
 def before_import(environ: MutableMapping[str, str], mode: str) -> None:
     """Set what vLLM and torch read from the environment as they load, where the user has not."""
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
-    environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # vLLM warns of a dozen things at each start that are as they should be here.
+    environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if log.isEnabledFor(logging.DEBUG) else "ERROR")
+    logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
     if not machine.has_accelerator() and mode in {"auto", "thread"}:
         # OpenMP spins between steps: with a thread on every core the event loop starves for seconds.
         environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() - 1)))
@@ -199,24 +206,26 @@ def resolve_mode(mode: str) -> str:
     return "thread" if seam("current_platform").is_cpu() else "fork"
 
 
+def read_flags(parser: ArgumentParser, settings: Settings) -> Namespace:
+    """vLLM's arguments. Raises `BadSettings` with every fault that its parser or checks find."""
+    # On a CPU a compile costs a minute and a C++ compiler, and an eager model 20 % of the tokens
+    # (docs/decisions/0005-engine-in-process.md). ENFORCE_EAGER=false brings the compiler back.
+    defaults = ["--enforce-eager"] if seam("current_platform").is_cpu() else []
+    return parse_flags(parser, settings, defaults=defaults, checks=[seam("validate_parsed_serve_args")])
+
+
 def configure(args: Namespace, mode: str) -> Any:
     """vLLM's whole configuration for `args`."""
-    seam("validate_parsed_serve_args")(args)
     if args.tool_parser_plugin:
         seam("ToolParserManager").import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         seam("ReasoningParserManager").import_reasoning_parser(args.reasoning_parser_plugin)
-    on_cpu = seam("current_platform").is_cpu()
-    if on_cpu:
-        # A compile costs a minute and a C++ compiler, an eager model 20 % of the tokens
-        # (docs/decisions/0005-engine-in-process.md); ENFORCE_EAGER=false brings it back.
-        args.enforce_eager = True
     engine_args = seam("AsyncEngineArgs").from_cli_args(args)
     if mode == "thread":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the CPU platform starts a process per rank
         engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or "uni"
     vllm_config = engine_args.create_engine_config(usage_context=seam("UsageContext").OPENAI_API_SERVER)
-    if on_cpu and vllm_config.cache_config.kv_cache_memory_bytes is None:
+    if seam("current_platform").is_cpu() and vllm_config.cache_config.kv_cache_memory_bytes is None:
         vllm_config.cache_config.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
     if mode == "fork":
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the CPU platform has just set spawn
@@ -274,8 +283,12 @@ async def canary(call: Call, tasks: tuple[str, ...], model_id: str) -> None:
         raise EngineFailed(f"the engine started but answers {reply.status}: {answer.decode(errors='replace')[:500]}")
 
 
-def check_model(settings: Settings, environ: Mapping[str, str]) -> None:
-    """Raise `ModelNotFound` for a model that can't be had, before the slow imports."""
+def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
+    """Raise `ModelNotFound` for a folder that is none, before the slow imports.
+
+    A hub that can't be reached is noticed here, in seconds: its client would try again for
+    half a minute, and a model that is in its cache needs no hub.
+    """
     name = settings.model_name
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -284,6 +297,20 @@ def check_model(settings: Settings, environ: Mapping[str, str]) -> None:
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
+    if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
+        log.warning("hugging face can't be reached: only what its cache holds can be loaded")
+        environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _reachable(environ: Mapping[str, str]) -> bool:
+    if any(name in environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy's affair
+    url = urlsplit(environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), HUB_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _start_error(error: BaseException) -> StartError:

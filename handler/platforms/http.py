@@ -107,7 +107,8 @@ class _Server:
     def _app(self) -> asgi.App:
         settings = self._settings
         openai = edge.openai(self._engine.call, engine_is_dead=lambda: self._engine.is_dead)
-        keys = Keyring.of(settings.api_key) if settings.api_key and not settings.uds else None
+        guarded = settings.auth and settings.api_key and not settings.uds  # a unix socket has an owner
+        keys = Keyring.of(settings.api_key) if guarded and settings.api_key else None
 
         def check(request: Request) -> None:
             if keys is not None and request.path not in PROBES:
