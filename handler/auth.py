@@ -39,9 +39,12 @@ class Keyring:
     def check(self, request: Request) -> None:
         """Raise `Unauthorized` unless the request bears a key of this ring.
 
-        Only `Authorization: Bearer KEY` counts; the scheme is case-insensitive (RFC 7235).
+        `Authorization: Bearer KEY` counts, its scheme in any case (RFC 7235), and where there
+        is none `x-api-key: KEY`, which is what clients of `/v1/messages` send.
         """
         scheme, _, key = (request.header("authorization") or "").partition(" ")
+        if not scheme:
+            scheme, key = "bearer", request.header("x-api-key") or ""
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthorized("You didn't provide an API key. Provide it as 'Authorization: Bearer YOUR_KEY'.")
         given = digest(key.strip())

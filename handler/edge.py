@@ -44,7 +44,7 @@ _ELSEWHERE = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}  # w
 REQUEST_ID_MAX_CHARS = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_MAX_CHARS}}}")
 
-_NOT_FOR_THE_ENGINE = ("authorization", "cookie", "x-request-id", "host", "accept-encoding", "origin")
+_NOT_FOR_THE_ENGINE = ("authorization", "x-api-key", "cookie", "x-request-id", "host", "accept-encoding", "origin")
 _STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 OVERLOADED_RETRY_AFTER_S = 5

@@ -298,8 +298,15 @@ def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
     if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
-        log.warning("hugging face can't be reached: only what its cache holds can be loaded")
+        if not _cached(name, environ):
+            raise ModelNotFound(f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model")
         environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _cached(name: str, environ: Mapping[str, str]) -> bool:
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return (cache / ("models--" + name.replace("/", "--"))).is_dir()
 
 
 def _reachable(environ: Mapping[str, str]) -> bool:
