@@ -1,0 +1,1 @@
+"""The OpenAI-compatible URL in front of one or more workers."""

@@ -1,0 +1,215 @@
+"""`python -m gateway`: settings, listener, upstream, server. Exit codes are sysexits'."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import ipaddress
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import uvicorn
+import uvloop
+
+from gateway.admission import Admission
+from gateway.app import Gateway
+from gateway.console import Address, Console, FieldsFormatter
+from gateway.keys import Keys
+from gateway.metrics import Metrics
+from gateway.settings import GatewaySettings
+from gateway.upstreams.events import Event, Ready, StartFailed
+from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
+from handler.errors import BadSettings, NoResources, StartError
+
+WORKER = (sys.executable, "-m", "handler")
+KEEP_ALIVE_S = 75
+"""Longer than the idle timeout of the proxies people put in front (60 s), else they see sporadic 502s."""
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
+    """Run the gateway in front of `worker`, a command; returns an exit code of sysexits.h."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway",
+        description="Serve an OpenAI-compatible URL. Settings come from the environment.",
+    )
+    parser.parse_args(argv)
+    try:
+        settings = GatewaySettings.from_environ(os.environ)
+        _log_to_stderr(settings)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(settings, os.environ, worker))
+    except StartError as error:
+        print(f"firsttoken: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:  # before the loop took over
+        return INTERRUPTED
+
+
+async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: Sequence[str]) -> int:
+    """Listen, keep the worker, and answer until a signal comes.
+
+    Returns 0 once drained, or the exit code of a first worker that can never start.
+    """
+    listener = listen(settings.host, settings.port)
+    keys = Keys.open(settings.api_key)
+    metrics = Metrics()
+    console = Console(
+        Address(_base_url(settings, listener), settings.model_id, keys.shown), sys.stdout, sys.stderr
+    )
+    exit_code = 0
+
+    def tell(event: Event) -> None:
+        console(event)
+        _count(metrics, event)
+        if (
+            isinstance(event, StartFailed)
+            and event.permanent
+            and settings.start == "now"
+            and upstream.starts == 1
+        ):
+            nonlocal exit_code
+            exit_code = event.exit_code  # nobody has been served: say so where it was started
+            stop()
+
+    upstream = LocalUpstream(
+        worker,
+        environ,
+        at_once=settings.start == "now",
+        start_timeout_s=settings.start_timeout_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        tell=tell,
+    )
+    for state in STATES:
+        metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
+    admission = Admission(
+        upstream,
+        metrics,
+        queue_limit=settings.queue_limit,
+        queue_timeout_s=settings.queue_timeout_s,
+        keep_alive_s=settings.keep_alive_s,
+    )
+    gateway = Gateway(
+        endpoint_id=settings.endpoint_id,
+        endpoint=admission.call,
+        keys=keys,
+        metrics=metrics,
+        health=lambda: {
+            "status": "ok",
+            "worker": {"state": upstream.state, "phase": upstream.phase, "starts": upstream.starts},
+            "waiting": admission.waiting,
+        },
+        open_metrics=_is_loopback(settings.host),
+    )
+    app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
+    server = Server(_config(app, settings))
+
+    def stop() -> None:
+        server.should_exit = True
+        upstream.stop_taking()
+
+    def interrupt() -> None:
+        if server.should_exit:  # a second Ctrl-C
+            upstream.kill()
+            os._exit(INTERRUPTED)
+        stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    async with upstream:
+        if settings.start != "now":
+            console.waits_for_request()
+        await server.serve(sockets=[listener])
+    console.close()
+    return exit_code
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with its signals left to `serve`: its own handlers would end the process by the signal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`, so that a taken port is known before a worker starts.
+
+    Raises `NoResources` when it can't be bound and `BadSettings` when `host` is no address.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        taken = error.errno == errno.EADDRINUSE
+        why = "is already in use; choose another with PORT" if taken else f"can't be bound: {error.strerror}"
+        raise NoResources(f"port {port} of {host} {why}") from error
+    return listener
+
+
+def _config(app: object, settings: GatewaySettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type] # uvicorn's ASGI types are stricter than ASGI
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S),
+    )
+
+
+def _base_url(settings: GatewaySettings, listener: socket.socket) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - shown, not bound
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}/v2/{settings.endpoint_id}/openai/v1"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is(upstream: LocalUpstream, state: str) -> float:
+    return float(upstream.state == state)
+
+
+def _count(metrics: Metrics, event: Event) -> None:
+    if isinstance(event, Ready):
+        metrics.worker_starts.labels("ready").inc()
+        metrics.worker_cold_start_s.set(event.cold_start.get("total_s", event.took_s))
+    elif isinstance(event, StartFailed):
+        metrics.worker_starts.labels("failed").inc()
+
+
+def _log_to_stderr(settings: GatewaySettings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(FieldsFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

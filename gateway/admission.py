@@ -1,0 +1,161 @@
+"""Holds requests while no worker can take them: bounded, in order, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+
+from gateway.metrics import Metrics
+from gateway.upstreams import Upstream, WorkerLost
+from handler import sse
+from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
+from handler.messages import Headers, Reply, Request, read
+
+_EARLY_HEADERS: Headers = (
+    ("content-type", "text/event-stream; charset=utf-8"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+)
+
+
+class Admission:
+    """Stands in front of an upstream that may have to be started first.
+
+    At most `queue_limit` requests wait, each for at most `queue_timeout_s` from its arrival;
+    who leaves frees its place at once. A streamed request that still waits after
+    `keep_alive_s` is answered 200 early and gets comment frames until its stream begins; an
+    error is then its last frame (0: never early). A request whose worker went away before it
+    answered is given to the next one, once.
+
+    Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        metrics: Metrics,
+        *,
+        queue_limit: int,
+        queue_timeout_s: float,
+        keep_alive_s: float,
+    ) -> None:
+        self._upstream = upstream
+        self._metrics = metrics
+        self._queue_limit = queue_limit
+        self._queue_timeout_s = queue_timeout_s
+        self._keep_alive_s = keep_alive_s
+        self.waiting = 0
+
+    @asynccontextmanager
+    async def call(self, request: Request) -> AsyncIterator[Reply]:
+        """Answer `request` as soon as a worker is there."""
+        deadline_s = asyncio.get_running_loop().time() + self._queue_timeout_s
+        async with AsyncExitStack() as stack:
+            for last in (False, True):
+                if not self._upstream.ready:
+                    turn = self._line_up(deadline_s, stack)
+                    if not await self._soon(turn, request):
+                        frames = self._held(request, turn, deadline_s, stack, last=last)
+                        yield Reply(200, _EARLY_HEADERS, await stack.enter_async_context(aclosing(frames)))
+                        return
+                try:
+                    reply = await stack.enter_async_context(self._upstream.call(request))
+                    break
+                except WorkerLost:
+                    if last:
+                        raise
+            yield reply
+
+    async def _soon(self, turn: asyncio.Task[None], request: Request) -> bool:
+        """Whether its turn comes before an early answer is in order; raises why it never will."""
+        early = self._keep_alive_s > 0 and _asks_for_stream(request)
+        await asyncio.wait({turn}, timeout=self._keep_alive_s if early else None)
+        if turn.done():
+            turn.result()
+        return turn.done()
+
+    async def _held(
+        self,
+        request: Request,
+        turn: asyncio.Task[None],
+        deadline_s: float,
+        stack: AsyncExitStack,
+        *,
+        last: bool,
+    ) -> AsyncGenerator[bytes, None]:
+        """The frames of a stream that was answered early."""
+        while True:
+            while not turn.done():
+                yield sse.KEEP_ALIVE
+                await asyncio.wait({turn}, timeout=self._keep_alive_s)
+            turn.result()
+            try:
+                async with self._upstream.call(request) as reply:
+                    async for chunk in _as_frames(reply):
+                        yield chunk
+            except WorkerLost:
+                if last:
+                    raise
+            else:
+                return
+            last = True
+            turn = self._line_up(deadline_s, stack)
+
+    def _line_up(self, deadline_s: float, stack: AsyncExitStack) -> asyncio.Task[None]:
+        """A place in the queue, given up with `stack`: a task that ends when its turn has come."""
+        turn = asyncio.create_task(self._wait(deadline_s))
+        stack.callback(_give_up, turn)
+        return turn
+
+    async def _wait(self, deadline_s: float) -> None:
+        upstream, metrics = self._upstream, self._metrics
+        if self.waiting >= self._queue_limit:
+            raise NotAdmitted(
+                f"{self.waiting} requests already wait for the worker to start.",
+                retry_after_s=upstream.retry_after_s,
+            )
+        began_s = asyncio.get_running_loop().time()
+        self.waiting += 1
+        metrics.queue_depth.set(self.waiting)
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                await upstream.wait_ready()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"No worker was ready within {self._queue_timeout_s:g} s.",
+                headers=NotAdmitted("", retry_after_s=upstream.retry_after_s).headers,
+            ) from None
+        finally:
+            self.waiting -= 1
+            metrics.queue_depth.set(self.waiting)
+            metrics.held_s.observe(asyncio.get_running_loop().time() - began_s)
+
+
+def _give_up(turn: asyncio.Task[None]) -> None:
+    if not turn.cancel() and not turn.cancelled():
+        turn.exception()  # so that asyncio does not complain that nobody heard it
+
+
+def _asks_for_stream(request: Request) -> bool:
+    if b'"stream"' not in request.body:
+        return False
+    try:
+        body = json.loads(request.body)
+    except ValueError:
+        return False
+    return isinstance(body, dict) and body.get("stream") is True
+
+
+async def _as_frames(reply: Reply) -> AsyncIterator[bytes]:
+    """The frames of `reply` inside a stream that has begun: another status is one error frame."""
+    if reply.streams:
+        async for chunk in reply.frames:
+            yield chunk
+        return
+    try:
+        body = json.loads(await read(reply))
+    except ValueError as error:
+        raise UpstreamFailed(f"The worker answered with status {reply.status} and no JSON.") from error
+    yield sse.event(body)

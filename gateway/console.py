@@ -1,0 +1,149 @@
+"""What the person who started the gateway sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+
+log = logging.getLogger("gateway")
+
+_CLEAR_LINE = "\x1b[2K"
+
+_SNIPPET = """\
+{imports}from openai import OpenAI
+
+client = OpenAI(
+    api_key={key},
+    base_url={base_url},
+)
+response = client.chat.completions.create(
+    model={model},
+    messages=[
+        {{"role": "system", "content": "You are a helpful assistant."}},
+        {{"role": "user", "content": "Hello, who are you?"}},
+    ],
+    temperature=0.7,
+    max_tokens=500,
+)
+print(response.choices[0].message.content)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a client needs. `key` is None when the user gave it: then it is never printed."""
+
+    base_url: str
+    model: str
+    key: str | None
+
+    def line(self) -> str:
+        """URL, model and key on one line."""
+        return f"{self.base_url}  model {self.model}  key {self.key or '$API_KEY'}"
+
+    def snippet(self) -> str:
+        """A Python program that works when pasted."""
+        given = self.key is None
+        return _SNIPPET.format(
+            imports="import os\n\n" if given else "",
+            key='os.environ["API_KEY"]' if given else json.dumps(self.key),
+            base_url=json.dumps(self.base_url),
+            model=json.dumps(self.model),
+        )
+
+
+class Console:
+    """Tells events to a person: the address on `out`, all else on `err`.
+
+    On a terminal the start is one line that keeps up to date; elsewhere it is log lines.
+    """
+
+    def __init__(self, address: Address, out: TextIO, err: TextIO) -> None:
+        self._address = address
+        self._out = out
+        self._err = err
+        self._terminal = err.isatty()
+        self._shown = False
+        self._phase: str | None = None
+        self._began_s = 0.0
+        self._tick: asyncio.TimerHandle | None = None
+
+    def waits_for_request(self) -> None:
+        """Nothing is started yet: the address is worth knowing all the same."""
+        self._show("the worker starts with the first request")
+
+    def __call__(self, event: Event) -> None:
+        """Tell `event`."""
+        match event:
+            case Starting():
+                self._began_s = time.monotonic()
+                self._progress("starting the worker")
+            case Progress(text):
+                self._progress(text)
+            case Ready(took_s, cold_start):
+                self._end_progress()
+                total_s = cold_start.get("total_s", took_s)
+                if self._shown:
+                    log.info("worker ready", extra={"cold_start_s": round(total_s, 1)})
+                else:
+                    self._show(f"ready in {total_s:.1f} s")
+            case StartFailed(reason, exit_code, again_in_s=again_in_s):
+                self._end_progress()
+                fields = {"reason": reason, "exit_code": exit_code, "again_in_s": again_in_s}
+                log.error("worker could not start", extra=fields)
+            case Ended(reason, expected):
+                level = logging.INFO if expected else logging.ERROR
+                log.log(level, "worker ended", extra={"reason": reason})
+
+    def _show(self, how: str) -> None:
+        self._shown = True
+        self._out.write(f"{how}  {self._address.line()}\n\n{self._address.snippet()}")
+        self._out.flush()
+
+    def _progress(self, text: str) -> None:
+        if not self._terminal:
+            log.info("worker starting", extra={"phase": text})
+            return
+        self._phase = text
+        self._draw()
+
+    def _draw(self) -> None:
+        # The cursor goes back to the line's start: whatever else is written there covers the line.
+        elapsed_s = time.monotonic() - self._began_s
+        self._err.write(f"{_CLEAR_LINE}{self._phase} ({elapsed_s:.0f} s)\r")
+        self._err.flush()
+        if self._tick is not None:
+            self._tick.cancel()
+        self._tick = asyncio.get_running_loop().call_later(1, self._draw)
+
+    def _end_progress(self) -> None:
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        if self._phase is not None:
+            self._phase = None
+            self._err.write(_CLEAR_LINE)
+            self._err.flush()
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._end_progress()
+
+
+class FieldsFormatter(logging.Formatter):
+    """`level logger message name=value ...`: the fields are those given as `extra`."""
+
+    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """One line of `record`."""
+        fields: Mapping[str, object] = {k: v for k, v in vars(record).items() if k not in self._OWN}
+        extra = "".join(f" {name}={value!r}" for name, value in fields.items())
+        return f"{record.levelname.lower()} {record.name} {record.message}{extra}"

@@ -1,0 +1,55 @@
+"""Every Prometheus name of the gateway, in one place."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_HELD_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The gateway's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self.requests = Counter(
+            "firsttoken_gateway_requests",
+            "Requests by route and status; the status of a client that left before its answer is `left`.",
+            ("route", "status"),
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "firsttoken_gateway_in_flight", "Requests that are held now.", registry=registry
+        )
+        self.broken_replies = Counter(
+            "firsttoken_gateway_broken_replies",
+            "Replies that failed after they had begun.",
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "firsttoken_gateway_queue_depth", "Requests that wait for a worker.", registry=registry
+        )
+        self.held_s = Histogram(
+            "firsttoken_gateway_held_seconds",
+            "How long requests waited for a worker, those that were served at once not counted.",
+            buckets=_HELD_BUCKETS_S,
+            registry=registry,
+        )
+        self.worker_starts = Counter(
+            "firsttoken_gateway_worker_starts", "Started workers by outcome.", ("outcome",), registry=registry
+        )
+        self.worker_cold_start_s = Gauge(
+            "firsttoken_gateway_worker_cold_start_seconds", "How long the last start took.", registry=registry
+        )
+        self.worker_state = Gauge(
+            "firsttoken_gateway_worker_state",
+            "1 for the state the worker is in.",
+            ("state",),
+            registry=registry,
+        )
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,161 @@
+"""One worker process: started in a group of its own, heard through `NOTIFY_SOCKET`, ended whole."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.notify import NotifySocket
+
+NOT_INHERITED = ("HOST", "PORT", "API_KEY")
+"""The gateway's own: a worker has no port and no key, its socket lies in a private folder."""
+
+_REASONS = {
+    64: "its command line is wrong",
+    65: "what was baked does not match its manifest",
+    66: "the model was not found",
+    70: "the engine failed",
+    75: "the machine lacks memory, a device or a system library",
+    78: "its settings are wrong",
+}
+PERMANENT = frozenset({64, 65, 66, 78})
+"""Exit codes (sysexits.h) that come again until a person changes something."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a worker ended: `code` as `subprocess` gives it, `said` its last word on why."""
+
+    code: int
+    said: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """One clause for a person, without a full stop."""
+        if self.said:
+            return self.said.rstrip(".")
+        if self.code < 0:
+            with suppress(ValueError):
+                return f"it was ended by {signal.Signals(-self.code).name}"
+        return _REASONS.get(self.code, f"it exited with code {self.code}")
+
+
+class WorkerProcess:
+    """A worker from its start to its end.
+
+    Three futures tell its life: `ready` holds what it measured of its cold start, once it
+    said READY=1; `left` is done when it takes no more; `exited` holds how it ended.
+    """
+
+    def __init__(self, socket_path: Path, progress: Callable[[str], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.socket_path = socket_path
+        self.ready: asyncio.Future[dict[str, Any]] = loop.create_future()
+        self.exited: asyncio.Future[Exit] = loop.create_future()
+        self.left: asyncio.Future[None] = loop.create_future()
+        self._progress = progress
+        self._said: str | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._notify = NotifySocket(socket_path.with_suffix(".notify"), self._hear)
+        self._lifeline_end, self._lifeline = os.pipe()
+
+    async def start(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        """Start `command`. Raises `OSError` if it can't be."""
+        env = {name: value for name, value in environ.items() if name not in NOT_INHERITED}
+        env |= {
+            "PLATFORM": "http",
+            "UDS": str(self.socket_path),
+            "NOTIFY_SOCKET": str(self.socket_path.with_suffix(".notify")),
+            "LIFELINE_FD": str(self._lifeline_end),
+        }
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *command,
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(self._lifeline_end,),
+                start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
+            )
+        except OSError:
+            self._close()
+            raise
+        os.close(self._lifeline_end)
+        self._lifeline_end = -1
+        self._watch = asyncio.create_task(self._wait())
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also that of its group."""
+        assert self._process is not None, "started"
+        return self._process.pid
+
+    def leave(self) -> None:
+        """It takes no more, whoever said so."""
+        if not self.left.done():
+            self.left.set_result(None)
+
+    def terminate(self) -> None:
+        """Ask the worker to drain. The processes it started are its own to stop."""
+        self.leave()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the worker's whole group now."""
+        self.leave()
+        self._kill_group()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    async def end(self, timeout_s: float) -> None:
+        """Terminate, and kill what is left after `timeout_s`."""
+        if not self.exited.done():
+            self.terminate()
+        await asyncio.wait({self.exited}, timeout=timeout_s)
+        if not self.exited.done():
+            self.kill()
+            await asyncio.wait({self.exited})
+
+    async def _wait(self) -> None:
+        assert self._process is not None, "started"
+        code = await self._process.wait()
+        self._kill_group()  # what it started and left behind
+        self._notify.drain()
+        self._close()
+        self.exited.set_result(Exit(code, self._said))
+
+    def _hear(self, fields: Mapping[str, str]) -> None:
+        if "STOPPING" in fields:
+            self.leave()
+        elif "EXIT_STATUS" in fields:
+            self._said = fields.get("STATUS") or None
+        elif "READY" in fields:
+            if not self.ready.done():
+                self.ready.set_result(_cold_start(fields.get("X_COLD_START", "")))
+        elif status := fields.get("STATUS"):
+            self._progress(status)
+
+    def _close(self) -> None:
+        self._notify.close()
+        self.socket_path.unlink(missing_ok=True)
+        os.close(self._lifeline)
+        if self._lifeline_end >= 0:
+            os.close(self._lifeline_end)
+
+
+def _cold_start(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

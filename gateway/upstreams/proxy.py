@@ -1,0 +1,134 @@
+"""Sends a `Request` to the HTTP server behind a unix socket, and its answer back as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+import aiohttp
+from yarl import URL
+
+from gateway.upstreams import WorkerLost
+from handler import sse
+from handler.errors import UpstreamFailed
+from handler.messages import Headers, Reply, Request, without
+
+CONNECT_TIMEOUT_S = 5.0
+KEEP_ALIVE_S = 30.0
+"""Idle connections are closed by us before the worker does (75 s), so that none is reused too late."""
+LARGE_BODY_BYTES = 512 * 1024
+
+_HOP_BY_HOP = (
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
+    *("te", "trailer", "transfer-encoding", "upgrade"),
+)
+_NOT_FOR_THE_WORKER = (
+    *_HOP_BY_HOP,
+    *("host", "content-length", "expect", "accept-encoding", "origin"),
+    *("authorization", "cookie", "api-key", "x-api-key"),
+)
+_NOT_FOR_THE_CLIENT = (*_HOP_BY_HOP, "date", "server")
+
+
+class Refused(WorkerLost):
+    """Nothing listens at the socket: the worker is dead or takes no more."""
+
+
+class SocketProxy:
+    """Asks the HTTP server at the unix socket `path`.
+
+    Leaving a reply closes its connection at once, which is how the worker learns that its
+    client has gone. Raises `WorkerLost` while nothing was answered, and `UpstreamFailed`
+    from the frames when the answer is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
+        )
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @asynccontextmanager
+    async def call(self, request: Request) -> AsyncIterator[Reply]:
+        """Answer `request`; leaving the reply closes its connection."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            response, begun = await self._open(request)
+            try:
+                yield _reply(response, begun)
+            finally:
+                response.close()
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _open(self, request: Request) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The response and the first bytes of its body: until then another worker may be asked."""
+        try:
+            response = await self._session.request(
+                request.method,
+                _url(request),
+                data=_payload(request.body),
+                headers=without(request.headers, _NOT_FOR_THE_WORKER),
+                allow_redirects=False,
+            )
+        except aiohttp.ClientConnectorError as error:
+            raise Refused("The worker could not be reached.") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise WorkerLost("The worker went away before it answered.") from error
+        try:
+            return response, await response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            response.close()
+            raise WorkerLost("The worker went away before it answered.") from error
+        except asyncio.CancelledError:
+            response.close()
+            raise
+
+    async def close(self) -> None:
+        """Wait for what is in flight to end, then close every connection."""
+        try:
+            await self._idle.wait()
+        finally:
+            await self._session.close()
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO | None:
+    # aiohttp warns of large `bytes`, which it would write in one go.
+    return (body or None) if len(body) < LARGE_BODY_BYTES else io.BytesIO(body)
+
+
+def _url(request: Request) -> URL:
+    # Encoded here and not by yarl, which would resolve `..`: what the allow-list saw is what is asked.
+    query = "?" + request.query if request.query else ""
+    return URL(f"http://worker{quote(request.path)}{query}", encoded=True)
+
+
+def _reply(response: aiohttp.ClientResponse, begun: bytes) -> Reply:
+    headers: Headers = tuple(
+        (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
+    )
+    chunks = _chunks(begun, response.content)
+    reply = Reply(response.status, without(headers, _NOT_FOR_THE_CLIENT), chunks)
+    return Reply(reply.status, reply.headers, sse.frames(chunks)) if reply.streams else reply
+
+
+async def _chunks(begun: bytes, rest: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    try:
+        while begun:
+            yield begun
+            begun = await rest.readany()
+    except (aiohttp.ClientError, OSError) as error:
+        raise UpstreamFailed("The worker went away while it answered.") from error

@@ -1,0 +1,264 @@
+"""The gateway's routes, with a scripted application where the upstream would be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gateway.app import Gateway
+from gateway.keys import Keys
+from gateway.metrics import Metrics
+from handler.asgi import App, Message, call_app
+from handler.errors import UpstreamFailed
+from handler.messages import Headers, Request, read
+from tests.scripted_app import EVENT_STREAM, Fail, Say, Script, ScriptedApp, answer, stream
+
+KEY: Headers = (("authorization", "Bearer secret"),)
+BASE = "/v2/local/openai"
+HEALTH = {"status": "ok", "worker": {"state": "ready"}}
+
+
+def gateway(
+    scripted: ScriptedApp,
+    *,
+    open_metrics: bool = False,
+    cors_origins: tuple[str, ...] = (),
+    max_body_bytes: int = 100,
+) -> App:
+    """The application in front of `scripted`."""
+    return Gateway(
+        endpoint_id="local",
+        endpoint=call_app(scripted),
+        keys=Keys.open("secret"),
+        metrics=Metrics(),
+        health=lambda: HEALTH,
+        open_metrics=open_metrics,
+    ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
+
+
+async def ask(
+    app: App, method: str, path: str, headers: Headers = KEY, body: bytes = b""
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of one answer."""
+    async with call_app(app)(Request(method, path, headers, body)) as reply:
+        return reply.status, dict(reply.headers), await read(reply)
+
+
+def error(raw: bytes) -> tuple[str, str | None, str | None]:
+    """Type, param and code of an error body, which has nothing else but a message."""
+    fault = json.loads(raw)["error"]
+    assert set(fault) == {"message", "type", "param", "code"}
+    assert fault["message"]
+    return fault["type"], fault["param"], fault["code"]
+
+
+async def test_openai_request_reaches_the_endpoint_as_v1() -> None:
+    """Method, query and body arrive as sent, the path from `/v1` on; status and body come back."""
+    scripted = ScriptedApp({"POST /v1/chat/completions": answer({"id": "a"}, 200, (("x-worker", "1"),))})
+    status, headers, body = await ask(
+        gateway(scripted), "POST", f"{BASE}/v1/chat/completions", KEY, b'{"a":1}'
+    )
+    assert (status, headers["x-worker"], body) == (200, "1", b'{"id": "a"}')
+    seen = scripted.seen[0]
+    assert (seen.method, seen.path, seen.body) == ("POST", "/v1/chat/completions", b'{"a":1}')
+
+
+async def test_model_ids_may_hold_slashes() -> None:
+    """`/models/{id}` takes the rest of the path."""
+    scripted = ScriptedApp({"GET /v1/models/org/name": answer({"id": "org/name"})})
+    assert (await ask(gateway(scripted), "GET", f"{BASE}/v1/models/org/name"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "expected"),
+    [
+        ("GET", f"{BASE}/v1/models", (), 401, ("invalid_request_error", None, "invalid_api_key")),
+        (
+            "GET",
+            f"{BASE}/v1/models",
+            (("authorization", "Bearer no"),),
+            401,
+            ("invalid_request_error", None, "invalid_api_key"),
+        ),
+        (
+            "GET",
+            f"{BASE}/v1/models",
+            (("authorization", "Basic secret"),),
+            401,
+            ("invalid_request_error", None, "invalid_api_key"),
+        ),
+        (
+            "GET",
+            f"{BASE}/v1/models",
+            (("api-key", "secret"),),
+            401,
+            ("invalid_request_error", None, "invalid_api_key"),
+        ),
+        ("GET", "/v2", (), 401, ("invalid_request_error", None, "invalid_api_key")),
+        ("GET", "/v2/other/openai/v1/models", (), 401, ("invalid_request_error", None, "invalid_api_key")),
+        ("POST", f"{BASE}/invocations", (), 401, ("invalid_request_error", None, "invalid_api_key")),
+        (
+            "GET",
+            "/v2/other/openai/v1/models",
+            KEY,
+            404,
+            ("invalid_request_error", None, "endpoint_not_found"),
+        ),
+        ("GET", "/v2", KEY, 404, ("invalid_request_error", None, "endpoint_not_found")),
+        ("POST", "/v2/local/run", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("GET", "/v2/local/openai", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("POST", f"{BASE}/v1/nothing", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("POST", f"{BASE}/invocations", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("POST", f"{BASE}/v1/load_lora_adapter", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("GET", f"{BASE}/metrics", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("GET", "/", (), 404, ("invalid_request_error", None, "unknown_url")),
+        ("GET", "/v1/models", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("GET", "/docs", (), 404, ("invalid_request_error", None, "unknown_url")),
+        (
+            "GET",
+            f"{BASE}/v1/chat/completions",
+            KEY,
+            405,
+            ("invalid_request_error", None, "method_not_allowed"),
+        ),
+        ("HEAD", f"{BASE}/v1/models", KEY, 405, ("invalid_request_error", None, "method_not_allowed")),
+        ("POST", "/health", (), 405, ("invalid_request_error", None, "method_not_allowed")),
+    ],
+)
+async def test_refusals_have_openai_shape(
+    method: str, path: str, headers: Headers, status: int, expected: tuple[str, str | None, str | None]
+) -> None:
+    """Who is refused gets status, type, param and code, and a request id; nothing gets through."""
+    scripted = ScriptedApp({})
+    got, answered, body = await ask(gateway(scripted), method, path, headers)
+    assert (got, error(body)) == (status, expected)
+    assert answered["x-request-id"]
+    assert scripted.seen == []
+
+
+async def test_key_is_checked_before_the_body_is_read() -> None:
+    """A body of any size costs nothing without the key."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        assert sent, "the body was read before the answer began"
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": f"{BASE}/v1/chat/completions",
+        "headers": [(b"content-length", b"99")],
+        "query_string": b"",
+    }
+    await gateway(ScriptedApp({}))(scope, receive, send)
+    assert sent[0]["status"] == 401
+
+
+async def test_body_over_the_cap_is_413() -> None:
+    """`MAX_BODY_BYTES` holds for whoever has the key."""
+    scripted = ScriptedApp({})
+    status, _, body = await ask(gateway(scripted), "POST", f"{BASE}/v1/completions", KEY, b"x" * 101)
+    assert (status, error(body)) == (413, ("invalid_request_error", None, "request_too_large"))
+
+
+async def test_request_id_is_echoed_and_passed_on() -> None:
+    """One id names the request for client, gateway and worker."""
+    scripted = ScriptedApp({"GET /v1/models": answer({})})
+    _, headers, _ = await ask(gateway(scripted), "GET", f"{BASE}/v1/models", (*KEY, ("x-request-id", "mine")))
+    assert headers["x-request-id"] == "mine"
+    assert scripted.seen[0].header("x-request-id") == "mine"
+
+
+async def test_cors_is_on_answers_errors_and_preflights() -> None:
+    """A browser may read every answer of an allowed origin, its 401 too, and preflight without a key."""
+    app = gateway(ScriptedApp({}), cors_origins=("https://a.example",))
+    origin = ("origin", "https://a.example")
+    refused = await ask(app, "GET", f"{BASE}/v1/models", (origin,))
+    assert (refused[0], refused[1]["access-control-allow-origin"]) == (401, "https://a.example")
+    preflight = await ask(
+        app, "OPTIONS", f"{BASE}/v1/chat/completions", (origin, ("access-control-request-method", "POST"))
+    )
+    assert (preflight[0], preflight[1]["access-control-allow-origin"]) == (204, "https://a.example")
+
+
+async def test_failure_in_mid_stream_is_the_last_frame() -> None:
+    """A stream that breaks ends with an error frame and without `[DONE]`."""
+    scripted = ScriptedApp(
+        {"POST /v1/completions": Script((Say("data: 1\n\n"), Say("data: 2\n\n"), Fail()), 200, EVENT_STREAM)}
+    )
+    status, _, body = await ask(gateway(scripted), "POST", f"{BASE}/v1/completions")
+    *frames, last, end = body.decode().split("\n\n")
+    assert (status, frames, end) == (200, ["data: 1", "data: 2"], "")
+    assert error(last.removeprefix("data: ").encode()) == ("server_error", None, "engine_dead")
+
+
+async def test_stream_passes_through_byte_by_byte() -> None:
+    """Frames arrive as they were made, `[DONE]` included."""
+    scripted = ScriptedApp({"POST /v1/completions": stream("héllo 😀", "2")})
+    _, _, body = await ask(gateway(scripted), "POST", f"{BASE}/v1/completions")
+    assert body == "data: héllo 😀\n\ndata: 2\n\ndata: [DONE]\n\n".encode()
+
+
+async def test_health_is_open_and_says_how_the_worker_is() -> None:
+    """Liveness needs no key and holds no secret."""
+    status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", ())
+    assert (status, json.loads(body)) == (200, HEALTH)
+
+
+@pytest.mark.parametrize(
+    ("open_metrics", "headers", "expected"),
+    [
+        (False, (), 401),
+        (False, KEY, 200),
+        (True, (), 200),
+        (True, (("x-forwarded-for", "203.0.113.9"),), 401),
+    ],
+)
+async def test_metrics_want_the_key_unless_on_loopback(
+    open_metrics: bool, headers: Headers, expected: int
+) -> None:
+    """A proxy on this machine does not open them to the world."""
+    status, _, _ = await ask(gateway(ScriptedApp({}), open_metrics=open_metrics), "GET", "/metrics", headers)
+    assert status == expected
+
+
+async def test_requests_are_counted_by_route_and_status() -> None:
+    """Refusals are counted too, and what clients make up is one label."""
+    app = gateway(ScriptedApp({"GET /v1/models": answer({}), "GET /v1/models/x": answer({}, 404)}))
+    await ask(app, "GET", f"{BASE}/v1/models")
+    await ask(app, "GET", f"{BASE}/v1/models/x")
+    await ask(app, "GET", f"{BASE}/v1/models", ())
+    await ask(app, "GET", "/made-up-by-a-scanner")
+    _, _, text = await ask(app, "GET", "/metrics")
+    lines = [
+        line for line in text.decode().splitlines() if line.startswith("firsttoken_gateway_requests_total")
+    ]
+    assert sorted(lines) == [
+        'firsttoken_gateway_requests_total{route="/v1/models",status="200"} 1.0',
+        'firsttoken_gateway_requests_total{route="/v1/models",status="401"} 1.0',
+        'firsttoken_gateway_requests_total{route="/v1/models/{id}",status="404"} 1.0',
+        'firsttoken_gateway_requests_total{route="other",status="404"} 1.0',
+    ]
+
+
+async def test_upstream_failure_before_the_answer_is_a_502() -> None:
+    """An upstream that raises is answered in OpenAI's shape."""
+
+    async def broken(scope: Message, receive: object, send: object) -> None:
+        raise UpstreamFailed("The worker went away before it answered.")
+
+    app = Gateway(
+        endpoint_id="local",
+        endpoint=call_app(broken),
+        keys=Keys.open("secret"),
+        metrics=Metrics(),
+        health=lambda: HEALTH,
+    ).app(max_body_bytes=100, cors_origins=())
+    status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
+    assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
