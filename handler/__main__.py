@@ -31,7 +31,8 @@ log = logging.getLogger("handler")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the worker; returns an exit code of sysexits.h (see `handler.errors`)."""
     parser = argparse.ArgumentParser(
-        prog="python -m handler", description="Serve one model on this platform. Settings come from the environment."
+        prog="python -m handler",
+        description="Serve one model on this platform. Settings come from the environment.",
     )
     parser.add_argument("command", nargs="?", choices=["serve", "settings"], default="serve")
     if parser.parse_args(argv).command == "settings":
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(os.environ)
     except StartError as error:
         print(f"firsttoken: {error}", file=sys.stderr)
+        Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, " ".join(str(error).split()))
         return error.exit_code
     return 0
 
@@ -84,7 +86,9 @@ def configure_logging(level: str) -> None:
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours.addHandler(to_stderr)
-    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: nobody who runs a worker can act on them
+    warnings.simplefilter(
+        "ignore", FutureWarning
+    )  # of vLLM and torch: nobody who runs a worker can act on them
 
 
 def _give_up(*_: object) -> None:

@@ -163,7 +163,8 @@ class _Exchange:
         if self._start is None:
             raise _answerable(self._failure)
         headers = tuple(
-            (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in self._start["headers"]
+            (name.decode("latin-1").lower(), value.decode("latin-1"))
+            for name, value in self._start["headers"]
         )
         return int(self._start["status"]), headers
 
@@ -246,12 +247,14 @@ def refuse(error: RequestError) -> Call:
     return lambda _: _Refusal(error)
 
 
-class _ClientLeft(Exception):  # noqa: N818 - says what happened
+class _ClientLeft(Exception):
     """The client closed the connection before its body was whole."""
 
 
 def _parse(scope: Message) -> Request:
-    headers = tuple((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"])
+    headers = tuple(
+        (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
+    )
     return Request(scope["method"], scope["path"], headers, b"", scope["query_string"].decode("latin-1"))
 
 
@@ -321,7 +324,8 @@ def _start(reply: Reply) -> Message:
 
 def _is_event_stream(start: Message) -> bool:
     return any(
-        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"]
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in start["headers"]
     )
 
 

@@ -46,7 +46,9 @@ class Keyring:
         if not scheme:
             scheme, key = "bearer", request.header("x-api-key") or ""
         if scheme.lower() != "bearer" or not key.strip():
-            raise Unauthorized("You didn't provide an API key. Provide it as 'Authorization: Bearer YOUR_KEY'.")
+            raise Unauthorized(
+                "You didn't provide an API key. Provide it as 'Authorization: Bearer YOUR_KEY'."
+            )
         given = digest(key.strip())
         # Every digest is compared: the time taken says nothing about which one matched.
         if not sum(hmac.compare_digest(given, known) for known in self._digests):

@@ -40,7 +40,7 @@ class Drain:
             if self._stopping:
                 raise _stopped("is stopping")
             task = asyncio.current_task()
-            assert task is not None, "a call runs in a task"  # noqa: S101 - narrows the type
+            assert task is not None, "a call runs in a task"
             self._held.add(task)
             self._empty.clear()
             try:

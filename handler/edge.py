@@ -16,7 +16,15 @@ from dataclasses import replace
 from typing import Any
 
 from handler import sse
-from handler.errors import EngineDead, MethodNotAllowed, NoSuchModel, NoSuchRoute, RequestError, error_body, json_reply
+from handler.errors import (
+    EngineDead,
+    MethodNotAllowed,
+    NoSuchModel,
+    NoSuchRoute,
+    RequestError,
+    error_body,
+    json_reply,
+)
 from handler.messages import Call, Headers, Reply, Request, once, read, without
 
 log = logging.getLogger(__name__)
@@ -44,7 +52,15 @@ _ELSEWHERE = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}  # w
 REQUEST_ID_MAX_CHARS = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_MAX_CHARS}}}")
 
-_NOT_FOR_THE_ENGINE = ("authorization", "x-api-key", "cookie", "x-request-id", "host", "accept-encoding", "origin")
+_NOT_FOR_THE_ENGINE = (
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "x-request-id",
+    "host",
+    "accept-encoding",
+    "origin",
+)
 _STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 OVERLOADED_RETRY_AFTER_S = 5
@@ -141,7 +157,7 @@ def openai(call: Call, *, engine_is_dead: Callable[[], bool] = lambda: False) ->
         )
         async with call(inner) as reply:
             if reply.status >= 400:
-                if reply.status >= 500 and engine_is_dead():  # noqa: PLR2004
+                if reply.status >= 500 and engine_is_dead():
                     raise EngineDead
                 yield await _error(reply, path, request.method)
             elif reply.streams:
@@ -169,7 +185,7 @@ def _models(listing: dict[str, Any], model_id: str | None) -> Reply:
 async def _error(reply: Reply, path: str, method: str) -> Reply:
     body = openai_error(reply.status, await read(reply), path=path, method=method)
     headers = tuple(pair for pair in reply.headers if pair[0] in {"retry-after", "allow"})
-    if reply.status == 503 and not headers:  # noqa: PLR2004
+    if reply.status == 503 and not headers:
         headers = (("retry-after", str(OVERLOADED_RETRY_AFTER_S)),)
     return json_reply(reply.status, body, headers)
 
@@ -183,8 +199,12 @@ async def _stream(reply: Reply, path: str) -> Reply:
     begun = await anext(reply.frames, b"")
     if begun.startswith(_ERROR_FRAME):
         fault = sse.data(sse.split(begun)[0])
-        status = fault["error"].get("code") if isinstance(fault, dict) and isinstance(fault["error"], dict) else None
-        status = status if isinstance(status, int) and 400 <= status < 600 else 500  # noqa: PLR2004
+        status = (
+            fault["error"].get("code")
+            if isinstance(fault, dict) and isinstance(fault["error"], dict)
+            else None
+        )
+        status = status if isinstance(status, int) and 400 <= status < 600 else 500
         return json_reply(status, openai_error(status, json.dumps(fault).encode(), path=path))
     headers = without(reply.headers, ("content-length", *(name for name, _ in _STREAM_HEADERS)))
     return Reply(reply.status, (*headers, *_STREAM_HEADERS), _until_error(begun, reply.frames, path))
@@ -236,15 +256,17 @@ def openai_error(status: int, raw: bytes, *, path: str, method: str = "POST") ->
     fault = _fault(raw)
     message = fault.get("message")
     param = fault.get("param")
-    code = _CODES.get(status, "server_error" if status >= 500 else "invalid_request")  # noqa: PLR2004
-    if status == 404 and param == "model":  # noqa: PLR2004
+    code = _CODES.get(status, "server_error" if status >= 500 else "invalid_request")
+    if status == 404 and param == "model":
         code = "model_not_found"
-    elif status == 404 and message == "Not Found":  # noqa: PLR2004 - the model's task has no such route
+    elif status == 404 and message == "Not Found":
         return NoSuchRoute(method, path).body()
     elif param == "input_tokens":
         code, param = "context_length_exceeded", _TOO_LONG_PARAM.get(path, "input")
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")  # noqa: PLR2004
-    return error_body(str(message or f"The request failed with status {status}."), type=kind, param=param, code=code)
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return error_body(
+        str(message or f"The request failed with status {status}."), type=kind, param=param, code=code
+    )
 
 
 def _fault(raw: bytes) -> dict[str, Any]:

@@ -43,7 +43,10 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
     "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
-    "init_app_state": ("vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"),
+    "init_app_state": (
+        "vllm.entrypoints.launchers.api_server.app_state",
+        "vllm.entrypoints.openai.api_server",
+    ),
     "FlexibleArgumentParser": ("vllm.utils.argparse_utils", "vllm.utils"),
     "AsyncEngineArgs": ("vllm.engine.arg_utils",),
     "AsyncLLM": ("vllm.v1.engine.async_llm",),
@@ -279,8 +282,10 @@ async def canary(call: Call, tasks: tuple[str, ...], model_id: str) -> None:
     raw = json.dumps({"model": model_id, **body}).encode()
     async with call(Request("POST", path, (("content-type", "application/json"),), raw)) as reply:
         answer = await read(reply)
-    if reply.status != 200:  # noqa: PLR2004
-        raise EngineFailed(f"the engine started but answers {reply.status}: {answer.decode(errors='replace')[:500]}")
+    if reply.status != 200:
+        raise EngineFailed(
+            f"the engine started but answers {reply.status}: {answer.decode(errors='replace')[:500]}"
+        )
 
 
 def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
@@ -299,7 +304,9 @@ def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
         raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
     if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
         if not _cached(name, environ):
-            raise ModelNotFound(f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model")
+            raise ModelNotFound(
+                f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model"
+            )
         environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -325,11 +332,15 @@ def _start_error(error: BaseException) -> StartError:
     for cause in _chain(error):
         kind = type(cause).__module__.partition(".")[0]
         if kind == "huggingface_hub" or (isinstance(cause, OSError) and "huggingface.co" in str(cause)):
-            return _from(ModelNotFound(f"the model can't be had from Hugging Face: {_first_line(cause)}"), error)
+            return _from(
+                ModelNotFound(f"the model can't be had from Hugging Face: {_first_line(cause)}"), error
+            )
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return _from(NoResources(f"not enough memory: {_first_line(cause)}"), error)
     log.error("engine failed to start", exc_info=error)
-    return _from(EngineFailed(f"the engine failed to start: {type(error).__name__}: {_first_line(error)}"), error)
+    return _from(
+        EngineFailed(f"the engine failed to start: {type(error).__name__}: {_first_line(error)}"), error
+    )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -258,7 +258,9 @@ class BadSettings(StartError):
         super().__init__("bad settings:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
 
 
-def error_body(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, *, type: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}
 

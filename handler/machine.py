@@ -20,7 +20,7 @@ def cores() -> int:
     """How many cores this process may use: its affinity, capped by the cgroup's quota."""
     usable = len(os.sched_getaffinity(0))
     quota = _words(_CPU_QUOTA)
-    if len(quota) == 2 and quota[0] != "max":  # noqa: PLR2004 - "QUOTA PERIOD", both in microseconds
+    if len(quota) == 2 and quota[0] != "max":
         usable = min(usable, max(1, int(quota[0]) // int(quota[1])))
     return usable
 

@@ -24,14 +24,22 @@ def register(
 
     `running` counts what the engine holds, `in_flight` what clients wait for or read.
     """
-    total = Gauge("firsttoken_cold_start_seconds", "From the start of the process to its first token", registry=registry)
+    total = Gauge(
+        "firsttoken_cold_start_seconds", "From the start of the process to its first token", registry=registry
+    )
     total.set(phases.total_s or 0.0)
-    spans = Gauge("firsttoken_cold_start_phase_seconds", "One phase of the cold start", ["phase"], registry=registry)
+    spans = Gauge(
+        "firsttoken_cold_start_phase_seconds", "One phase of the cold start", ["phase"], registry=registry
+    )
     for span in phases.spans:
         spans.labels(span.name).set(span.end_s - span.begin_s)
-    held = Gauge("firsttoken_engine_requests", "Requests that the engine holds, waiting and running", registry=registry)
+    held = Gauge(
+        "firsttoken_engine_requests", "Requests that the engine holds, waiting and running", registry=registry
+    )
     held.set_function(running)
-    open_ = Gauge("firsttoken_requests_in_flight", "Requests that are not answered to their end", registry=registry)
+    open_ = Gauge(
+        "firsttoken_requests_in_flight", "Requests that are not answered to their end", registry=registry
+    )
     open_.set_function(in_flight)
 
 

@@ -35,7 +35,7 @@ class Phases:
         started_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        listen: Callable[[str], None] = lambda name: None,
+        listen: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._started_s = started_s
         self._clock = clock

@@ -281,7 +281,7 @@ class Settings:
 def rest(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without the settings of the worker and without what is not ours."""
     taken = {name for row in TABLE for name in row.names}
-    return {name: value for name, value in ours(environ).items() if name not in taken}
+    return {name: value.strip() for name, value in ours(environ).items() if name not in taken}
 
 
 def _open_to_all(
@@ -296,7 +296,7 @@ def _open_to_all(
 
 
 def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
-    given = ours(environ)
+    given = rest(environ)
     notes = [f"{name} does nothing here: {why}" for name, why in UNREAD.items() if name in given]
     if given.get("MAX_NUM_BATCHED_TOKENS") == "0":
         notes.append("MAX_NUM_BATCHED_TOKENS=0 counts as not set")

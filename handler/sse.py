@@ -60,4 +60,4 @@ def data(frame: bytes) -> Any:
 
 def event(value: object) -> bytes:
     """One frame whose data is `value` as JSON."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + json_bytes(value) + b"\n\n"

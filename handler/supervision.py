@@ -37,6 +37,10 @@ class Notifier:
         """The worker takes no more and finishes what it holds."""
         self._send({"STOPPING": "1", "STATUS": "draining"})
 
+    def failed(self, exit_code: int, reason: str) -> None:
+        """The worker is about to exit with `exit_code`; `reason` is one line for a person."""
+        self._send({"EXIT_STATUS": str(exit_code), "STATUS": reason})
+
     def _send(self, fields: dict[str, str]) -> None:
         if self._socket is None:
             return

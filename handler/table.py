@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-NEAR = 0.9
-"""How alike (`difflib`) an unknown name and a setting are before it is taken for a slip."""
+NEAR = 0.92
+"""How alike (`difflib`) an unknown name and a setting are before it is taken for a slip.
+
+DRAIN_TIMEOUT for DRAIN_TIMEOUT_S is above it, gunicorn's KEEP_ALIVE is not KEEP_ALIVE_S.
+"""
 
 ORDINARY = frozenset({"DEVICE_ID", "LOGLEVEL", "SSL_CERT_FILE", "WORKER_CLASS"})
 """Names of other programs that are nearly one of ours: Ascend, torch, OpenSSL, gunicorn."""
@@ -70,7 +73,9 @@ def read(
     values: dict[str, Any] = {}
     faults: list[str] = []
     for row in table:
-        given = {name: environ[name] for name in row.names if name in environ}
+        # A template's own line ends are part of it; around anything else white space is a slip.
+        strip = str if row.kind is TEXT else str.strip
+        given = {name: strip(environ[name]) for name in row.names if name in environ}
         if len(set(given.values())) > 1:
             both = " and ".join(
                 given if row.secret else (f"{name}={shown(text)}" for name, text in given.items())
@@ -88,18 +93,18 @@ def read(
         f"{name} is not a setting; the nearest is {near}"
         for name in sorted(environ.keys() - {*spellings, *others, *ORDINARY})
         # Shorter names are a letter away from too many of other programs (PORT and POST).
-        if len(name) >= 7 and (near := nearest(name, spellings, NEAR))
+        if len(name) >= 6 and (near := nearest(name, spellings, NEAR))
     ]
     return values, faults
 
 
 def ours(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` stripped, less what is empty and less what `FOREIGN_NAMES` says is not ours."""
+    """`environ` less what is empty, and less what `FOREIGN_NAMES` says is not ours."""
     try:
         foreign = _names(environ.get("FOREIGN_NAMES", ""))
     except ValueError:
         foreign = ()
-    return {name: text for name, value in environ.items() if name not in foreign and (text := value.strip())}
+    return {name: value for name, value in environ.items() if name not in foreign and value.strip()}
 
 
 def nearest(name: str, known: Iterable[str], alike: float) -> str | None:
@@ -227,7 +232,7 @@ def _host(value: str) -> str:
         return _host_name(value)
 
 
-_repository = matching(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_repository = matching(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 _bucket = matching(r"s3://[a-z0-9][a-z0-9.-]+(/[^\x00-\x1f]*)?")
 _folder = matching(r"(?![-~])(?!.*://)[^\x00-\x1f]+", 0)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
 
-ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (("http", lambda environ: True),)
+ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (("http", lambda _: True),)
 """A platform's name, which is its module's, and how its environment is known."""
 
 

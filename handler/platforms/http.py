@@ -66,7 +66,9 @@ def listen(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise NoResources(f"can't listen on HOST={settings.host} PORT={settings.port}: {error.strerror}") from error
+        raise NoResources(
+            f"can't listen on HOST={settings.host} PORT={settings.port}: {error.strerror}"
+        ) from error
 
 
 class _Server:
@@ -126,7 +128,11 @@ def _with_probes(call: Call, engine: Engine) -> Call:
     @asynccontextmanager
     async def probed(request: Request) -> AsyncIterator[Reply]:
         if request.method == "GET" and request.path in PROBES:
-            yield json_reply(503, {"status": "dead"}) if engine.is_dead else json_reply(200, {"status": "ready"})
+            yield (
+                json_reply(503, {"status": "dead"})
+                if engine.is_dead
+                else json_reply(200, {"status": "ready"})
+            )
         elif request.method == "GET" and request.path == "/metrics":
             yield metrics.exposition()
         else:
