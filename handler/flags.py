@@ -100,8 +100,8 @@ def parse_flags(
     """What vLLM's `parser` makes of `settings` and of the flags in their environment.
 
     `defaults` are flags to set where the user has not. Each of `checks` gets the outcome
-    and raises `ValueError`, `TypeError` or `KeyError` for what the parser alone can't
-    know, such as the names of tool parsers. Raises `BadSettings`, which names every fault.
+    and raises for what the parser alone can't know, such as the names of tool parsers.
+    Raises `BadSettings`, which names every fault.
     """
     sources = _Sources(settings.rest, settings.vllm_extra_args, settings.vllm_config_file, defaults)
     args, faults = _read(_Vocabulary(parser), sources, engine_argv(settings), checks)
@@ -195,6 +195,8 @@ class _Vocabulary:
         """The words of a configuration file, by vLLM's own reader. Raises `_Rejected`."""
         try:
             words: list[str] = self._parser.load_config_file(path)  # type: ignore[attr-defined] # vLLM's has it
+        except OSError as error:
+            raise _Rejected(error.strerror or str(error)) from error
         except AttributeError as error:
             raise _Rejected("it is not a mapping of flags to values") from error
         except Exception as error:  # YAML's errors have no other root, and yaml is not ours to import
@@ -223,7 +225,7 @@ def _read(
     for check in checks:
         try:
             check(args)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - vLLM's checks raise KeyError, TypeError, its own: no common root
             text = error.args[0] if isinstance(error, KeyError) else error
             faults.append(f"vLLM: {_one_line(str(text))}")
     return args, faults
@@ -269,7 +271,7 @@ def _from_environ(vllm: _Vocabulary, environ: Mapping[str, str], faults: list[st
                 continue
             other = flags.setdefault(action.dest, _Flag(label, action.dest, words))
             if other.words != words:
-                faults.append(f"{other.label} and {label} are spellings of one flag with different values")
+                faults.append(f"{other.label} and {label} are one flag with different values")
     return list(flags.values())
 
 

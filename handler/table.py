@@ -80,7 +80,7 @@ def read(
             both = " and ".join(
                 given if row.secret else (f"{name}={shown(text)}" for name, text in given.items())
             )
-            faults.append(f"{both} are spellings of one setting with different values; keep {row.name}")
+            faults.append(f"{both} are one setting with different values; keep {row.name}")
         name, text = next(iter(given.items()), (row.name, row.default))
         try:
             values[row.field] = None if text is None else row.kind.parse(text)
