@@ -72,6 +72,7 @@ class ThreadCoreClient:
         self._work: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self._unanswered: set[asyncio.Future[Any]] = set()
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self.core: Core | None = None
@@ -96,10 +97,13 @@ class ThreadCoreClient:
             # seconds and frees what the end of the process frees anyway.
             core.model_executor.shutdown()
             core.scheduler.shutdown()
-        except Exception:  # the boundary of the engine: its requests fail, the worker exits
+        except BaseException:  # the boundary of the engine: its requests fail, the worker exits
             log.exception("engine core died")
             self.resources.engine_dead = True
             self._emit(self._make_dead_error())
+        finally:
+            self.resources.engine_dead = True  # as vLLM's client does when it is shut down
+            self._tell(self._abandon)
 
     def _between_steps(self, core: Core) -> bool:
         """Do the work that came, waiting for some if there is no step to take."""
@@ -123,7 +127,19 @@ class ThreadCoreClient:
             time.sleep(IDLE_STEP_S)  # a grammar compiles or a connector loads: leave them the interpreter
 
     def _emit(self, output: object) -> None:
-        self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+        self._tell(self._outputs.put_nowait, output)
+
+    def _tell(self, hear: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(hear, *args)
+        except RuntimeError:  # the loop was closed before this thread had ended: nobody listens
+            log.debug("no loop to tell")
+
+    def _abandon(self) -> None:
+        """Fail the calls that the thread did not come to before it ended."""
+        for answer in self._unanswered:
+            if not answer.done():
+                answer.set_exception(self._make_dead_error())
 
     async def get_output_async(self) -> Any:
         """The next batch of outputs; raises once the core is dead."""
@@ -160,9 +176,11 @@ class ThreadCoreClient:
 
     async def _between(self, function: Callable[[], Any]) -> Any:
         done = self._loop.create_future()
+        self._unanswered.add(done)
+        done.add_done_callback(self._unanswered.discard)
 
         def settle(result: Any, failure: Exception | None) -> None:
-            if done.cancelled():
+            if done.done():  # cancelled by its caller
                 return
             if failure is None:
                 done.set_result(result)
@@ -174,7 +192,7 @@ class ThreadCoreClient:
                 result, failure = function(), None
             except Exception as error:  # noqa: BLE001 - raised again in the caller's task
                 result, failure = None, error
-            self._loop.call_soon_threadsafe(settle, result, failure)
+            self._tell(settle, result, failure)
 
         self._work.put(work)
         return await done

@@ -72,7 +72,7 @@ class RequestError(FirstTokenError):
 
     def frame(self) -> bytes:
         """This error as the last frame of an event stream that had already begun."""
-        return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\n"
+        return b"data: " + _json(self.body()) + b"\n\n"
 
 
 class BadRequest(RequestError):
@@ -267,6 +267,12 @@ def error_body(
 
 def json_reply(status: int, body: object, headers: Headers = ()) -> Reply:
     """A reply whose body is `body` as JSON."""
-    raw = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    raw = _json(body)
     head = (("content-type", "application/json"), ("content-length", str(len(raw))), *headers)
     return Reply(status, head, once(raw))
+
+
+def _json(value: object) -> bytes:
+    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")

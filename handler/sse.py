@@ -60,4 +60,6 @@ def data(frame: bytes) -> Any:
 
 def event(value: object) -> bytes:
     """One frame whose data is `value` as JSON."""
-    return b"data: " + json_bytes(value) + b"\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
+    return b"data: " + text.encode(errors="backslashreplace") + b"\n\n"
