@@ -16,7 +16,7 @@ help: ## This list
 serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENGINE=gpu on a GPU
 	@$(INSTALL) $(ENGINE)
 	@model=$${MODEL_NAME:-$(MODEL)}; folder=$$($(PY) -m builder fetch "$$model") || exit; \
-	[ -d "$$model" ] || export SERVED_MODEL_NAME="$${SERVED_MODEL_NAME:-$$model}"; \
+	[ -d "$$model" ] || export SERVED_MODEL_NAME="$${SERVED_MODEL_NAME:-$${OPENAI_SERVED_MODEL_NAME_OVERRIDE:-$$model}}"; \
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test

@@ -17,7 +17,7 @@ import warnings  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
 
 from handler import platforms  # noqa: E402
-from handler.engine import Engine, make_parser  # noqa: E402
+from handler.engine import Engine, flag_checks, make_parser  # noqa: E402
 from handler.errors import BadSettings, StartError  # noqa: E402
 from handler.flags import flag_faults  # noqa: E402
 from handler.phases import Phases, process_started_s  # noqa: E402
@@ -75,7 +75,7 @@ def read_settings(environ: MutableMapping[str, str]) -> Settings:
     try:
         return Settings.from_environ(environ)
     except BadSettings as ours:
-        raise BadSettings([*ours.faults, *flag_faults(make_parser(), environ)]) from None
+        raise BadSettings([*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]) from None
 
 
 def configure_logging(level: str) -> None:

@@ -214,19 +214,39 @@ def read_flags(parser: ArgumentParser, settings: Settings) -> Namespace:
     # On a CPU a compile costs a minute and a C++ compiler, and an eager model 20 % of the tokens
     # (docs/decisions/0005-engine-in-process.md). ENFORCE_EAGER=false brings the compiler back.
     defaults = ["--enforce-eager"] if seam("current_platform").is_cpu() else []
-    return parse_flags(parser, settings, defaults=defaults, checks=[seam("validate_parsed_serve_args")])
+    return parse_flags(parser, settings, defaults=defaults, checks=flag_checks())
+
+
+def flag_checks() -> list[Callable[[Namespace], object]]:
+    """What can be wrong with vLLM's arguments that its parser does not see."""
+    return [check_parsers, seam("validate_parsed_serve_args")]
+
+
+def check_parsers(args: Namespace) -> None:
+    """Load the parser plugins; raise `ValueError` for a tool or reasoning parser that is none."""
+    tools, reasoning = seam("ToolParserManager"), seam("ReasoningParserManager")
+    if args.tool_parser_plugin:
+        tools.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        reasoning.import_reasoning_parser(args.reasoning_parser_plugin)
+    faults = []
+    for name, given, known in (
+        ("TOOL_CALL_PARSER", args.tool_call_parser, tools.list_registered()),
+        ("REASONING_PARSER", args.reasoning_parser, reasoning.list_registered()),
+    ):
+        if given and given not in known:
+            faults.append(f"{name}={given!r} is no parser of vLLM's; there are {', '.join(sorted(known))}")
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def configure(args: Namespace, mode: str) -> Any:
     """vLLM's whole configuration for `args`."""
-    if args.tool_parser_plugin:
-        seam("ToolParserManager").import_tool_parser(args.tool_parser_plugin)
-    if args.reasoning_parser_plugin:
-        seam("ReasoningParserManager").import_reasoning_parser(args.reasoning_parser_plugin)
     engine_args = seam("AsyncEngineArgs").from_cli_args(args)
     if mode == "thread":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the CPU platform starts a process per rank
-        engine_args.distributed_executor_backend = engine_args.distributed_executor_backend or "uni"
+        if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
+            engine_args.distributed_executor_backend = "uni"  # also where an image of worker-vllm's says mp
     vllm_config = engine_args.create_engine_config(usage_context=seam("UsageContext").OPENAI_API_SERVER)
     if seam("current_platform").is_cpu() and vllm_config.cache_config.kv_cache_memory_bytes is None:
         vllm_config.cache_config.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
