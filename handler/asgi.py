@@ -11,11 +11,11 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from handler import sse
-from handler.errors import BodyTooLarge, EngineDead, RequestError
+from handler.errors import BodyTooLarge, RequestError
 from handler.messages import Call, Headers, Reply, Request, read
 
 Message = MutableMapping[str, Any]
@@ -74,6 +74,7 @@ class _Exchange:
         self._keep_alive_s = keep_alive_s
         self._keep_alive: asyncio.TimerHandle | None = None
         self._idle = True
+        self._last = b""
         self._body_read = False
         self._start: Message | None = None
         self._ready: deque[bytes] = deque()
@@ -125,6 +126,7 @@ class _Exchange:
         if body := bytes(message.get("body", b"")):
             self._ready.append(body)
             self._ready_bytes += len(body)
+            self._last = body
             self._idle = False
         self._complete = not message.get("more_body", False)
         self._news.set()
@@ -136,7 +138,8 @@ class _Exchange:
         """Say something if nothing was said since the last tick. Costs a token nothing."""
         if self._left.is_set() or self._complete:
             return
-        if self._idle and self._keep_alive is not None:
+        between_frames = sse.complete(self._last) == len(self._last)
+        if self._idle and between_frames and self._keep_alive is not None:
             self._ready.append(sse.KEEP_ALIVE)
             self._news.set()
         self._idle = True
@@ -148,7 +151,7 @@ class _Exchange:
         if self._failure is not None and not self._left.is_set():
             log.error("application failed", exc_info=self._failure)
         if not self._complete and self._failure is None:
-            self._failure = EngineDead("The engine ended the answer before it was complete.")
+            self._failure = _broken("The engine ended the answer before it was complete.")
         self._news.set()
 
     def leave(self) -> None:
@@ -188,9 +191,14 @@ class _Exchange:
 def _answerable(failure: BaseException | None) -> RequestError:
     if isinstance(failure, RequestError):
         return failure
-    error = EngineDead("The engine failed while it held this request.")
+    error = _broken("The engine failed while it answered this request.")
     error.__cause__ = failure
     return error
+
+
+def _broken(message: str) -> RequestError:
+    # Not `EngineDead`: the next request may well be answered (`handler.edge` knows when it can't be).
+    return RequestError(message, code="internal_error")
 
 
 def serve(
@@ -222,11 +230,11 @@ def serve(
                 check(head)
             request = replace(head, body=await _body(head, receive, max_body_bytes))
         except RequestError as refusal:
-            await _until_left(_render(wrap(refuse(refusal)), head, send), receive)
+            await _answer(wrap(refuse(refusal)), head, receive, send)
         except _ClientLeft:
             return
         else:
-            await _until_left(_render(answer, request, send), receive)
+            await _answer(answer, request, receive, send)
 
     return app
 
@@ -260,7 +268,8 @@ def _parse(scope: Message) -> Request:
 
 async def _body(head: Request, receive: Receive, limit_bytes: int) -> bytes:
     announced = head.header("content-length") or ""
-    if announced.isdecimal() and int(announced) > limit_bytes:
+    # Python refuses to read a number of more than 4,300 digits.
+    if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit_bytes):
         raise BodyTooLarge(limit_bytes)
     parts: list[bytes] = []
     size = 0
@@ -277,12 +286,24 @@ async def _body(head: Request, receive: Receive, limit_bytes: int) -> bytes:
             return b"".join(parts)
 
 
-async def _until_left(answering: Awaitable[None], receive: Receive) -> None:
-    """Await `answering`, or cancel it as soon as the client has gone."""
-    work = asyncio.ensure_future(answering)
+@dataclass(slots=True)
+class _Progress:
+    """How far an answer has come on its way to the server."""
+
+    begun: bool = False
+    streams: bool = False
+    complete: bool = False
+
+
+async def _answer(call: Call, request: Request, receive: Receive, send: Send) -> None:
+    """Answer with `call`, or cancel it as soon as the client has gone."""
+    progress = _Progress()
+    work = asyncio.ensure_future(_render(call, request, send, progress))
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if progress.complete:  # a server also reports a disconnect once there is nobody left to answer
+            await asyncio.wait({work})
         if work.done():
             await work
     finally:
@@ -297,23 +318,28 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _render(call: Call, request: Request, send: Send) -> None:
-    begun = streams = False
+async def _render(call: Call, request: Request, send: Send, progress: _Progress) -> None:
     try:
         async with call(request) as reply:
-            streams = reply.streams
+            progress.streams = reply.streams
             await send(_start(reply))
-            begun = True
+            progress.begun = True
             async for chunk in reply.frames:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            progress.complete = True
             await send({"type": "http.response.body", "body": b""})
     except RequestError as error:
-        if begun and not streams:
+        if progress.complete:
+            return  # too late to be told
+        if progress.begun and not progress.streams:
             raise  # the server cuts the connection: a short body can't be mended
-        if not begun:
+        if progress.begun:
+            body = error.frame()
+        else:
             reply = error.reply()
             await send(_start(reply))
-        body = error.frame() if begun else await read(reply)
+            body = await read(reply)
+        progress.complete = True
         await send({"type": "http.response.body", "body": body})
 
 

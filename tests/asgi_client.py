@@ -7,6 +7,7 @@ the body in pieces, lets the client leave, and holds back a `send` as a slow cli
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -36,8 +37,7 @@ class Exchange:
         }
         self._to_app: asyncio.Queue[Message] = asyncio.Queue()
         self._said: asyncio.Condition = asyncio.Condition()
-        self._accepts = asyncio.Event()
-        self._accepts.set()
+        self._window: float = math.inf
         self.sent: list[Message] = []
         self.reads = 0
         self.task: asyncio.Task[None]
@@ -54,13 +54,15 @@ class Exchange:
         """The client closes its connection."""
         self._to_app.put_nowait({"type": "http.disconnect"})
 
-    def hold(self) -> None:
-        """The client reads no more for now: a `send` that follows waits."""
-        self._accepts.clear()
+    def hold(self, after: int = 0) -> None:
+        """The client reads no more for now: a `send` waits once `after` messages were sent."""
+        self._window = max(after, len(self.sent))
 
-    def go_on(self) -> None:
+    async def go_on(self) -> None:
         """The client reads again."""
-        self._accepts.set()
+        async with self._said:
+            self._window = math.inf
+            self._said.notify_all()
 
     async def heard(self, count: int) -> list[Message]:
         """The first `count` messages, once there are that many."""
@@ -93,7 +95,8 @@ class Exchange:
         return await self._to_app.get()
 
     async def _send(self, message: Message) -> None:
-        await self._accepts.wait()
+        async with self._said:
+            await self._said.wait_for(lambda: len(self.sent) < self._window)
         complete = bool(self.sent) and self.sent[-1]["type"] == "http.response.body"
         complete = complete and not self.sent[-1].get("more_body", False)
         assert not complete, f"sent after the answer was complete: {message}"  # uvicorn raises here too

@@ -172,7 +172,7 @@ async def test_a_client_that_reads_no_more_can_not_hold_the_drain() -> None:
         await turns()
         assert await drain.finish(0) == 1
         assert app.seen[0].ended == "disconnected"
-        client.go_on()
+        await client.go_on()
         await client.over()
     assert client.status == 200
     assert [sse.data(frame) for frame in sse.split(client.answer)] == [1, STOPPED]
@@ -187,6 +187,6 @@ async def test_a_deadline_before_the_status_was_sent_is_a_503() -> None:
         await app.gate("never").reached.wait()
         await turns()
         assert await drain.finish(0) == 1
-        client.go_on()
+        await client.go_on()
         await client.over()
     assert (client.status, json.loads(client.answer)) == (503, STOPPED)

@@ -195,7 +195,7 @@ async def test_failure_in_mid_stream_is_the_last_frame() -> None:
     status, _, body = await ask(gateway(scripted), "POST", f"{BASE}/v1/completions")
     *frames, last, end = body.decode().split("\n\n")
     assert (status, frames, end) == (200, ["data: 1", "data: 2"], "")
-    assert error(last.removeprefix("data: ").encode()) == ("server_error", None, "engine_dead")
+    assert error(last.removeprefix("data: ").encode()) == ("server_error", None, "internal_error")
 
 
 async def test_stream_passes_through_byte_by_byte() -> None:
