@@ -79,7 +79,7 @@ def vllm(model: str, flags: Sequence[str], environ: Mapping[str, str], log: Path
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += [*without(flags, "host", "port"), "--host", "127.0.0.1", "--port", str(port)]
-    return _start(command, environ, f"http://127.0.0.1:{port}", "/health", KEY, log)
+    return start(command, environ, f"http://127.0.0.1:{port}", "/health", KEY, log)
 
 
 def ours(model: str, flags: Sequence[str], environ: Mapping[str, str], log: Path) -> Server:
@@ -90,12 +90,16 @@ def ours(model: str, flags: Sequence[str], environ: Mapping[str, str], log: Path
     environ = {name: value for name, value in environ.items() if name != "VLLM_API_KEY"}
     settings |= {"MODEL_NAME": model, "HOST": "127.0.0.1", "PORT": str(port), "API_KEY": key}
     root = f"http://127.0.0.1:{port}/v2/local/openai"
-    return _start([sys.executable, "-m", "gateway"], {**environ, **settings}, root, "/v1/models", key, log)
+    return start([sys.executable, "-m", "gateway"], {**environ, **settings}, root, "/v1/models", key, log)
 
 
-def _start(
+def start(
     command: list[str], environ: Mapping[str, str], root: str, ready: str, key: str, log: Path
 ) -> Server:
+    """Start `command` in a process group of its own and return once `ready` answers 200.
+
+    Raises `RuntimeError`, which names the log, if that does not come.
+    """
     with log.open("wb") as out:
         out.write((shlex.join(command) + "\n").encode())
         process = subprocess.Popen(
