@@ -138,7 +138,7 @@ class Console:
 
 
 class FieldsFormatter(logging.Formatter):
-    """`level logger message name=value ...`: the fields are those given as `extra`."""
+    """`time LEVEL logger: message name=value ...`, the fields being those given as `extra`."""
 
     _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -146,4 +146,4 @@ class FieldsFormatter(logging.Formatter):
         """One line of `record`."""
         fields: Mapping[str, object] = {k: v for k, v in vars(record).items() if k not in self._OWN}
         extra = "".join(f" {name}={value!r}" for name, value in fields.items())
-        return f"{record.levelname.lower()} {record.name} {record.message}{extra}"
+        return f"{self.formatTime(record)} {record.levelname} {record.name}: {record.message}{extra}"

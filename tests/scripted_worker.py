@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,8 @@ class Actor:
         self._writer.write(json.dumps([what, name]).encode() + b"\n")
 
     def _say(self, **fields: str) -> None:
-        self._notify.send("\n".join(f"{name}={value}" for name, value in fields.items()).encode())
+        with suppress(OSError):  # the gateway may be gone
+            self._notify.send("\n".join(f"{name}={value}" for name, value in fields.items()).encode())
 
     def stop(self) -> None:
         """SIGTERM: drain, or go at once if nothing was served yet."""

@@ -115,14 +115,14 @@ class LocalUpstream:
         `worker_start_failed` and the reason while no worker can start.
         """
         while not self.ready:
-            if self._stop.done():
-                raise NotAdmitted("The gateway is stopping.", retry_after_s=1)
             if self._failure is not None:
                 raise NotAdmitted(
                     f"The worker could not start: {self._failure.reason}.",
                     retry_after_s=self._again_at_s - time.monotonic(),
                     code="worker_start_failed",
                 )
+            if self._stop.done():
+                raise NotAdmitted("The gateway is stopping.", retry_after_s=1)
             self._wanted.set()
             await self._news.wait()
 
@@ -144,6 +144,8 @@ class LocalUpstream:
                 if worker.exited.done():
                     self._forget(worker)
                 raise
+            if reply.status == 503 and worker.is_leaving():
+                raise WorkerLost("The worker is stopping.")
             yield reply
 
     async def _keep(self) -> None:

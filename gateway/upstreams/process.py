@@ -97,6 +97,12 @@ class WorkerProcess:
         assert self._process is not None, "started"
         return self._process.pid
 
+    def is_leaving(self) -> bool:
+        """Whether it takes no more, by what it has said up to now."""
+        if not self.exited.done():
+            self._notify.drain()
+        return self.left.done()
+
     def leave(self) -> None:
         """It takes no more, whoever said so."""
         if not self.left.done():

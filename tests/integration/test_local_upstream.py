@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -374,7 +375,7 @@ async def test_worker_that_leaves_on_its_own_gets_no_more(tmp_path: Path) -> Non
         first = await ready(on)
         async with on.upstream.call(CHAT) as reply:
             await anext(reply.frames)
-            os.kill(first.pid, 15)
+            os.kill(first.pid, signal.SIGTERM)
             await turns(lambda: not on.upstream.ready)
             second = asyncio.create_task(ready(on))
             first.open("generating")
@@ -382,6 +383,25 @@ async def test_worker_that_leaves_on_its_own_gets_no_more(tmp_path: Path) -> Non
         await second
         async with on.upstream.call(CHAT) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
+
+
+async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: Path) -> None:
+    """It was sent before the worker said that it stops: the client need not know."""
+    refusal = Script((Pause("asked"), Say("{}")), 503)
+    async with stage(tmp_path, (READY, {ROUTE: refusal}), (READY, {ROUTE: answer({"id": "b"})})) as on:
+        worker = await ready(on)
+        admission = Admission(on.upstream, Metrics(), queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+
+        async def ask() -> bytes:
+            async with admission.call(CHAT) as reply:
+                return await read(reply)
+
+        asking = asyncio.create_task(ask())
+        await worker.saw("paused", "asked")
+        os.kill(worker.pid, signal.SIGTERM)
+        await worker.saw("stopping")
+        worker.open("asked")
+        assert await asking == b'{"id": "b"}'
 
 
 def test_back_off_doubles_up_to_a_minute() -> None:

@@ -1,0 +1,370 @@
+"""`python -m gateway` as a process, with a scripted worker where the engine would be."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import openai
+import pytest
+
+from tests.scripted_app import Crash, Pause, Script, answer, stream
+from tests.scripted_worker import READY, Director, Worker
+
+ROOT = Path(__file__).parents[2]
+WITH_SCRIPTED_WORKER = (
+    "import sys; from gateway.__main__ import main; from tests.scripted_worker import COMMAND; "
+    "sys.exit(main([], COMMAND))"
+)
+"""The command's own `main`; the worker is the one thing that differs."""
+
+CHAT = "POST /v1/chat/completions"
+KEY = "secret"
+
+
+def chunk(text: str) -> str:
+    """One chunk of a chat stream."""
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": None}
+    body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+    return json.dumps(body, separators=(",", ":"))
+
+
+def completion(text: str) -> Script:
+    """A whole chat answer."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return answer({"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
+
+
+def left_behind(tmp_path: Path) -> list[Path]:
+    """The private folders that are still there."""
+    return list(tmp_path.glob("firsttoken-*"))
+
+
+class Program:
+    """A running gateway, as the person who started it sees it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, director: Director) -> None:
+        self.process = process
+        self.director = director
+        self.base_url = ""
+        self.out: list[str] = []
+        self._client: openai.AsyncOpenAI | None = None
+
+    async def line(self, pattern: str) -> re.Match[str]:
+        """The next line of stdout that holds `pattern`."""
+        assert self.process.stdout is not None
+        while raw := await self.process.stdout.readline():
+            self.out.append(raw.decode())
+            if found := re.search(pattern, self.out[-1]):
+                return found
+        raise AssertionError(f"no line with {pattern!r} in {self.out}")
+
+    async def address(self) -> None:
+        """Read the one line that says where it is."""
+        self.base_url = (await self.line(r"http://127\.0\.0\.1:\d+/v2/local/openai/v1")).group()
+
+    async def errors(self) -> str:
+        """Everything on stderr, once it has ended."""
+        assert self.process.stderr is not None
+        return (await self.process.stderr.read()).decode()
+
+    async def end(self, signum: signal.Signals | None = None) -> int:
+        """The exit code, after `signum`."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        return await self.process.wait()
+
+    def client(self) -> openai.AsyncOpenAI:
+        """The official client, which tries once only: what we retry, we retry ourselves."""
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key=KEY, max_retries=0)
+
+
+@asynccontextmanager
+async def gateway(
+    tmp_path: Path, *plays: tuple[object, object], environ: Mapping[str, str] | None = None
+) -> AsyncIterator[Program]:
+    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`."""
+    env = {
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if name in {"PATH", "HOME", "LANG", "VIRTUAL_ENV"}
+        },
+        "PORT": "0",
+        "API_KEY": KEY,
+        "MODEL_NAME": "org/model",
+        "TMPDIR": str(tmp_path),
+        "SCRIPT_CONTROL": str(tmp_path / "control"),
+        **(environ or {}),
+    }
+    async with AsyncExitStack() as stack:
+        director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", WITH_SCRIPTED_WORKER),
+            env=env,
+            cwd=ROOT,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            yield Program(process, director)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+
+async def plain(env: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code and stderr of `python -m gateway` with nothing but `env` set."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway"), env=dict(env), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, errors.decode()
+
+
+async def started(program: Program) -> Worker:
+    """The next worker, with the gateway's address known."""
+    worker = await program.director.worker()
+    await program.address()
+    return worker
+
+
+async def ask(program: Program) -> str | None:
+    """The text of one chat completion."""
+    async with program.client() as client:
+        done = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+        return done.choices[0].message.content
+
+
+async def test_ready_line_and_snippet_say_all_a_client_needs(tmp_path: Path) -> None:
+    """One line with URL, model, key and seconds, then a program that works when pasted."""
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hello!")}), environ={"API_KEY": ""}) as program:
+        await program.director.worker()
+        line = await program.line(r"^ready in 1\.5 s  (\S+)  model org/model  key (ft-\S{43})$")
+        snippet = [(await program.line("")).group(0) and program.out[-1]]
+        while not snippet[-1].startswith("print"):
+            await program.line("")
+            snippet.append(program.out[-1])
+        assert line.group(2) in "".join(snippet)
+        pasted = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", "".join(snippet), stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await pasted.communicate()
+        assert (out, pasted.returncode) == (b"Hello!\n", 0)
+        assert await program.end(signal.SIGTERM) == 0
+        assert line.group(2) not in await program.errors()
+
+
+async def test_given_key_is_never_printed(tmp_path: Path) -> None:
+    """The snippet reads it from the environment; the worker does not have it."""
+    async with gateway(
+        tmp_path, (READY, {CHAT: completion("Hello!")}), environ={"API_KEY": "very-secret"}
+    ) as program:
+        worker = await program.director.worker()
+        await program.line(r"^ready in .*  key \$API_KEY$")
+        await program.line(r'os\.environ\["API_KEY"\]')
+        assert await program.end(signal.SIGTERM) == 0
+        assert program.process.stdout is not None
+        said = "".join(program.out) + (await program.process.stdout.read()).decode() + await program.errors()
+        assert "very-secret" not in said
+        assert "very-secret" not in str(worker.env)
+
+
+async def test_first_request_starts_the_worker(tmp_path: Path) -> None:
+    """`START=first_request`: the line says so, and the first client waits and is answered."""
+    environ = {"START": "first_request"}
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hello!")}), environ=environ) as program:
+        await program.address()
+        assert program.out[0].startswith("the worker starts with the first request  http://127.0.0.1:")
+        assert await ask(program) == "Hello!"
+        assert await program.end(signal.SIGTERM) == 0
+
+
+async def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
+    """Stop taking, finish what runs, exit 0, leave no worker and no file."""
+    script = stream(chunk("a"), Pause("generating"), chunk("b"))
+    async with gateway(tmp_path, (READY, {CHAT: script})) as program:
+        worker = await started(program)
+        async with program.client() as client:
+            reply = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            texts = [(await anext(reply)).choices[0].delta.content]
+            program.process.send_signal(signal.SIGTERM)
+            await worker.saw("stopping")
+            worker.open("generating")
+            texts += [part.choices[0].delta.content async for part in reply]
+        assert texts == ["a", "b"]
+        assert await program.end() == 0
+        await worker.saw("gone")
+        assert left_behind(tmp_path) == []
+
+
+async def test_drain_has_a_deadline(tmp_path: Path) -> None:
+    """What does not finish in time ends with an error frame and without `[DONE]`; still exit 0."""
+    script = stream(chunk("a"), Pause("for ever"))
+    async with (
+        gateway(tmp_path, (READY, {CHAT: script}), environ={"DRAIN_TIMEOUT_S": "0"}) as program,
+        aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}) as session,
+    ):
+        worker = await started(program)
+        async with session.post(f"{program.base_url}/chat/completions", json={"stream": True}) as reply:
+            await reply.content.readany()
+            program.process.send_signal(signal.SIGTERM)
+            rest = (await reply.content.read()).decode()
+        assert json.loads(rest.removeprefix("data: "))["error"]["code"] == "upstream_failed"
+        assert await program.end() == 0
+        await worker.saw("gone")
+
+
+async def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    """SIGINT to the foreground group: the gateway ends, and the worker with it."""
+    async with gateway(tmp_path, (READY, {})) as program:
+        worker = await started(program)
+        os.killpg(program.process.pid, signal.SIGINT)
+        assert await program.end() == 0
+        await worker.saw("gone")
+
+
+async def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """Nobody has to wait for a stream that does not end."""
+    async with gateway(tmp_path, (READY, {CHAT: stream(chunk("a"), Pause("for ever"))})) as program:
+        worker = await started(program)
+        async with program.client() as client:
+            reply = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            await anext(reply)
+            program.process.send_signal(signal.SIGINT)
+            await worker.saw("stopping")
+            assert await program.end(signal.SIGINT) == 130
+        await worker.saw("gone")
+        assert left_behind(tmp_path) == []
+
+
+async def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path) -> None:
+    """Nor does a worker that has not got far."""
+    async with gateway(tmp_path, ([("pause", "loading")], {})) as program:
+        worker = await program.director.worker()
+        await worker.saw("paused", "loading")
+        assert await program.end(signal.SIGINT) == 0
+        await worker.saw("gone")
+
+
+async def test_killed_gateway_leaves_no_worker(tmp_path: Path) -> None:
+    """The lifeline ends with the gateway, however it ended."""
+    async with gateway(tmp_path, (READY, {})) as program:
+        worker = await started(program)
+        assert await program.end(signal.SIGKILL) == -signal.SIGKILL
+        await worker.saw("gone")
+
+
+async def test_killed_worker_in_mid_stream_is_an_error_frame_and_then_a_new_worker(tmp_path: Path) -> None:
+    """The last frame is the error, no `[DONE]` follows, and the next request is served."""
+    plays = [(READY, {CHAT: stream(chunk("a"), Pause("for ever"))}), (READY, {CHAT: completion("again")})]
+    async with (
+        gateway(tmp_path, *plays) as program,
+        aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}) as session,
+    ):
+        first = await started(program)
+        async with session.post(f"{program.base_url}/chat/completions", json={"stream": True}) as reply:
+            assert (reply.status, await reply.content.readany()) == (200, f"data: {chunk('a')}\n\n".encode())
+            first.kill()
+            last = (await reply.content.read()).decode()
+        fault = json.loads(last.removeprefix("data: ").removesuffix("\n\n"))["error"]
+        assert fault == {
+            "message": "The worker went away while it answered.",
+            "type": "server_error",
+            "param": None,
+            "code": "upstream_failed",
+        }
+        assert await ask(program) == "again"
+        assert (await program.director.worker()).pid != first.pid
+        assert await program.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_killed_worker_before_the_first_byte_is_not_noticed(tmp_path: Path, streamed: bool) -> None:
+    """The client, which does not retry, gets its answer from the next worker."""
+    second = stream(chunk("again")) if streamed else completion("again")
+    plays = [(READY, {CHAT: Script((Crash(),))}), (READY, {CHAT: second})]
+    async with gateway(tmp_path, *plays) as program:
+        await started(program)
+        async with program.client() as client:
+            if streamed:
+                reply = await client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+                )
+                assert [part.choices[0].delta.content async for part in reply] == ["again"]
+            else:
+                assert await ask(program) == "again"
+        assert await program.end(signal.SIGTERM) == 0
+
+
+async def test_failed_start_answers_with_the_reason_and_stays_up(tmp_path: Path) -> None:
+    """A worker that can't start on request is a 503 that says why; `/health` says so too."""
+    environ = {"START": "first_request"}
+    async with gateway(tmp_path, ([("exit", "66")], {}), environ=environ) as program:
+        await program.address()
+        with pytest.raises(openai.InternalServerError) as refused:
+            await ask(program)
+        assert (refused.value.status_code, refused.value.code) == (503, "worker_start_failed")
+        assert "the model was not found" in refused.value.message
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(program.base_url.split("/v2")[0] + "/health") as reply,
+        ):
+            health = await reply.json()
+        assert (reply.status, health["worker"]["starts"]) == (200, 1)
+        assert await program.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("code", [65, 66, 78])
+async def test_worker_that_can_never_start_ends_what_was_just_started(tmp_path: Path, code: int) -> None:
+    """`make serve` with a model that does not exist says so and ends, with the worker's exit code."""
+    async with gateway(
+        tmp_path, ([("say_why", "it is not there", str(code)), ("exit", str(code))], {})
+    ) as program:
+        assert await program.end() == code
+        assert "it is not there" in await program.errors()
+
+
+async def test_start_is_told_in_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """Logs hold the phases, one a line."""
+    async with gateway(tmp_path, (READY, {}), environ={"LOG_LEVEL": "info"}) as program:
+        await started(program)
+        assert await program.end(signal.SIGTERM) == 0
+        assert "INFO gateway: worker starting phase='loading weights'\n" in await program.errors()
+
+
+async def test_bad_settings_exit_78_naming_every_fault() -> None:
+    """All faults at once, before anything is started."""
+    code, errors = await plain({"PORT": "many", "QUEUE_LIMIT": "-1", "START": "later"})
+    assert code == 78
+    for name in ("PORT", "QUEUE_LIMIT", "START"):
+        assert f"{name}=" in errors
+
+
+async def test_taken_port_is_one_clear_line() -> None:
+    """Found before a worker is started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, errors = await plain({"PORT": str(port), "MODEL_NAME": "m"})
+    assert (code, errors) == (
+        75,
+        f"firsttoken: port {port} of 127.0.0.1 is already in use; choose another with PORT\n",
+    )
