@@ -161,7 +161,7 @@ def openai(call: Call, *, engine_is_dead: Callable[[], bool] = lambda: False) ->
                     raise EngineDead
                 yield await _error(reply, path, request.method)
             elif reply.streams:
-                yield await _stream(reply, path)
+                yield await _stream(reply, path, engine_is_dead)
             elif path.startswith(_MODELS):
                 yield _models(json.loads(await read(reply)), model_id if one_model else None)
             else:
@@ -190,42 +190,54 @@ async def _error(reply: Reply, path: str, method: str) -> Reply:
     return json_reply(reply.status, body, headers)
 
 
-async def _stream(reply: Reply, path: str) -> Reply:
+# Quotes inside JSON strings are escaped, so no text that a model makes looks like this.
+_ERROR_FRAME = b'data: {"error"'
+
+
+async def _stream(reply: Reply, path: str, engine_is_dead: Callable[[], bool]) -> Reply:
     """The event stream of `reply`, or its error if it fails before it says anything.
 
     Some faults of a request vLLM finds only when it generates: its answer is then a 200
     whose first frame is an error. Nothing has been sent yet, so the client gets the status.
     """
+
+    def fault(frame: bytes) -> tuple[int, dict[str, Any]]:
+        if engine_is_dead():
+            return EngineDead.status, EngineDead().body()
+        raw = frame[frame.index(_ERROR_FRAME) + len(b"data: ") :]
+        code = _fault(raw).get("code")
+        status = code if isinstance(code, int) and 400 <= code < 600 else 500
+        return status, openai_error(status, raw, path=path)
+
     begun = await anext(reply.frames, b"")
-    if begun.startswith(_ERROR_FRAME):
-        fault = sse.data(sse.split(begun)[0])
-        status = (
-            fault["error"].get("code")
-            if isinstance(fault, dict) and isinstance(fault["error"], dict)
-            else None
-        )
-        status = status if isinstance(status, int) and 400 <= status < 600 else 500
-        return json_reply(status, openai_error(status, json.dumps(fault).encode(), path=path))
+    if _ERROR_FRAME in begun:
+        first = next(frame for frame in sse.split(begun) if not frame.startswith(b":"))
+        if _ERROR_FRAME in first:
+            return json_reply(*fault(first))
     headers = without(reply.headers, ("content-length", *(name for name, _ in _STREAM_HEADERS)))
-    return Reply(reply.status, (*headers, *_STREAM_HEADERS), _until_error(begun, reply.frames, path))
+    return Reply(reply.status, (*headers, *_STREAM_HEADERS), _until_error(begun, reply.frames, fault))
 
 
-_ERROR_FRAME = b'data: {"error"'
+async def _until_error(
+    begun: bytes, rest: AsyncIterator[bytes], fault: Callable[[bytes], tuple[int, dict[str, Any]]]
+) -> AsyncIterator[bytes]:
+    """The frames up to the first error; vLLM goes on to say [DONE], as if all were well."""
 
-
-async def _until_error(begun: bytes, rest: AsyncIterator[bytes], path: str) -> AsyncIterator[bytes]:
-    if begun:
-        yield begun
-    async for chunk in rest:
-        # Quotes inside JSON strings are escaped, so no text that a model makes looks like this.
-        if _ERROR_FRAME not in chunk:
-            yield chunk
-            continue
+    def ended(chunk: bytes) -> bytes:
         frames = sse.split(chunk)
-        at = next(index for index, frame in enumerate(frames) if frame.startswith(_ERROR_FRAME))
-        fault = json.dumps(sse.data(frames[at])).encode()
-        yield b"".join(frames[:at]) + sse.event(openai_error(500, fault, path=path))
-        return  # vLLM goes on to say [DONE], which would tell the client that all is well
+        at = next(index for index, frame in enumerate(frames) if _ERROR_FRAME in frame)
+        _, body = fault(frames[at])
+        return b"".join(frames[:at]) + sse.event(body)
+
+    if begun:
+        yield ended(begun) if _ERROR_FRAME in begun else begun
+    if _ERROR_FRAME in begun:
+        return
+    async for chunk in rest:
+        if _ERROR_FRAME in chunk:
+            yield ended(chunk)
+            return
+        yield chunk
 
 
 _TYPES = {403: "permission_error", 429: "rate_limit_error"}
@@ -255,13 +267,13 @@ def openai_error(status: int, raw: bytes, *, path: str, method: str = "POST") ->
     """
     fault = _fault(raw)
     message = fault.get("message")
-    param = fault.get("param")
+    param = _param(fault.get("param"))
     code = _CODES.get(status, "server_error" if status >= 500 else "invalid_request")
     if status == 404 and param == "model":
         code = "model_not_found"
     elif status == 404 and message == "Not Found":
         return NoSuchRoute(method, path).body()
-    elif param == "input_tokens":
+    elif param in {"input_tokens", "input_text"}:  # counted, or told by the number of characters alone
         code, param = "context_length_exceeded", _TOO_LONG_PARAM.get(path, "input")
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return error_body(
@@ -269,12 +281,26 @@ def openai_error(status: int, raw: bytes, *, path: str, method: str = "POST") ->
     )
 
 
+def _param(param: Any) -> str | None:
+    """`messages[0].content` for vLLM's `body.messages.0.ChatCompletionUserMessageParam.content`."""
+    if not isinstance(param, str):
+        return None
+    first, *rest = param.split(".")
+    name = "" if first == "body" else first
+    for part in rest:
+        if part.isdecimal() and name:
+            name += f"[{part}]"
+        elif part[:1].islower():  # else a branch of a union, named after its class, or a place in the text
+            name += f".{part}" if name else part
+    return name or None
+
+
 def _fault(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
     except ValueError:
-        return {"message": raw.decode(errors="replace")}
-    error = body.get("error", body.get("detail")) if isinstance(body, dict) else body
+        return {"message": raw.decode(errors="replace").strip()}
+    error = (body.get("error") or body.get("detail") or body) if isinstance(body, dict) else body
     if isinstance(error, dict):
         return error
     return {"message": error if isinstance(error, str) else json.dumps(error)}
