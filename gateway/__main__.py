@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
 import ipaddress
-import logging
 import math
 import os
 import signal
@@ -21,13 +19,15 @@ import uvloop
 
 from gateway.admission import Admission
 from gateway.app import Gateway
-from gateway.console import Address, Console, FieldsFormatter
+from gateway.console import Address, Console
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
 from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
-from handler.errors import BadSettings, NoResources, StartError
+from handler import logs
+from handler.errors import StartError
+from handler.listener import listen
 
 WORKER = (sys.executable, "-m", "handler")
 KEEP_ALIVE_S = 75
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     parser.parse_args(argv)
     try:
         settings = GatewaySettings.from_environ(os.environ)
-        _log_to_stderr(settings)
+        logs.to_stderr("gateway", settings.log_level)
+        logs.to_stderr("handler", settings.log_level)
+        logs.to_stderr("uvicorn", "WARNING")
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings, os.environ, worker))
     except StartError as error:
@@ -142,28 +144,6 @@ class Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port`, so that a taken port is known before a worker starts.
-
-    Raises `NoResources` when it can't be bound and `BadSettings` when `host` is no address.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        taken = error.errno == errno.EADDRINUSE
-        why = "is already in use; choose another with PORT" if taken else f"can't be bound: {error.strerror}"
-        raise NoResources(f"port {port} of {host} {why}") from error
-    return listener
-
-
 def _config(app: object, settings: GatewaySettings) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type] # uvicorn's ASGI types are stricter than ASGI
@@ -202,13 +182,6 @@ def _count(metrics: Metrics, event: Event) -> None:
         metrics.worker_cold_start_s.set(event.cold_start.get("total_s", event.took_s))
     elif isinstance(event, StartFailed):
         metrics.worker_starts.labels("failed").inc()
-
-
-def _log_to_stderr(settings: GatewaySettings) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(FieldsFormatter())
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

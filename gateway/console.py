@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -135,15 +134,3 @@ class Console:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._end_progress()
-
-
-class FieldsFormatter(logging.Formatter):
-    """`time LEVEL logger: message name=value ...`, the fields being those given as `extra`."""
-
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """One line of `record`."""
-        fields: Mapping[str, object] = {k: v for k, v in vars(record).items() if k not in self._OWN}
-        extra = "".join(f" {name}={value!r}" for name, value in fields.items())
-        return f"{self.formatTime(record)} {record.levelname} {record.name}: {record.message}{extra}"

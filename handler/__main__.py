@@ -16,7 +16,7 @@ import sys  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
 
-from handler import platforms  # noqa: E402
+from handler import logs, platforms  # noqa: E402
 from handler.engine import Engine, flag_checks, make_parser  # noqa: E402
 from handler.errors import BadSettings, StartError  # noqa: E402
 from handler.flags import flag_faults  # noqa: E402
@@ -52,7 +52,8 @@ def serve(environ: MutableMapping[str, str]) -> None:
     phases = Phases(process_started_s())
     phases.until_now("interpreter")
     settings = read_settings(environ)
-    configure_logging(settings.log_level)
+    logs.to_stderr("handler", settings.log_level)
+    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: who runs a worker can't act on them
     for note in settings.notes:
         log.warning("%s", note)
     notifier = Notifier(settings.notify_socket)
@@ -75,20 +76,9 @@ def read_settings(environ: MutableMapping[str, str]) -> Settings:
     try:
         return Settings.from_environ(environ)
     except BadSettings as ours:
-        raise BadSettings([*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]) from None
-
-
-def configure_logging(level: str) -> None:
-    """Log to stderr at `level`, whatever the libraries make of the root logger afterwards."""
-    ours = logging.getLogger("handler")
-    ours.setLevel(level)
-    ours.propagate = False  # vLLM's SageMaker bootstrap sets the root logger to ERROR
-    to_stderr = logging.StreamHandler()
-    to_stderr.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    ours.addHandler(to_stderr)
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # of vLLM and torch: nobody who runs a worker can act on them
+        raise BadSettings(
+            [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]
+        ) from None
 
 
 def _give_up(*_: object) -> None:

@@ -20,7 +20,8 @@ from handler import asgi, edge, metrics
 from handler.auth import Keyring
 from handler.drain import Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, NoResources, json_reply
+from handler.errors import EngineFailed, json_reply
+from handler.listener import listen, listen_unix
 from handler.messages import Call, Reply, Request
 from handler.phases import Phases
 from handler.settings import Settings
@@ -34,41 +35,20 @@ KEEP_ALIVE_TIMEOUT_S = 75
 PROBES = ("/health", "/ready", "/ping")
 """Answered without a key; they say nothing but yes or no."""
 
-BACKLOG = 2048
-
 
 def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
-    listener = listen(settings)
+    listener = listen_unix(Path(settings.uds)) if settings.uds else listen(settings.host, settings.port)
     server = _Server(settings, engine, phases)
     engine.dead.add_done_callback(lambda _: server.stop())
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: server.stop())
     serving = engine.submit(server.serve(listener, notifier))
     notifier.ready(phases.report())
-    log.info("ready on %s", listener.getsockname())
+    log.info("ready", extra={"address": listener.getsockname()})
     serving.result()
     if engine.is_dead:
         raise EngineFailed("the engine died; what it held was answered with an error")
-
-
-def listen(settings: Settings) -> socket.socket:
-    """The socket that `UDS`, or `HOST` and `PORT`, name; it queues connections from now on."""
-    if settings.uds:
-        path = Path(settings.uds)
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(BACKLOG)
-        return listener
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise NoResources(
-            f"can't listen on HOST={settings.host} PORT={settings.port}: {error.strerror}"
-        ) from error
 
 
 class _Server:

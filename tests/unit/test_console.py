@@ -7,8 +7,9 @@ import logging
 
 import pytest
 
-from gateway.console import Address, Console, FieldsFormatter
+from gateway.console import Address, Console
 from gateway.upstreams.events import Ended, Progress, Ready, StartFailed, Starting
+from handler.logs import FieldsFormatter
 
 ADDRESS = Address("http://127.0.0.1:8000/v2/local/openai/v1", "org/m", "ft-made")
 FIRST_LINE = "http://127.0.0.1:8000/v2/local/openai/v1  model org/m  key ft-made"

@@ -1,0 +1,43 @@
+"""Sockets to serve on, bound before anything slow begins."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+from handler.errors import BadSettings, NoResources
+
+BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`, so that a taken port is known before a worker starts.
+
+    Raises `NoResources` when it can't be bound and `BadSettings` when `host` is no address.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        taken = error.errno == errno.EADDRINUSE
+        why = "is already in use; choose another with PORT" if taken else f"can't be bound: {error.strerror}"
+        raise NoResources(f"port {port} of {host} {why}") from error
+    return listener
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """A socket bound to the file `path`, which only this user can open."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(BACKLOG)
+    return listener
