@@ -10,11 +10,12 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import uvicorn
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from handler import asgi, edge, metrics
 from handler.auth import Keyring
@@ -35,6 +36,9 @@ KEEP_ALIVE_TIMEOUT_S = 75
 PROBES = ("/health", "/ready", "/ping")
 """Answered without a key; they say nothing but yes or no."""
 
+LINGER_S = 0.5
+"""What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
+
 
 def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
@@ -52,16 +56,22 @@ def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) 
 
 
 class _Server:
-    def __init__(self, settings: Settings, engine: Engine, phases: Phases) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, phases: Phases, registry: CollectorRegistry = REGISTRY
+    ) -> None:
+        self._registry = registry
         self._settings = settings
         self._engine = engine
         self._drain = Drain()
         self._stop = asyncio.Event()
-        metrics.register(phases, running=engine.running, in_flight=lambda: self._drain.in_flight)
+        metrics.register(
+            phases, running=engine.running, in_flight=lambda: self._drain.in_flight, registry=registry
+        )
 
     def stop(self) -> None:
         """Begin to drain; any thread may say so."""
-        self._engine.loop.call_soon_threadsafe(self._stop.set)
+        with suppress(RuntimeError):  # a second signal, after the engine's loop has closed
+            self._engine.loop.call_soon_threadsafe(self._stop.set)
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
@@ -70,7 +80,9 @@ class _Server:
                 self._app(),
                 loop="none",
                 http="httptools",
+                ws="none",
                 lifespan="off",
+                proxy_headers=False,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -79,10 +91,14 @@ class _Server:
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
+        deadline_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
         notifier.stopping()
         log.info("draining", extra={"in_flight": self._drain.in_flight})
         ended = await self._drain.finish(self._settings.drain_timeout_s)
         log.info("drained", extra={"ended_early": ended})
+        # Whoever has sent half a body or reads no more is no request that could be finished.
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        server.config.timeout_graceful_shutdown = max(LINGER_S, left_s)  # type: ignore[assignment] # a float will do
         server.should_exit = True
         await serving
 
@@ -97,14 +113,14 @@ class _Server:
                 keys.check(request)
 
         return asgi.serve(
-            _with_probes(self._drain.wrap(openai), self._engine),
+            _with_probes(self._drain.wrap(openai), self._engine, self._registry),
             max_body_bytes=settings.max_body_bytes,
             check=check,
             front=partial(edge.front, cors_origins=settings.cors_origins),
         )
 
 
-def _with_probes(call: Call, engine: Engine) -> Call:
+def _with_probes(call: Call, engine: Engine, registry: CollectorRegistry) -> Call:
     @asynccontextmanager
     async def probed(request: Request) -> AsyncIterator[Reply]:
         if request.method == "GET" and request.path in PROBES:
@@ -114,7 +130,7 @@ def _with_probes(call: Call, engine: Engine) -> Call:
                 else json_reply(200, {"status": "ready"})
             )
         elif request.method == "GET" and request.path == "/metrics":
-            yield metrics.exposition()
+            yield metrics.exposition(registry)
         else:
             async with call(request) as reply:
                 yield reply
