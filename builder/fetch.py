@@ -15,7 +15,8 @@ from builder import store
 from builder.console import Console
 from builder.reach import reachable
 from builder.selection import needed
-from handler.errors import ModelNotFound, UsageError
+from handler.errors import ModelNotFound, NoResources, UsageError
+from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
 
 HUB = "https://huggingface.co"
@@ -83,6 +84,8 @@ def _copied(source: Path, out: Path, console: Console) -> Path:
 def _obtain(
     model: str, revision: str | None, work: Path, environ: Mapping[str, str], console: Console
 ) -> dict[str, str]:
+    if missing := [package for package in ("huggingface_hub", "numpy") if not installed(package)]:
+        raise NoResources(f"fetching {model} needs {' and '.join(missing)}: pip install 'firsttoken[cpu]'")
     # What the two branches import takes a second, and a model that is there needs neither.
     try:
         endpoint = _hub(environ)

@@ -133,11 +133,11 @@ def provide(wanted: Iterable[Need]) -> None:
     if os.geteuid() == 0 and shutil.which("apt-get"):
         say(f"installing Debian packages: {' '.join(names)}")
         apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
-        run([*apt, "update"], check=False)
-        run([*apt, "install", "-y", "--no-install-recommends", *names], check=False)
+        run([*apt, "update"], quiet=True, check=False)
+        run([*apt, "install", "-y", "--no-install-recommends", *names], quiet=True, check=False)
         missing = [need for need in missing if not need.present()]
     for need in missing:
-        say(f"{need.package} is missing ({need.purpose}): sudo apt-get install {need.package}")
+        say(f"{need.package} is missing ({need.purpose}): apt-get install {need.package}, as root")
     if any(need.required for need in missing):
         raise Failed("a system package is missing")
 
@@ -211,7 +211,7 @@ def pip(command: str, *arguments: str, check: bool = True) -> str:
 
 
 def run(line: Sequence[str | Path], *, quiet: bool = False, check: bool = True) -> int:
-    """Run a command with its output on stderr; returns its status, or raises `Failed` with `check`."""
+    """Run a command, its output on stderr; returns its status, or raises `Failed` with `check`."""
     sink = subprocess.DEVNULL if quiet else sys.stderr
     try:
         done = subprocess.run(line, stdout=sink, stderr=sink, check=False)
