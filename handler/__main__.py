@@ -11,14 +11,16 @@ import json  # noqa: E402
 import logging  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
 
-from handler import logs, platforms  # noqa: E402
+from handler import explain, logs, platforms  # noqa: E402
 from handler.engine import Engine, flag_checks, make_parser  # noqa: E402
-from handler.errors import BadSettings, StartError  # noqa: E402
+from handler.errors import BadSettings, StartError, UsageError  # noqa: E402
 from handler.flags import flag_faults  # noqa: E402
 from handler.phases import Phases, process_started_s  # noqa: E402
 from handler.settings import TABLE, Settings  # noqa: E402
@@ -34,16 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m handler",
         description="Serve one model on this platform. Settings come from the environment.",
     )
-    parser.add_argument("command", nargs="?", choices=["serve", "settings"], default="serve")
-    if parser.parse_args(argv).command == "settings":
-        print(render_markdown(TABLE))
-        return 0
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="serve; also without a command")
+    commands.add_parser("settings", help="print every setting as Markdown")
+    explaining = commands.add_parser("explain", help="show where the time of a cold start went")
+    explaining.add_argument(
+        "log", nargs="?", help="a worker's log, - for stdin; without it a start is made and explained"
+    )
+    explaining.add_argument("--svg", metavar="FILE", type=Path, help="draw it into FILE")
+    args = parser.parse_args(argv)
     try:
-        serve(os.environ)
+        if args.command == "settings":
+            print(render_markdown(TABLE))
+        elif args.command == "explain":
+            explain_start(args.log, args.svg, os.environ)
+        else:
+            serve(os.environ)
     except StartError as error:
         print(f"firsttoken: {error}", file=sys.stderr)
         Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, " ".join(str(error).split()))
         return error.exit_code
+    except BrokenPipeError:  # `... | head` has seen enough
+        return 0
     return 0
 
 
@@ -69,6 +83,29 @@ def serve(environ: MutableMapping[str, str]) -> None:
         platform.run(settings, engine, phases, notifier)
     finally:
         engine.close()
+
+
+def explain_start(source: str | None, picture: Path | None, environ: MutableMapping[str, str]) -> None:
+    """Show a cold start from the log `source`, or make one and show that."""
+    if source is None:
+        phases = Phases(process_started_s())
+        phases.until_now("interpreter")
+        engine = Engine.start(read_settings(environ), phases, environ)
+        try:
+            engine.wait_open()
+        finally:
+            engine.close()
+        report: explain.Report = phases.report()
+    elif source == "-":
+        report = explain.find(sys.stdin)
+    else:
+        try:
+            report = explain.find(Path(source).read_text(errors="replace").splitlines())
+        except OSError as error:
+            raise UsageError(f"{source}: {error.strerror}") from error
+    if picture is not None:
+        picture.write_text(explain.svg(report))
+    print(explain.waterfall(report, width=shutil.get_terminal_size().columns))
 
 
 def read_settings(environ: MutableMapping[str, str]) -> Settings:

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from handler import asgi, machine, prerequisites
+from handler import asgi, machine, prerequisites, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -61,7 +61,8 @@ SEAM: Mapping[str, tuple[str, ...]] = {
 }
 """Every name of vLLM that the worker uses."""
 
-MIN_KV_CACHE_BYTES = 1 << 30
+MIN_KV_CACHE_BYTES = 64 << 20
+MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
 HUB_TIMEOUT_S = 3.0
 
@@ -174,6 +175,8 @@ class Engine:
         with phases.span("config"):
             args = read_flags(parser, self._settings)
             vllm_config = configure(args, self.mode)
+            if args.otlp_traces_endpoint is None:
+                tracing.listen(phases)
         with phases.span("engine"):
             self._llm = build(async_llm, vllm_config, args, self.mode)
             tasks = await self._llm.get_supported_tasks()
@@ -258,12 +261,14 @@ def configure(args: Namespace, mode: str) -> Any:
 def plan_kv_cache_bytes(vllm_config: Any) -> int:
     """How much memory to give the KV cache on a CPU, where vLLM would take most of it.
 
-    Room for four sequences of the longest kind, at least 1 GiB, at most 40 % of what is free.
+    Room for 32 sequences of full length, within 64 MiB and 1 GiB; always for two of them, if
+    40 % of the free memory hold that. Each GiB costs half a second of page faults at the start.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    per_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
-    wanted = 4 * per_token * model.dtype.itemsize * model.max_model_len
-    return int(min(max(wanted, MIN_KV_CACHE_BYTES), 0.4 * machine.free_memory_bytes()))
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    sequence = 2 * heads * model.get_head_size() * model.dtype.itemsize * model.max_model_len
+    wanted = max(2 * sequence, min(max(32 * sequence, MIN_KV_CACHE_BYTES), MAX_KV_CACHE_BYTES))
+    return int(min(wanted, 0.4 * machine.free_memory_bytes()))
 
 
 def build(async_llm: Any, vllm_config: Any, args: Namespace, mode: str) -> Any:

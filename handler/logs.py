@@ -24,10 +24,10 @@ def to_stderr(name: str, level: str) -> None:
 class FieldsFormatter(logging.Formatter):
     """`time LEVEL logger: message name=value ...`, the fields being those given as `extra`."""
 
-    _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
-
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """One line of `record`."""
-        fields: Mapping[str, object] = {k: v for k, v in vars(record).items() if k not in self._OWN}
+        # Asked for each time: vLLM adds fields of its own to every record that is made.
+        own = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+        fields: Mapping[str, object] = {k: v for k, v in vars(record).items() if k not in own}
         extra = "".join(f" {name}={value!r}" for name, value in fields.items())
         return f"{self.formatTime(record)} {record.levelname} {record.name}: {record.message}{extra}"

@@ -1,15 +1,18 @@
 """Where the time of a cold start goes: named spans from `exec` to the first token.
 
-All times are seconds on the monotonic clock; zero is the moment the process started.
+All times are seconds on the monotonic clock; zero is the moment the process started. Beside
+its wall time each span has the CPU seconds and the major page faults of the process: a phase
+whose CPU seconds are far below its wall time waited, for the disk if there were faults.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,24 @@ class Span:
     name: str
     begin_s: float
     end_s: float
+    cpu_s: float = field(default=0.0, compare=False)
+    major_faults: int = field(default=0, compare=False)
+
+    def report(self) -> dict[str, Any]:
+        """This span as JSON; times to the millisecond."""
+        return {
+            "name": self.name,
+            "begin_s": round(self.begin_s, 3),
+            "end_s": round(self.end_s, 3),
+            "cpu_s": round(self.cpu_s, 3),
+            "major_faults": self.major_faults,
+        }
+
+
+def usage() -> tuple[float, int]:
+    """CPU seconds and major page faults of this process so far, all threads together."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime, used.ru_majflt
 
 
 class Phases:
@@ -35,40 +56,56 @@ class Phases:
         started_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
+        meter: Callable[[], tuple[float, int]] = usage,
         listen: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._started_s = started_s
         self._clock = clock
+        self._meter = meter
         self.listen = listen
         self.spans: list[Span] = []
         self.total_s: float | None = None
+        self.facts: dict[str, Any] = {}
+        """What else a reader wants to know of the start: bytes read, modes chosen and why."""
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Measure the block as the phase `name`; a block that raises is measured too."""
-        self.listen(name)
-        begin_s = self._now_s()
+        end = self.begin(name)
         try:
             yield
         finally:
-            self.spans.append(Span(name, begin_s, self._now_s()))
+            end()
+
+    def begin(self, name: str) -> Callable[[], None]:
+        """Begin the phase `name`; call what is returned when it ends."""
+        self.listen(name)
+        began_s, (cpu_s, faults) = self._now_s(), self._meter()
+
+        def end() -> None:
+            cpu_after_s, faults_after = self._meter()
+            self.spans.append(Span(name, began_s, self._now_s(), cpu_after_s - cpu_s, faults_after - faults))
+
+        return end
 
     def until_now(self, name: str) -> None:
         """Count the time since the start of the process as the phase `name`."""
-        self.spans.append(Span(name, 0.0, self._now_s()))
+        self.spans.append(Span(name, 0.0, self._now_s(), *self._meter()))
 
     def done(self) -> None:
         """The first token was made: the cold start is over."""
         self.total_s = self._now_s()
 
     def report(self) -> dict[str, Any]:
-        """`{"total_s", "phases": [{"name", "begin_s", "end_s"}]}`, in milliseconds' precision."""
+        """`{"total_s", "facts": {...}, "phases": [{"name", "begin_s", "end_s", "cpu_s", "major_faults"}]}`.
+
+        Phases stand in the order in which they began, an outer one before those inside it.
+        """
+        spans = sorted(self.spans, key=lambda span: (span.begin_s, -span.end_s))
         return {
             "total_s": None if self.total_s is None else round(self.total_s, 3),
-            "phases": [
-                {"name": span.name, "begin_s": round(span.begin_s, 3), "end_s": round(span.end_s, 3)}
-                for span in self.spans
-            ],
+            "facts": self.facts,
+            "phases": [span.report() for span in spans],
         }
 
     def _now_s(self) -> float:

@@ -63,15 +63,25 @@ def test_until_now_begins_at_zero() -> None:
 
 def test_report_rounds_to_milliseconds() -> None:
     """One line of JSON that a person can read."""
-    phases = Phases(0.0, clock=at(0.1234567, 0.9999999, 2.00049))
+    meter = iter([(1.0, 3), (2.5, 10)]).__next__
+    phases = Phases(0.0, clock=at(0.1234567, 0.9999999, 2.00049), meter=meter)
     with phases.span("import"):
         pass
     assert phases.report() == {
         "total_s": None,
-        "phases": [{"name": "import", "begin_s": 0.123, "end_s": 1.0}],
+        "facts": {},
+        "phases": [{"name": "import", "begin_s": 0.123, "end_s": 1.0, "cpu_s": 1.5, "major_faults": 7}],
     }
     phases.done()
     assert phases.report()["total_s"] == 2.0
+
+
+def test_an_outer_phase_stands_before_those_inside_it() -> None:
+    """The report is in the order of beginnings, whatever ended first."""
+    phases = Phases(0.0, clock=at(1.0, 1.0, 2.0, 4.0))
+    with phases.span("outer"), phases.span("inner"):
+        pass
+    assert [phase["name"] for phase in phases.report()["phases"]] == ["outer", "inner"]
 
 
 def test_the_process_started_before_now_and_after_the_machine() -> None:
