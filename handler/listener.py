@@ -34,10 +34,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """A socket bound to the file `path`, which only this user can open."""
-    path.unlink(missing_ok=True)
+    """A socket bound to the file `path`, which only this user can open.
+
+    Raises `NoResources` when it can't be bound.
+    """
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(BACKLOG)
+    try:
+        if path.is_socket():  # a worker that was killed left it behind
+            path.unlink()
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise NoResources(f"UDS={path} can't be bound: {error.strerror or error}") from error
     return listener

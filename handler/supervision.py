@@ -8,6 +8,7 @@ when the parent does, however it died.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,19 +16,30 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+log = logging.getLogger(__name__)
+
+SEND_TIMEOUT_S = 5.0
+"""How long the news that matters may wait for room in the parent's queue, as in sd_notify(3)."""
+
 
 class Notifier:
-    """Sends state to the datagram socket that `NOTIFY_SOCKET` names; without one, nowhere."""
+    """Sends state to the datagram socket that `NOTIFY_SOCKET` names; without one, nowhere.
+
+    A parent that is not there, goes away or does not listen never stops a worker.
+    """
 
     def __init__(self, address: str | None) -> None:
         self._socket: socket.socket | None = None
         if address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-            self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+            try:
+                self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
+            except OSError:  # a container may inherit a name whose socket is not in it
+                self._close()
 
     def status(self, text: str) -> None:
         """What the worker is doing, for a person to read."""
-        self._send({"STATUS": text})
+        self._send({"STATUS": text}, timeout_s=0)
 
     def ready(self, cold_start: dict[str, Any]) -> None:
         """A first token was made and the socket accepts; `cold_start` is `Phases.report()`."""
@@ -41,13 +53,20 @@ class Notifier:
         """The worker is about to exit with `exit_code`; `reason` is one line for a person."""
         self._send({"EXIT_STATUS": str(exit_code), "STATUS": reason})
 
-    def _send(self, fields: dict[str, str]) -> None:
+    def _send(self, fields: dict[str, str], timeout_s: float = SEND_TIMEOUT_S) -> None:
         if self._socket is None:
             return
-        lines = "\n".join(f"{name}={value}" for name, value in fields.items())
+        lines = "\n".join(f"{name}={' '.join(value.split())}" for name, value in fields.items())
+        self._socket.settimeout(timeout_s)
         try:
             self._socket.send(lines.encode())
+        except (BlockingIOError, TimeoutError):
+            log.debug("the parent does not listen")
         except OSError:  # whoever listened is gone; the lifeline tells what to do about that
+            self._close()
+
+    def _close(self) -> None:
+        if self._socket is not None:
             self._socket.close()
             self._socket = None
 
@@ -56,8 +75,11 @@ def watch_lifeline(fd: int, gone: Callable[[], None] = lambda: os.kill(os.getpid
     """Call `gone` once the other end of the pipe `fd` is closed, from a daemon thread."""
 
     def wait() -> None:
-        while os.read(fd, 1):
-            pass
+        try:
+            while os.read(fd, 1):
+                pass
+        except OSError as error:  # better to stop than to be left behind
+            log.error("no lifeline", extra={"fd": fd, "reason": error.strerror})  # noqa: TRY400 - no news in a trace
         gone()
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()

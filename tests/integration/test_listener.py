@@ -1,0 +1,66 @@
+"""`handler.listener`: sockets are bound early, and what is in the way is said in a sentence."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from handler.errors import BadSettings, NoResources
+from handler.listener import listen, listen_unix
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_an_address_is_listened_on(host: str) -> None:
+    """Port 0 is any that is free; connections queue from the first moment."""
+    with listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        assert listener.getsockname()[1] > 0
+
+
+def test_a_taken_port_is_named() -> None:
+    """With the setting that changes it."""
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(NoResources) as failed:
+            listen("127.0.0.1", port)
+    assert str(failed.value) == f"port {port} of 127.0.0.1 is already in use; choose another with PORT"
+
+
+def test_a_host_that_is_no_address_is_a_bad_setting() -> None:
+    """It is the person's slip and not the machine's lack."""
+    with pytest.raises(BadSettings, match="HOST=not a host"):
+        listen("not a host", 0)
+
+
+def test_a_unix_socket_belongs_to_this_user(tmp_path: Path) -> None:
+    """Its file can be opened by nobody else, from the moment it takes connections."""
+    path = tmp_path / "worker.sock"
+    with listen_unix(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_socket_of_a_worker_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    """Its file stays behind, and nobody listens."""
+    path = tmp_path / "worker.sock"
+    listen_unix(path).close()
+    with listen_unix(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    """A slip in `UDS` must not cost a file."""
+    path = tmp_path / "model.safetensors"
+    path.write_text("weights")
+    with pytest.raises(NoResources, match=r"UDS=.*model\.safetensors"):
+        listen_unix(path)
+    assert path.read_text() == "weights"
+
+
+@pytest.mark.parametrize("name", ["missing/worker.sock", "x" * 200])
+def test_a_path_that_can_not_be_bound_is_named(tmp_path: Path, name: str) -> None:
+    """A folder that is not there, or a name that no socket address holds."""
+    with pytest.raises(NoResources, match="UDS="):
+        listen_unix(tmp_path / name)
