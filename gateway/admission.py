@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 
 from gateway.metrics import Metrics
 from gateway.upstreams import Upstream, WorkerLost
@@ -26,7 +27,8 @@ class Admission:
     At most `queue_limit` requests wait, each for at most `queue_timeout_s` from its arrival;
     who leaves frees its place at once. A streamed request that still waits after
     `keep_alive_s` is answered 200 early and gets comment frames until its stream begins; an
-    error is then its last frame (0: never early). A request whose worker went away before it
+    error is then its last frame (0: never early). What waited says in `x-cold-start` for how many
+    seconds the worker started. A request whose worker went away before it
     answered is given to the next one, once.
 
     Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
@@ -52,6 +54,7 @@ class Admission:
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Answer `request` as soon as a worker is there."""
         deadline_s = asyncio.get_running_loop().time() + self._queue_timeout_s
+        waited = False
         async with AsyncExitStack() as stack:
             for last in (False, True):
                 if not self._upstream.ready:
@@ -60,13 +63,14 @@ class Admission:
                         frames = self._held(request, turn, deadline_s, stack, last=last)
                         yield Reply(200, _EARLY_HEADERS, await stack.enter_async_context(aclosing(frames)))
                         return
+                    waited = True
                 try:
                     reply = await stack.enter_async_context(self._upstream.call(request))
                     break
                 except WorkerLost:
                     if last:
                         raise
-            yield reply
+            yield _with_cold_start(reply, self._upstream.cold_start_s) if waited else reply
 
     async def _soon(self, turn: asyncio.Task[None], request: Request) -> bool:
         """Whether its turn comes before an early answer is in order; raises why it never will."""
@@ -131,6 +135,10 @@ class Admission:
             self.waiting -= 1
             metrics.queue_depth.set(self.waiting)
             metrics.held_s.observe(asyncio.get_running_loop().time() - began_s)
+
+
+def _with_cold_start(reply: Reply, cold_start_s: float) -> Reply:
+    return replace(reply, headers=(*reply.headers, ("x-cold-start", f"{cold_start_s:.3f}")))
 
 
 def _give_up(turn: asyncio.Task[None]) -> None:

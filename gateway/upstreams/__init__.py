@@ -29,6 +29,11 @@ class Upstream(Protocol):
         """About how long until it is ready."""
         ...
 
+    @property
+    def cold_start_s(self) -> float:
+        """How long the last start took, from process to first token."""
+        ...
+
     async def wait_ready(self) -> None:
         """Return once it is ready, in order of arrival, and have it started if need be.
 

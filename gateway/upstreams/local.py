@@ -108,6 +108,11 @@ class LocalUpstream:
             return self._cold_start_s
         return self._cold_start_s - (time.monotonic() - self._started_s)
 
+    @property
+    def cold_start_s(self) -> float:
+        """How long the last start took; a guess while there was none."""
+        return self._cold_start_s
+
     async def wait_ready(self) -> None:
         """Return once a worker is ready, in order of arrival; have one started if there is none.
 

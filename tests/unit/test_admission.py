@@ -36,6 +36,7 @@ class ColdUpstream:
         self._call = call_app(app)
         self.ready = ready
         self.retry_after_s = retry_after_s
+        self.cold_start_s = 4.25
         self.lost = 0
         self.asked = asyncio.Event()
         self._failure: RequestError | None = None
@@ -117,6 +118,22 @@ async def test_request_is_held_until_the_worker_is_ready() -> None:
     upstream.become_ready()
     assert await task == (200, b'{"id": "a"}')
     assert front.waiting == 0
+
+
+@pytest.mark.parametrize(("ready", "expected"), [(False, "4.250"), (True, None)])
+async def test_only_a_request_that_waited_tells_the_cold_start(ready: bool, expected: str | None) -> None:
+    """`x-cold-start` explains a slow answer; a quick one has nothing to explain."""
+    upstream = ColdUpstream(ScriptedApp({CHAT: answer({})}), ready=ready)
+
+    async def headers() -> str | None:
+        async with admission(upstream).call(chat()) as reply:
+            await read(reply)
+            return reply.header("x-cold-start")
+
+    task = asyncio.create_task(headers())
+    await asyncio.sleep(0)
+    upstream.become_ready()
+    assert await task == expected
 
 
 async def test_held_requests_are_served_in_order_of_arrival() -> None:

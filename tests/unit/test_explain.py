@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -60,7 +60,7 @@ def test_the_waterfall_puts_each_phase_where_it_was() -> None:
 
 def test_the_picture_is_well_formed() -> None:
     """Names are escaped, and there is one bar for each phase."""
-    root = ElementTree.fromstring(svg(REPORT))
+    root = ET.fromstring(svg(REPORT))
     titles = [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")]
     assert titles == [
         "import: 5.00 s wall, 4.90 s CPU, 0 major faults",
