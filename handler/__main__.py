@@ -14,11 +14,12 @@ import os  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+import threading  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import MutableMapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from handler import explain, logs, platforms  # noqa: E402
+from handler import explain, logs, platforms, readahead  # noqa: E402
 from handler.engine import Engine, flag_checks, make_parser  # noqa: E402
 from handler.errors import BadSettings, StartError, UsageError  # noqa: E402
 from handler.flags import flag_faults  # noqa: E402
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(environ: MutableMapping[str, str]) -> None:
     """Load the model and serve it until the platform says stop. Raises `StartError`."""
+    readahead.begin(environ)
     phases = Phases(process_started_s())
     phases.until_now("interpreter")
     settings = read_settings(environ)
@@ -80,9 +82,18 @@ def serve(environ: MutableMapping[str, str]) -> None:
         platform = platforms.load(settings.platform or platforms.detect(environ))
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
+        threading.Thread(target=remember_files, args=(environ,), name="remember", daemon=True).start()
         platform.run(settings, engine, phases, notifier)
     finally:
         engine.close()
+
+
+def remember_files(environ: MutableMapping[str, str]) -> None:
+    """Write down what this start has read, for the next one."""
+    try:
+        readahead.record(readahead.place(environ))
+    except OSError as error:
+        log.info("no list for read-ahead was kept", extra={"reason": error.strerror})
 
 
 def explain_start(source: str | None, picture: Path | None, environ: MutableMapping[str, str]) -> None:
