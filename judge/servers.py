@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 480
 STOP_TIMEOUT_S = 30
 KEY = "token-abc123"
 """The key that vLLM's tests send, also to a server that asks for none."""
