@@ -3,7 +3,7 @@
 vLLM's own asynchronous client always starts the core in another process. This one has the
 methods that `AsyncLLM` calls and passes objects where the other passes messages. It is
 used on the CPU and for snapshots; on a GPU a forked core leaves the interpreter to the
-front end (docs/decisions/0005-engine-in-process.md). It imports nothing of vLLM.
+front end (docs/decisions/0004-engine-in-process.md). It imports nothing of vLLM.
 """
 
 from __future__ import annotations

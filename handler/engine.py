@@ -215,7 +215,7 @@ def resolve_mode(mode: str) -> str:
 def read_flags(parser: ArgumentParser, settings: Settings) -> Namespace:
     """vLLM's arguments. Raises `BadSettings` with every fault that its parser or checks find."""
     # On a CPU a compile costs a minute and a C++ compiler, and an eager model 20 % of the tokens
-    # (docs/decisions/0005-engine-in-process.md). ENFORCE_EAGER=false brings the compiler back.
+    # (docs/decisions/0004-engine-in-process.md). ENFORCE_EAGER=false brings the compiler back.
     defaults = ["--enforce-eager"] if seam("current_platform").is_cpu() else []
     return parse_flags(parser, settings, defaults=defaults, checks=flag_checks())
 
