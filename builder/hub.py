@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import httpx2  # what huggingface_hub 2 lets through when a connection breaks
 from huggingface_hub import HfApi, snapshot_download
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from builder.console import Console, size
 from builder.selection import needed
@@ -56,6 +58,7 @@ def download(
                 token=token,
                 etag_timeout=TIMEOUT_S,
                 library_name=LIBRARY,
+                tqdm_class=None if console.terminal else _NoBar,
             )
     except GatedRepoError as error:
         raise ModelNotFound(
@@ -72,6 +75,13 @@ def download(
         raise ModelNotFound(f"the connection to {endpoint} failed ({type(error).__name__})") from error
     shutil.rmtree(work / ".cache", ignore_errors=True)  # by which the hub's client goes on after a failure
     return info.sha
+
+
+class _NoBar(tqdm):
+    """The hub's client draws one of its bars on whatever standard error is."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"disable": True})  # type: ignore[no-untyped-call]
 
 
 def _check_disk(work: Path, wanted_bytes: int) -> None:

@@ -59,7 +59,7 @@ def test_needed_files_are_downloaded(hub: Hub, tmp_path: Path, console: Console)
     }
 
 
-def test_what_happens_is_said(hub: Hub, tmp_path: Path) -> None:
+def test_what_happens_is_said(hub: Hub, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What comes, and where it is; lines and not bars, because this is no terminal."""
     stream = io.StringIO()
     folder = fetch("org/good", environ=environ(hub, tmp_path), console=Console(stream))
@@ -67,6 +67,7 @@ def test_what_happens_is_said(hub: Hub, tmp_path: Path) -> None:
         "fetch: downloading org/good: 3 files, 1 MB",
         f"fetch: org/good is in {folder}",
     ]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_second_fetch_asks_nobody(hub: Hub, tmp_path: Path, console: Console) -> None:
