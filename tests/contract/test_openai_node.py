@@ -1,0 +1,58 @@
+"""The official client for Node as an oracle; skipped, and said so, where there is no npm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+
+HERE = servers.ROOT / "tests" / "node"
+NPM = ("npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error")
+
+
+@pytest.fixture(scope="session")
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the oracle and the client that it needs."""
+    if not (shutil.which("npm") and shutil.which("node")):
+        pytest.skip("this lane did not run: node and npm are missing (Debian: apt-get install nodejs npm)")
+    folder = tmp_path_factory.mktemp("node")
+    for name in ("package.json", "oracle.mjs"):
+        shutil.copy(HERE / name, folder)
+    subprocess.run(NPM, cwd=folder, check=True, timeout=150, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def test_the_node_client_understands_every_answer(stack: servers.Stack, node_folder: Path) -> None:
+    """Objects, streams and errors arrive as the client's own types, through the gateway."""
+    environ = {
+        "PATH": os.environ["PATH"],
+        "OPENAI_BASE_URL": stack.gateway.base_url,
+        "OPENAI_API_KEY": stack.gateway.key,
+    }
+    done = subprocess.run(
+        ["node", "oracle.mjs", servers.MODEL],
+        cwd=node_folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "models": [servers.MODEL],
+        "model": "model",
+        "chat": ["chat.completion", "The capital of France is Paris.", "stop"],
+        "stream": "The capital of France is Paris.",
+        "sameUsage": True,
+        "completion": ["text_completion", 3],
+        "noModel": ["NotFoundError", 404, "model_not_found", "invalid_request_error", "model", True],
+        "badKey": ["AuthenticationError", 401, "invalid_api_key", "invalid_request_error", None, True],
+        "badValue": ["BadRequestError", 400, "invalid_request", "invalid_request_error", "temperature", True],
+    }
