@@ -171,17 +171,25 @@ def verdicts(ratios: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def summary(results: Results) -> dict[str, object]:
-    """What the line of JSON says of each number of streams."""
+def line(windows: Sequence[Window], facts: Mapping[str, object]) -> dict[str, object]:
+    """The line of JSON: the ratios, `facts`, and the figures of every number of streams."""
+    found = results(windows)
     return {
-        str(streams): {
-            path: {
-                "ttft_p50_ms": round(figures.first_p50_s * 1e3, 2),
-                "ttft_p99_ms": round(figures.first_p99_s * 1e3, 2),
-                "tokens_per_s": round(figures.tokens_per_s, 1),
-                "cpu_ms_per_token": round(figures.cpu_s_per_token * 1e3, 4),
-            }
-            for path, figures in paths.items()
-        }
-        for streams, paths in results.items()
+        **ratios(found),
+        "streams": max(found),
+        **facts,
+        "other_cores": round(max(window.other_cores for window in windows), 2),
+        "results": {
+            str(streams): {path: _json(figures) for path, figures in paths.items()}
+            for streams, paths in found.items()
+        },
+    }
+
+
+def _json(figures: Figures) -> dict[str, float]:
+    return {
+        "ttft_p50_ms": round(figures.first_p50_s * 1e3, 2),
+        "ttft_p99_ms": round(figures.first_p99_s * 1e3, 2),
+        "tokens_per_s": round(figures.tokens_per_s, 1),
+        "cpu_ms_per_token": round(figures.cpu_s_per_token * 1e3, 4),
     }

@@ -92,7 +92,7 @@ def run(job: Job, at_begin: Callable[[], None]) -> Outcome:
     return Outcome(answer["wall_s"], answer["cpu_s"], [Sample(*sample) for sample in answer["samples"]])
 
 
-class _Stream(asyncio.Protocol):
+class Stream(asyncio.Protocol):
     """One connection, which asks one request after another."""
 
     def __init__(self, head: bytes) -> None:
@@ -100,7 +100,7 @@ class _Stream(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._parts: list[bytes] = []
         self._begun_s = 0.0
-        self._first_s: float | None = None
+        self.first_s: float | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def begin(self, take: Callable[[], bytes | None], samples: list[Sample]) -> None:
@@ -124,7 +124,7 @@ class _Stream(asyncio.Protocol):
                 self.ended.set_result(None)
             return
         self._parts = []
-        self._first_s = None
+        self.first_s = None
         self._begun_s = time.perf_counter()
         self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (self._head, len(body), body))
 
@@ -136,8 +136,8 @@ class _Stream(asyncio.Protocol):
         """Called by the parser."""
         self._parts.append(part)
         # Joined, because a frame may be cut anywhere; it is a frame or two until text comes.
-        if self._first_s is None and _CONTENT.search(b"".join(self._parts)):
-            self._first_s = time.perf_counter() - self._begun_s
+        if self.first_s is None and _CONTENT.search(b"".join(self._parts)):
+            self.first_s = time.perf_counter() - self._begun_s
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -145,10 +145,10 @@ class _Stream(asyncio.Protocol):
         body = b"".join(self._parts)
         status = self._parser.get_status_code()
         tokens = _TOKENS.findall(body)
-        if status != 200 or self._first_s is None or not tokens:
+        if status != 200 or self.first_s is None or not tokens:
             self._fail(f"{status}: {body[-500:].decode(errors='replace')}")
             return
-        self._samples.append(Sample(self._first_s, total_s, int(tokens[-1])))
+        self._samples.append(Sample(self.first_s, total_s, int(tokens[-1])))
         self._ask()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -173,16 +173,16 @@ async def drive(job: Job, at_begin: Callable[[], None]) -> Outcome:
 
 
 @asynccontextmanager
-async def _connected(job: Job) -> AsyncIterator[Sequence[_Stream]]:
+async def _connected(job: Job) -> AsyncIterator[Sequence[Stream]]:
     head = (
         f"POST {job.path} HTTP/1.1\r\nhost: {job.host}:{job.port}\r\nauthorization: Bearer {job.key}\r\n"
         "content-type: application/json\r\naccept: text/event-stream\r\n"
     ).encode()
-    streams: list[_Stream] = []
+    streams: list[Stream] = []
     try:
         for _ in range(job.streams):
             _, stream = await asyncio.get_running_loop().create_connection(
-                lambda: _Stream(head), job.host, job.port
+                lambda: Stream(head), job.host, job.port
             )
             streams.append(stream)
         yield streams
@@ -191,7 +191,7 @@ async def _connected(job: Job) -> AsyncIterator[Sequence[_Stream]]:
             stream.close()
 
 
-async def _ask_all(streams: Sequence[_Stream], bodies: Sequence[str]) -> Sequence[Sample]:
+async def _ask_all(streams: Sequence[Stream], bodies: Sequence[str]) -> Sequence[Sample]:
     todo = deque(body.encode() for body in bodies)
     samples: list[Sample] = []
     for stream in streams:

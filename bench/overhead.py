@@ -103,18 +103,11 @@ def run(options: argparse.Namespace, model: str, environ: Mapping[str, str]) -> 
             print(f"round {round_ + 1} of {options.rounds} done", file=sys.stderr, flush=True)
     shutil.rmtree(logs)
     results = figures.results(windows)
-    ratios = figures.ratios(results)
+    print("", figures.table(results), "", *figures.verdicts(figures.ratios(results)), sep="\n")
     others = max(window.other_cores for window in windows)
-    print(figures.table(results), "", *figures.verdicts(ratios), sep="\n")
     if others > QUIET_CORES:
         print(f"not a quiet machine: others took up to {others:.2f} cores meanwhile; measure again")
-    return {
-        **ratios,
-        **facts,
-        "streams": max(results),
-        "other_cores": round(others, 2),
-        "results": figures.summary(results),
-    }
+    return figures.line(windows, facts)
 
 
 def measure(
