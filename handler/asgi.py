@@ -82,7 +82,8 @@ class _Exchange:
         self._complete = False
         self._failure: BaseException | None = None
         self._left = asyncio.Event()
-        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._news = self._loop.create_future()  # a bare future: an Event costs a token a microsecond more
         self._room = asyncio.Event()
 
     def scope(self) -> Message:
@@ -129,10 +130,14 @@ class _Exchange:
             self._last = body
             self._idle = False
         self._complete = not message.get("more_body", False)
-        self._news.set()
+        self._wake()
         if self._ready_bytes > HIGH_WATER_BYTES and not self._complete:
             self._room.clear()
             await self._room.wait()
+
+    def _wake(self) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
 
     def _tick(self) -> None:
         """Say something if nothing was said since the last tick. Costs a token nothing."""
@@ -141,9 +146,9 @@ class _Exchange:
         between_frames = sse.complete(self._last) == len(self._last)
         if self._idle and between_frames and self._keep_alive is not None:
             self._ready.append(sse.KEEP_ALIVE)
-            self._news.set()
+            self._wake()
         self._idle = True
-        self._keep_alive = asyncio.get_running_loop().call_later(self._keep_alive_s, self._tick)
+        self._keep_alive = self._loop.call_later(self._keep_alive_s, self._tick)
 
     def ended(self, task: asyncio.Task[None]) -> None:
         """The application returned, raised, or was cancelled."""
@@ -152,7 +157,7 @@ class _Exchange:
             log.error("application failed", exc_info=self._failure)
         if not self._complete and self._failure is None:
             self._failure = _broken("The engine ended the answer before it was complete.")
-        self._news.set()
+        self._wake()
 
     def leave(self) -> None:
         """The caller reads no more: the application is told that its client has gone."""
@@ -162,7 +167,7 @@ class _Exchange:
             self._keep_alive.cancel()
 
     async def head(self) -> tuple[int, Headers]:
-        await self._news.wait()
+        await self._news
         if self._start is None:
             raise _answerable(self._failure)
         headers = tuple(
@@ -173,19 +178,19 @@ class _Exchange:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         while True:
-            await self._news.wait()
-            self._news.clear()
             if self._ready:
-                ready, self._ready_bytes = b"".join(self._ready), 0
+                ready = self._ready[0] if len(self._ready) == 1 else b"".join(self._ready)
                 self._ready.clear()
+                self._ready_bytes = 0
                 self._room.set()
                 yield ready
-            if self._ready:
-                continue  # more came while the caller used what it had
-            if self._complete:
+            elif self._complete:
                 return
-            if self._failure is not None:
+            elif self._failure is not None:
                 raise _answerable(self._failure)
+            else:
+                self._news = self._loop.create_future()
+                await self._news
 
 
 def _answerable(failure: BaseException | None) -> RequestError:

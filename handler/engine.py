@@ -297,20 +297,29 @@ def build(async_llm: Any, vllm_config: Any, args: Namespace, mode: str) -> Any:
 
 
 async def canary(call: Call, tasks: tuple[str, ...], model_id: str) -> None:
-    """Make a first token, or a first vector, through the real route."""
+    """Make a first token, or a first vector, through the real route.
+
+    A chat where the model has a template, so that no client is the first to load it.
+    """
     if "generate" in tasks:
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0}
+        if await _asked(call, "/v1/chat/completions", {"model": model_id, **chat}) is None:
+            return
         path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 1, "temperature": 0}
     elif "embed" in tasks:
         path, body = "/v1/embeddings", {"input": "Hello"}
     else:
         return
-    raw = json.dumps({"model": model_id, **body}).encode()
+    if refusal := await _asked(call, path, {"model": model_id, **body}):
+        raise EngineFailed(f"the engine started but answers {refusal}")
+
+
+async def _asked(call: Call, path: str, body: dict[str, Any]) -> str | None:
+    """None for an answer, or what was answered instead of one."""
+    raw = json.dumps(body).encode()
     async with call(Request("POST", path, (("content-type", "application/json"),), raw)) as reply:
         answer = await read(reply)
-    if reply.status != 200:
-        raise EngineFailed(
-            f"the engine started but answers {reply.status}: {answer.decode(errors='replace')[:500]}"
-        )
+    return None if reply.status == 200 else f"{reply.status}: {answer.decode(errors='replace')[:500]}"
 
 
 def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
