@@ -1,4 +1,4 @@
-"""The worker's HTTP server, as it is, around a scripted application instead of vLLM's."""
+"""The worker's HTTP server and the gateway's, as they are, around a scripted application."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from typing import cast
 
 from prometheus_client import CollectorRegistry
 
+from gateway.__main__ import Server, _config
+from gateway.app import Gateway
+from gateway.keys import Keys
+from gateway.metrics import Metrics
+from gateway.settings import GatewaySettings
+from gateway.upstreams.proxy import SocketProxy
 from handler.asgi import call_app
 from handler.engine import Engine
 from handler.listener import listen, listen_unix
@@ -76,3 +82,22 @@ async def worker(app: ScriptedApp, environ: Mapping[str, str] | None = None) -> 
     finally:
         server.stop()
         await serving
+
+
+@asynccontextmanager
+async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
+    """The port of a gateway that wants `key` and asks a worker at the socket `uds`."""
+    settings = GatewaySettings.from_environ({"DRAIN_TIMEOUT_S": "0"})
+    async with worker(app, {"UDS": str(uds)}):
+        proxy = SocketProxy(uds)
+        gate = Gateway(settings.endpoint_id, proxy.call, Keys.open(key), Metrics(), dict)
+        asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
+        server = Server(_config(asgi, settings))
+        listener = listen(HOST, 0)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving
+            await proxy.close()

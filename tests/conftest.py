@@ -1,0 +1,43 @@
+"""What several folders of tests share: one real engine for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests import servers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--tiny-model` tries the tests on another model than the repository's."""
+    parser.addoption("--tiny-model", type=Path, default=servers.ROOT / "tests/tinychat/model")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(pytestconfig: pytest.Config) -> Path:
+    """The folder of the small chat model."""
+    folder: Path = pytestconfig.getoption("--tiny-model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stack(tiny_model: Path) -> Iterator[servers.Stack]:
+    """The gateway with the small model, and its worker: the one engine that all tests share."""
+    with servers.stack(tiny_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def gateway_url(stack: servers.Stack) -> str:
+    """The gateway's URL, `http://127.0.0.1:PORT/v2/local/openai/v1`; its key is `servers.KEY`."""
+    return stack.gateway.base_url
+
+
+@pytest.fixture(scope="session")
+def tiny_client(stack: servers.Stack) -> Iterator[openai.OpenAI]:
+    """The official client, of the worker alone."""
+    with stack.worker.sync_client() as client:
+        yield client

@@ -1,0 +1,144 @@
+"""Servers that tests ask: where they are, and clients for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+ROOT = Path(__file__).parents[1]
+KEY = "ft-test-key"
+MODEL = "tinychat"
+"""What clients call the model of the tests."""
+
+MAX_MODEL_LEN = 1024
+START_TIMEOUT_S = 170.0
+"""A start takes 10 to 30 s, on a busy machine and with empty caches up to three times that."""
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """An OpenAI server at `base_url`, which ends with `/v1`; asked through `uds` if it has one."""
+
+    base_url: str
+    key: str = KEY
+    uds: Path | None = None
+
+    @property
+    def _path(self) -> str | None:
+        return str(self.uds) if self.uds else None
+
+    def http(self) -> httpx.AsyncClient:
+        """A bare client with the key, for URLs relative to `base_url`."""
+        return httpx.AsyncClient(
+            base_url=self.base_url,
+            headers={"authorization": f"Bearer {self.key}"},
+            transport=httpx.AsyncHTTPTransport(uds=self._path),
+            timeout=60,
+        )
+
+    def client(self) -> openai.AsyncOpenAI:
+        """The official asynchronous client, which tries once only."""
+        # Any: the newest clients are typed for httpx2 and still take httpx.
+        http: Any = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=self._path), timeout=60)
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
+
+    def sync_client(self) -> openai.OpenAI:
+        """The official client, which tries once only."""
+        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=self._path), timeout=60)
+        return openai.OpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A gateway and the one worker behind it, which can also be asked by itself."""
+
+    gateway: Server
+    worker: Server
+
+
+def engine_environ(model: Path, cache: str | None = None) -> dict[str, str]:
+    """The environment of a program that loads `model`, without what the tests' own holds."""
+    kept = {"PATH", "HOME", "LANG", "VIRTUAL_ENV", "VLLM_CACHE_ROOT", "HF_HOME"}
+    return {
+        **{name: value for name, value in os.environ.items() if name in kept},
+        **({"VLLM_CACHE_ROOT": cache} if cache else {}),
+        "HF_HUB_OFFLINE": "1",
+        "MODEL_NAME": str(model),
+        "SERVED_MODEL_NAME": MODEL,
+        "MAX_MODEL_LEN": str(MAX_MODEL_LEN),
+        "ENABLE_AUTO_TOOL_CHOICE": "true",
+        "TOOL_CALL_PARSER": "hermes",
+        "DRAIN_TIMEOUT_S": "5",
+    }
+
+
+@contextmanager
+def program(
+    module: str, environ: Mapping[str, str], folder: Path
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """`python -m MODULE` and the file of what it says on stderr; ended whole when the block is left."""
+    errors = folder / f"{module}.stderr"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            cwd=ROOT,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield process, errors
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def first_line(process: subprocess.Popen[str], containing: str, errors: Path) -> str:
+    """The first line of stdout with `containing`; fails with what stderr says if none comes in time."""
+    assert process.stdout is not None
+    late = threading.Timer(START_TIMEOUT_S, process.kill)
+    late.start()
+    try:
+        for line in process.stdout:
+            if containing in line:
+                return line
+    finally:
+        late.cancel()
+    raise AssertionError(f"no line with {containing!r}; stderr ends with\n{errors.read_text()[-4000:]}")
+
+
+@contextmanager
+def stack(model: Path) -> Iterator[Stack]:
+    """`python -m gateway` with `model`, and the socket of its worker."""
+    # Not pytest's folder: the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        cache = None if "VLLM_CACHE_ROOT" in os.environ else f"{folder}/cache"
+        environ = {**engine_environ(model, cache), "PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
+        with program("gateway", environ, Path(folder)) as (process, errors):
+            ready = first_line(process, "/openai/v1", errors)
+            url = next(word for word in ready.split() if word.startswith("http://"))
+            (socket,) = Path(folder).glob("firsttoken-*/worker-1.sock")
+            yield Stack(Server(url), Server("http://worker/v1", uds=socket))
