@@ -161,7 +161,8 @@ def install(extras: frozenset[str]) -> None:
         if "cpu" in wanted and platform.machine() in TORCH_MACHINES:
             install_torch()
         target = f"firsttoken[{','.join(sorted(wanted))}]"
-        say(f"installing {target}" + (", 3.6 GB on disk, a few minutes" if "cpu" in wanted else ""))
+        large = "cpu" in wanted - before.extras
+        say(f"installing {target}" + (", 3.6 GB on disk, a few minutes" if large else ""))
         pip("install", "--editable", target.replace("firsttoken", str(ROOT)))
         remove_broken_extras()
         Note(key, wanted).write()
