@@ -105,7 +105,7 @@ def program(
     try:
         yield process, errors
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(STOP_TIMEOUT_S)
         finally:

@@ -1,0 +1,84 @@
+"""Wherever the engine core runs, it says the same: `ENGINE_MODE` changes speed and nothing else.
+
+The engine that all tests share is the thread; each other mode is a process of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.servers import MODEL, START_TIMEOUT_S, STOP_TIMEOUT_S, Server, Stack, engine_environ, program
+
+GONE_WITHIN_S = 5.0
+PROMPTS = ("Hi", "What is the capital of France?", "Say something about the sea.")
+
+
+def alive(group: int) -> list[str]:
+    """The processes of a group that run; one that has ended and was not yet reaped does not count."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended while we looked
+            name, _, fields = stat.read_text().rpartition(")")
+            state, _, its_group, *_ = fields.split()
+            if int(its_group) == group and state != "Z":
+                found.append(name)
+    return found
+
+
+def said(client: openai.OpenAI) -> list[tuple[str | None, str, int]]:
+    """What the model says at temperature 0: text, why it ended, how many tokens."""
+    answers: list[tuple[str | None, str, int]] = []
+    for prompt in PROMPTS:
+        reply = client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": prompt}], max_tokens=40, temperature=0
+        )
+        assert reply.usage is not None
+        answers.append(
+            (reply.choices[0].message.content, reply.choices[0].finish_reason, reply.usage.completion_tokens)
+        )
+    return answers
+
+
+@contextmanager
+def worker(environ: dict[str, str]) -> Iterator[tuple[Server, subprocess.Popen[str], Path]]:
+    """`python -m handler` on a unix socket, ready, with the file of what it says on stderr."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as parent,
+    ):
+        parent.bind(f"{folder}/notify")
+        parent.settimeout(START_TIMEOUT_S)
+        server = Server("http://worker/v1", uds=Path(folder) / "worker.sock")
+        cache = {} if "VLLM_CACHE_ROOT" in environ else {"VLLM_CACHE_ROOT": f"{folder}/cache"}
+        told = {"NOTIFY_SOCKET": f"{folder}/notify", "UDS": str(server.uds)}
+        with program("handler", {**environ, **cache, **told}, Path(folder)) as (process, errors):
+            news = ""
+            while "READY=1" not in news:
+                news = parent.recv(65536).decode()
+                assert "EXIT_STATUS" not in news, errors.read_text()[-4000:]
+            yield server, process, errors
+
+
+@pytest.mark.parametrize("mode", ["fork", "spawn"])
+def test_every_mode_makes_the_same_tokens(mode: str, stack: Stack, tiny_model: Path) -> None:
+    """At temperature 0, and it ends with exit code 0 and leaves no process."""
+    with stack.worker.sync_client() as client:
+        expected = said(client)
+    with worker({**engine_environ(tiny_model), "ENGINE_MODE": mode}) as (server, process, errors):
+        with server.sync_client() as client:
+            assert said(client) == expected
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(STOP_TIMEOUT_S) == 0, errors.read_text()[-4000:]
+    deadline_s = time.monotonic() + GONE_WITHIN_S
+    while left := alive(process.pid):
+        assert time.monotonic() < deadline_s, left
