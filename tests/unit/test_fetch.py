@@ -16,6 +16,7 @@ from builder.console import Console, size
 from builder.fetch import fetch
 from builder.selection import needed
 from handler.errors import ModelNotFound, UsageError
+from handler.settings import DEFAULT_MODEL
 
 ORIGIN = {"model": "org/name", "source": "a test"}
 
@@ -255,6 +256,11 @@ def test_command_exits_66_without_a_model(
     assert run(["fetch", "org/name"], environ, console) == 66
     assert capsys.readouterr().out == ""
     assert said(console) == "fetch: org/name can't be fetched: HF_HUB_OFFLINE is set.\n"
+
+
+def test_make_serves_the_same_default() -> None:
+    """The Makefile names the model that clients see; the program names the one that is fetched."""
+    assert f"\nMODEL   = {DEFAULT_MODEL}\n" in (Path(__file__).parents[2] / "Makefile").read_text()
 
 
 @pytest.mark.parametrize(
