@@ -71,8 +71,9 @@ def _adapter(snapshot: Path, folder: Path) -> None:
     (snapshot / "adapter_model.safetensors").write_bytes(zeros(shapes))
     about = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_RANK, "target_modules": ["q_proj"]}
     (snapshot / "adapter_config.json").write_text(json.dumps(about))
-    for file in folder.glob("tokenizer*"):  # some tests take the adapter's tokenizer
-        (snapshot / file.name).symlink_to(file.resolve())
+    for file in folder.iterdir():
+        if file.name.startswith(("tokenizer", "chat_template")):  # some tests take the adapter's tokenizer
+            (snapshot / file.name).symlink_to(file.resolve())
 
 
 def zeros(shapes: Mapping[str, list[int]]) -> bytes:

@@ -34,7 +34,6 @@ SDIST = Sdist(
 )
 TINY = (
     "HuggingFaceH4/zephyr-7b-beta",
-    "NousResearch/Hermes-3-Llama-3.1-8B",
     "Qwen/Qwen2-1.5B-Instruct",
     "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-1.7B",
@@ -44,7 +43,12 @@ TINY = (
     "openai-community/gpt2",
 )
 """The models of the tests for which the tiny chat model of this repository stands in."""
-TEXT = ("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "facebook/opt-125m")
+TEXT = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "NousResearch/Hermes-3-Llama-3.1-8B",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "facebook/opt-125m",
+)
 """Those whose tests want a larger vocabulary: the default model stands in, or is meant."""
 TINY_ADAPTERS = (
     "charent/self_cognition_Alice",
