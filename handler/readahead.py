@@ -137,7 +137,9 @@ def _ask(files: Iterable[str]) -> None:
 
 def _forms(module: object) -> list[str]:
     """The files of `module`: the compiled one, which is what is read, and the source if there is none."""
-    found = (getattr(module, attribute, None) for attribute in ("__cached__", "__file__"))
+    # Not `getattr` for the name: a lazy module would load itself to answer.
+    names = getattr(module, "__dict__", {})
+    found = (names.get(attribute) for attribute in ("__cached__", "__file__"))
     return [file for file in found if isinstance(file, str)]
 
 

@@ -22,7 +22,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"edge"},
     {"asgi"},
     {"drain", "explain", "flags", "listener", "manifest", "metrics", "prerequisites", "tracing"},
-    {"auth", "core_thread", "logs", "machine", "phases", "settings", "sse", "supervision"},
+    {"auth", "core_thread", "logs", "machine", "phases", "readahead", "settings", "sse", "supervision"},
     {"errors", "table"},
     {"messages", "unread"},
 )
