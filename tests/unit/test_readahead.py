@@ -21,7 +21,7 @@ def test_what_this_process_has_read_is_recorded_largest_first(environ: dict[str,
     path = readahead.place(environ)
     readahead.record(path)
     files = readahead.recorded(path)
-    assert readahead.__cached__ in files or readahead.__file__ in files
+    assert any("readahead" in Path(file).name for file in files)
     assert any(".so" in file for file in files)
     sizes = [Path(file).stat().st_size for file in files]
     assert sizes == sorted(sizes, reverse=True)
