@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,12 +70,11 @@ class Stack:
     worker: Server
 
 
-def engine_environ(model: Path, cache: str | None = None) -> dict[str, str]:
+def engine_environ(model: Path) -> dict[str, str]:
     """The environment of a program that loads `model`, without what the tests' own holds."""
     kept = {"PATH", "HOME", "LANG", "VIRTUAL_ENV", "VLLM_CACHE_ROOT", "HF_HOME"}
     return {
         **{name: value for name, value in os.environ.items() if name in kept},
-        **({"VLLM_CACHE_ROOT": cache} if cache else {}),
         "HF_HUB_OFFLINE": "1",
         "MODEL_NAME": str(model),
         "SERVED_MODEL_NAME": MODEL,
@@ -135,10 +135,39 @@ def stack(model: Path) -> Iterator[Stack]:
     """`python -m gateway` with `model`, and the socket of its worker."""
     # Not pytest's folder: the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
-        cache = None if "VLLM_CACHE_ROOT" in os.environ else f"{folder}/cache"
-        environ = {**engine_environ(model, cache), "PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
+        own = {"PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
+        environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **engine_environ(model), **own}
         with program("gateway", environ, Path(folder)) as (process, errors):
             ready = first_line(process, "/openai/v1", errors)
             url = next(word for word in ready.split() if word.startswith("http://"))
-            (socket,) = Path(folder).glob("firsttoken-*/worker-1.sock")
-            yield Stack(Server(url), Server("http://worker/v1", uds=socket))
+            (uds,) = Path(folder).glob("firsttoken-*/worker-1.sock")
+            yield Stack(Server(url), Server("http://worker/v1", uds=uds))
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker of its own: where it is, its process, and the file of what it says on stderr."""
+
+    server: Server
+    process: subprocess.Popen[str]
+    errors: Path
+
+
+@contextmanager
+def worker(environ: Mapping[str, str]) -> Iterator[Worker]:
+    """`python -m handler` on a unix socket, once it has told its parent that it is ready."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as parent,
+    ):
+        parent.bind(f"{folder}/notify")
+        parent.settimeout(START_TIMEOUT_S)
+        server = Server("http://worker/v1", uds=Path(folder) / "worker.sock")
+        told = {"NOTIFY_SOCKET": f"{folder}/notify", "UDS": str(server.uds)}
+        environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **environ, **told}
+        with program("handler", environ, Path(folder)) as (process, errors):
+            news = ""
+            while "READY=1" not in news:
+                news = parent.recv(65536).decode()
+                assert "EXIT_STATUS" not in news, errors.read_text()[-4000:]
+            yield Worker(server, process, errors)

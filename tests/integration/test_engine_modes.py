@@ -5,19 +5,14 @@ The engine that all tests share is the thread; each other mode is a process of i
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.servers import MODEL, START_TIMEOUT_S, STOP_TIMEOUT_S, Server, Stack, engine_environ, program
+from tests.servers import MODEL, STOP_TIMEOUT_S, Stack, engine_environ, worker
 
 GONE_WITHIN_S = 5.0
 PROMPTS = ("Hi", "What is the capital of France?", "Say something about the sea.")
@@ -49,36 +44,16 @@ def said(client: openai.OpenAI) -> list[tuple[str | None, str, int]]:
     return answers
 
 
-@contextmanager
-def worker(environ: dict[str, str]) -> Iterator[tuple[Server, subprocess.Popen[str], Path]]:
-    """`python -m handler` on a unix socket, ready, with the file of what it says on stderr."""
-    with (
-        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as parent,
-    ):
-        parent.bind(f"{folder}/notify")
-        parent.settimeout(START_TIMEOUT_S)
-        server = Server("http://worker/v1", uds=Path(folder) / "worker.sock")
-        cache = {} if "VLLM_CACHE_ROOT" in environ else {"VLLM_CACHE_ROOT": f"{folder}/cache"}
-        told = {"NOTIFY_SOCKET": f"{folder}/notify", "UDS": str(server.uds)}
-        with program("handler", {**environ, **cache, **told}, Path(folder)) as (process, errors):
-            news = ""
-            while "READY=1" not in news:
-                news = parent.recv(65536).decode()
-                assert "EXIT_STATUS" not in news, errors.read_text()[-4000:]
-            yield server, process, errors
-
-
 @pytest.mark.parametrize("mode", ["fork", "spawn"])
 def test_every_mode_makes_the_same_tokens(mode: str, stack: Stack, tiny_model: Path) -> None:
     """At temperature 0, and it ends with exit code 0 and leaves no process."""
     with stack.worker.sync_client() as client:
         expected = said(client)
-    with worker({**engine_environ(tiny_model), "ENGINE_MODE": mode}) as (server, process, errors):
-        with server.sync_client() as client:
+    with worker({**engine_environ(tiny_model), "ENGINE_MODE": mode}) as running:
+        with running.server.sync_client() as client:
             assert said(client) == expected
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(STOP_TIMEOUT_S) == 0, errors.read_text()[-4000:]
+        running.process.terminate()
+        assert running.process.wait(STOP_TIMEOUT_S) == 0, running.errors.read_text()[-4000:]
     deadline_s = time.monotonic() + GONE_WITHIN_S
-    while left := alive(process.pid):
+    while left := alive(running.process.pid):
         assert time.monotonic() < deadline_s, left
