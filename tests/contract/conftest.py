@@ -19,17 +19,23 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.fixture
+def scripted(request: pytest.FixtureRequest) -> ScriptedApp:
+    """The scripted application with the test's `scripts`."""
+    mark = request.node.get_closest_marker("scripts")
+    assert mark is not None, "say with @pytest.mark.scripts what vLLM would answer"
+    return ScriptedApp(*mark.args)
+
+
 @pytest.fixture(params=["scripted-worker", "scripted-gateway", "vllm-worker", "vllm-gateway"])
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
-    """Each program around each application; the scripted one plays the test's `scripts`, and all of them."""
+    """Each program around each application; of the scripted one every script must be played."""
     app, _, program = request.param.partition("-")
     if app == "vllm":
         stack = request.getfixturevalue("stack")
         yield stack.worker if program == "worker" else stack.gateway
         return
-    mark = request.node.get_closest_marker("scripts")
-    assert mark is not None, "say with @pytest.mark.scripts what vLLM would answer"
-    scripted = ScriptedApp(*mark.args)
+    scripted = request.getfixturevalue("scripted")
     uds = tmp_path / "worker.sock"
     if program == "worker":
         async with scripted_server.worker(scripted, {"UDS": str(uds)}):
