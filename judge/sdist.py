@@ -46,8 +46,9 @@ class Sdist:
 def unpack(sdist: Sdist, cache: Path, environ: Mapping[str, str]) -> Path:
     """The folder with `sdist.folders`, fetched once and kept under `cache`.
 
-    From PyPI by pip, hash-checked; where that fails, from a shallow clone of `sdist.tag`.
-    Raises `subprocess.CalledProcessError` when neither can be reached.
+    From PyPI by pip; where that can't be reached, from a shallow clone of `sdist.tag`.
+    Raises `subprocess.CalledProcessError` when neither can be reached, and `ValueError`
+    when PyPI's file is not the one of `sdist.sha256`.
     """
     target = cache / f"{sdist.name}-{sdist.version}"
     if target.is_dir():
@@ -58,10 +59,10 @@ def unpack(sdist: Sdist, cache: Path, environ: Mapping[str, str]) -> Path:
         try:
             print(f"fetching the sdist of {sdist.name} {sdist.version}", flush=True)
             _extract(_download(sdist, Path(scratch), environ), sdist, tree)
-        except (subprocess.CalledProcessError, ValueError) as error:
+        except subprocess.CalledProcessError as error:
             print(f"no sdist ({error}); cloning {sdist.git} at {sdist.tag}", flush=True)
-            clone = ["git", "clone", "--quiet", "--depth", "1", "--branch", sdist.tag, sdist.git, str(tree)]
-            subprocess.run(clone, check=True)
+            clone = ["git", "-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1"]
+            subprocess.run([*clone, "--branch", sdist.tag, sdist.git, str(tree)], check=True)
             for entry in tree.iterdir():
                 if entry.name not in sdist.folders:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

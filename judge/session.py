@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from handler.settings import TABLE
-from judge.verdict import Run, read
+from judge.verdict import UNFINISHED, Run, read
 
+PROGRESS_S = 60
 REPOSITORY = Path(__file__).parent.parent
 
 
@@ -22,6 +24,7 @@ def run(words: Sequence[str], *, tree: Path, environ: Mapping[str, str], logs: P
     What it says goes to `pytest.txt` in the folder `logs`, the report of `judge.report`
     to `report.jsonl`. Raises `RuntimeError` if not one test was found.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
     report, echo = logs / "report.jsonl", logs / "pytest.txt"
     report.touch()
     command = [sys.executable, "-m", "pytest", "-p", "judge.report", "--judge-report", str(report)]
@@ -39,7 +42,10 @@ def run(words: Sequence[str], *, tree: Path, environ: Mapping[str, str], logs: P
             start_new_session=True,
         )
     try:
-        process.wait()
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PROGRESS_S)
+            print(f"  {progress(report)}", flush=True)
     except KeyboardInterrupt:
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -52,14 +58,19 @@ def run(words: Sequence[str], *, tree: Path, environ: Mapping[str, str], logs: P
     return found
 
 
+def progress(report: Path) -> str:
+    """How far pytest is, in words."""
+    found = read(report.read_text().splitlines())
+    ended = sum(why != UNFINISHED for why in found.why.values())
+    return f"{ended} of {len(found.outcomes)} tests, {found.passed} passed"
+
+
 def end(session: int) -> None:
     """Kill what is left in `session` (see setsid(2))."""
     for entry in Path("/proc").iterdir():
-        try:
+        with suppress(ProcessLookupError):
             if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
                 os.kill(int(entry.name), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

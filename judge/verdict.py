@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+UNFINISHED = "it did not finish"
 PASSED, FAILED, ERROR, SKIPPED = OUTCOMES = ("passed", "failed", "error", "skipped")
 
 
@@ -40,7 +41,7 @@ def read(lines: Iterable[str]) -> Run:
             if fields["left_out"] is not None:
                 left_out[name] = fields["left_out"]
             else:
-                outcomes[name], why[name] = ERROR, "it did not finish"
+                outcomes[name], why[name] = ERROR, UNFINISHED
             continue
         if fields["outcome"] == PASSED:
             if fields["when"] == "call":
