@@ -12,6 +12,8 @@ from pathlib import Path
 
 import openai
 
+import pytest
+
 from tests.servers import MODEL, STOP_TIMEOUT_S, Stack, engine_environ, worker
 
 GONE_WITHIN_S = 5.0
@@ -44,6 +46,7 @@ def said(client: openai.OpenAI) -> list[tuple[str | None, str, int]]:
     return answers
 
 
+@pytest.mark.timeout(400)  # it may start two engines: the shared one, and its own
 def test_a_forked_core_makes_the_same_tokens(stack: Stack, tiny_model: Path) -> None:
     """At temperature 0, and it ends with exit code 0 and leaves no process."""
     with stack.worker.sync_client() as client:
