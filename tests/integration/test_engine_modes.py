@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import openai
-
 import pytest
 
 from tests.servers import MODEL, STOP_TIMEOUT_S, Stack, engine_environ, worker
