@@ -22,6 +22,7 @@ from judge import report, servers
 from judge.selection import SELECTED
 
 START = {"vllm": servers.vllm, "ours": servers.ours}
+USUAL_CONTEXT_TOKENS = 2048
 UNPREFIXED = ("tokenize", "detokenize")
 """Routes that vLLM has at its root and we below `/v1`."""
 
@@ -64,7 +65,7 @@ def install(remote: Any, side: str, logs: Path) -> None:
     count = itertools.count()
 
     def start(self: Any, model: str, vllm_serve_args: Sequence[str], **options: Any) -> None:
-        flags = [*vllm_serve_args, *more_flags(**options)]
+        flags = complete(vllm_serve_args, **options)
         environ = {**os.environ, **(options.get("env_dict") or {})}
         self.server = START[side](model, flags, environ, logs / f"server-{next(count):03}.log")
         self.DUMMY_API_KEY = self.server.key
@@ -90,14 +91,24 @@ def install(remote: Any, side: str, logs: Path) -> None:
         setattr(remote, name, method)
 
 
-def more_flags(
-    *, seed: int | None = 0, override_hf_configs: Mapping[str, Any] | None = None, **_: object
+def complete(
+    flags: Sequence[str],
+    *,
+    seed: int | None = 0,
+    override_hf_configs: Mapping[str, Any] | None = None,
+    **_: object,
 ) -> list[str]:
-    """The flags that `RemoteOpenAIServer` makes of its other arguments."""
-    flags = [] if seed is None else ["--seed", str(seed)]
+    """The flags of a test, with those that `RemoteOpenAIServer` makes of its other arguments.
+
+    Where the test gives no context length, the stand-ins' own would be long: an answer
+    without an end would take minutes.
+    """
+    more = [] if seed is None else ["--seed", str(seed)]
     if override_hf_configs is not None:
-        flags += ["--hf-overrides", json.dumps(override_hf_configs)]
-    return flags
+        more += ["--hf-overrides", json.dumps(override_hf_configs)]
+    if not any(name == "max-model-len" for name, _ in servers.parse(flags)):
+        more += ["--max-model-len", str(USUAL_CONTEXT_TOKENS)]
+    return [*flags, *more]
 
 
 def asks_for_key(flags: Sequence[str], environ: Mapping[str, str]) -> bool:

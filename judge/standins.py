@@ -17,8 +17,6 @@ from pathlib import Path
 REVISION = "0" * 40
 CONTEXT_TOKENS = 32768
 """Some tests ask for a longer context than the small models have; none of them fills it."""
-USUAL_CONTEXT_TOKENS = 2048
-"""The context where a test asks for none: an answer without an end ends here."""
 LORA_RANK = 8
 
 
@@ -41,20 +39,12 @@ def _snapshot(home: Path, name: str) -> Path:
 
 
 def _model(snapshot: Path, folder: Path) -> None:
-    """The files of `folder`, with a longer context.
-
-    A test may ask for up to `CONTEXT_TOKENS` where `VLLM_ALLOW_LONG_MAX_MODEL_LEN` is set.
-    """
-    changes = {
-        "config.json": {"max_position_embeddings": CONTEXT_TOKENS},
-        "tokenizer_config.json": {"model_max_length": USUAL_CONTEXT_TOKENS},
-    }
+    """The files of `folder`, with a longer context."""
     for file in folder.iterdir():
-        if file.name in changes:
-            changed = {**json.loads(file.read_text()), **changes[file.name]}
-            (snapshot / file.name).write_text(json.dumps(changed))
-        else:
+        if file.name != "config.json":
             (snapshot / file.name).symlink_to(file.resolve())
+    config = json.loads((folder / "config.json").read_text())
+    (snapshot / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT_TOKENS}))
 
 
 def _adapter(snapshot: Path, folder: Path) -> None:

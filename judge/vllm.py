@@ -79,7 +79,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         standins.hub(
             home, models, dict.fromkeys(TINY_ADAPTERS, options.tiny) | dict.fromkeys(TEXT_ADAPTERS, text)
         )
-        environ = session.environment(environ) | {"HF_HOME": str(home), "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+        environ = session.environment(environ) | {"HF_HOME": str(home)}
         runs = []
         for side in ("vllm", "ours"):
             logs = session.fresh(options.cache / "vllm-logs" / side)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from judge import openai_plugin, servers, standins
+from judge import openai_plugin, plugin, servers, standins
 from judge.selection import NO_ADMIN, NO_SERVER, SELECTED, Module, Selection, matches
 from judge.verdict import Run, Verdict, merged, read
 
@@ -44,6 +44,15 @@ def test_flags_are_left_out_with_their_values() -> None:
     flags = ["--host", "0.0.0.0", "--port=55857", "--lora-modules", "a=b", "c=d", "--enforce-eager"]
     kept = servers.without(flags, "host", "port")
     assert kept == ["--lora-modules", "a=b", "c=d", "--enforce-eager"]
+
+
+def test_a_server_without_context_length_gets_one() -> None:
+    """The other arguments of vLLM's test server are flags too."""
+    assert plugin.complete(["--enforce-eager"], seed=7, auto_port=True) == [
+        *("--enforce-eager", "--seed", "7", "--max-model-len", "2048")
+    ]
+    given = plugin.complete(["--max_model_len", "5000"], seed=None, override_hf_configs={"a": 1})
+    assert given == ["--max_model_len", "5000", "--hf-overrides", '{"a": 1}']
 
 
 def test_a_value_without_a_flag_is_refused() -> None:
@@ -210,13 +219,11 @@ def test_standins_look_like_a_hugging_face_cache(tmp_path: Path) -> None:
     model.mkdir()
     config = {"hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
-    (model / "tokenizer_config.json").write_text("{}")
     (model / "model.safetensors").write_bytes(b"weights")
     standins.hub(tmp_path / "hf", {"org/big": model}, {"org/adapter": model})
     big = tmp_path / "hf/hub/models--org--big"
     snapshot = big / "snapshots" / (big / "refs/main").read_text()
     assert json.loads((snapshot / "config.json").read_text()) == {**config, "max_position_embeddings": 32768}
-    assert json.loads((snapshot / "tokenizer_config.json").read_text()) == {"model_max_length": 2048}
     assert (snapshot / "model.safetensors").read_bytes() == b"weights"
     (adapter,) = (tmp_path / "hf/hub/models--org--adapter/snapshots").iterdir()
     raw = (adapter / "adapter_model.safetensors").read_bytes()
