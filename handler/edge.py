@@ -60,6 +60,8 @@ _NOT_FOR_THE_ENGINE = (
     "host",
     "accept-encoding",
     "origin",
+    "x-priority",  # vLLM's: who may go first, and on which rank, is not the client's to say
+    "x-data-parallel-rank",
 )
 _STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 

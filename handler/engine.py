@@ -33,6 +33,7 @@ from handler.flags import parse_flags
 from handler.messages import Call, Request, read
 from handler.phases import Phases
 from handler.settings import Settings
+from handler.table import FALSE
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,6 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "EngineCore": ("vllm.v1.engine.core",),
     "EngineCoreClient": ("vllm.v1.engine.core_client",),
     "EngineDeadError": ("vllm.v1.engine.exceptions",),
-    "Executor": ("vllm.v1.executor", "vllm.v1.executor.abstract"),
     "UsageContext": ("vllm.usage.usage_lib",),
     "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
     "ReasoningParserManager": ("vllm.reasoning",),
@@ -133,9 +133,11 @@ class Engine:
         return int(self._llm.get_num_unfinished_requests())
 
     def close(self) -> None:
-        """Stop the engine and free the model."""
+        """Stop the engine and free the model; one that still opens is left to the end of the process."""
         self._closing = True
-        if self._thread.is_alive() and self._opened.done() and self._opened.exception() is None:
+        if not self._opened.done():
+            return  # nothing can interrupt vLLM while it loads
+        if self._thread.is_alive() and self._opened.exception() is None:
             self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -156,7 +158,8 @@ class Engine:
             return
         self._llm.output_handler.add_done_callback(self._died)
         self._opened.set_result(None)
-        await self._stop.wait()
+        if not self._closing:
+            await self._stop.wait()
         self._llm.shutdown(timeout=self._settings.drain_timeout_s)
 
     def _died(self, _: asyncio.Task[None]) -> None:
@@ -168,7 +171,7 @@ class Engine:
     async def _open(self) -> None:
         phases = self._phases
         with phases.span("import vllm"):
-            before_import(self._environ, self._settings.engine_mode)
+            before_import(self._environ, self._settings)
             parser = make_parser()
             async_llm = seam("AsyncLLM")
             self.mode = resolve_mode(self._settings.engine_mode)
@@ -193,16 +196,23 @@ class Engine:
         phases.done()
 
 
-def before_import(environ: MutableMapping[str, str], mode: str) -> None:
+def before_import(environ: MutableMapping[str, str], settings: Settings) -> None:
     """Set what vLLM and torch read from the environment as they load, where the user has not."""
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # vLLM warns of a dozen things at each start that are as they should be here.
     environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if log.isEnabledFor(logging.DEBUG) else "ERROR")
     logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
-    if not machine.has_accelerator() and mode in {"auto", "thread"}:
+    if machine.has_accelerator():
+        return
+    if settings.engine_mode in {"auto", "thread"}:
         # OpenMP spins between steps: with a thread on every core the event loop starves for seconds.
         environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() - 1)))
+    eager = settings.rest.get("ENFORCE_EAGER", "").lower() not in FALSE
+    if eager and "enforce-eager" not in (settings.vllm_extra_args or ""):
+        # An eager vLLM compiles a helper of logprobs all the same, at the first request that asks for
+        # them: half a minute, and without a C++ compiler the end of the engine.
+        environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def resolve_mode(mode: str) -> str:

@@ -76,6 +76,7 @@ def engine_environ(model: Path) -> dict[str, str]:
     return {
         **{name: value for name, value in os.environ.items() if name in kept},
         "HF_HUB_OFFLINE": "1",
+        "CXX": "/nonexistent/c++",  # the usual machine has no compiler
         "MODEL_NAME": str(model),
         "SERVED_MODEL_NAME": MODEL,
         "MAX_MODEL_LEN": str(MAX_MODEL_LEN),

@@ -1,4 +1,7 @@
-"""Where a worker can run: each module has `run(settings, engine, notifier)`.
+"""Where a worker can run.
+
+Each module has `prepare(settings)`, called before the model is loaded, and
+`run(settings, engine, phases, notifier)`, called when it is.
 
 `ORDER` is also the order in which `detect` looks; plain HTTP comes last and fits anywhere.
 """

@@ -40,6 +40,12 @@ LINGER_S = 0.5
 """What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
 
 
+def prepare(settings: Settings) -> None:
+    """Raise `NoResources` for a port that is taken, before a model is loaded for it."""
+    if not settings.uds and settings.port:
+        listen(settings.host, settings.port).close()
+
+
 def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
     listener = listen_unix(Path(settings.uds)) if settings.uds else listen(settings.host, settings.port)
@@ -123,7 +129,7 @@ class _Server:
 def _with_probes(call: Call, engine: Engine, registry: CollectorRegistry) -> Call:
     @asynccontextmanager
     async def probed(request: Request) -> AsyncIterator[Reply]:
-        if request.method == "GET" and request.path in PROBES:
+        if request.method in {"GET", "HEAD"} and request.path in PROBES:
             yield (
                 json_reply(503, {"status": "dead"})
                 if engine.is_dead

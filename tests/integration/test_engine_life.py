@@ -78,7 +78,6 @@ def test_the_end_of_the_output_task_is_the_death_of_the_engine() -> None:
     assert engine.close_within(WAIT_S)
 
 
-@pytest.mark.xfail(reason="close() waits for ever: nobody sets _stop once the engine is open", strict=True)
 def test_an_engine_that_is_closed_while_it_opens_ends() -> None:
     """Ctrl-C in a cold start, or a platform that can't be loaded, must not hang."""
     engine = Opening()

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.servers import MODEL, engine_environ, worker
 
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
 
 
-@pytest.mark.xfail(
-    reason="vLLM compiles its first logprobs with torch.compile, also when eager; without a compiler "
-    "the engine dies, with one it stands still for half a minute. TORCHDYNAMO_DISABLE=1 mends both.",
-    strict=True,
-)
 def test_logprobs_need_no_compiler(tiny_model: Path, tmp_path: Path) -> None:
     """Nobody's request may be the one that kills the engine."""
     environ = {**engine_environ(tiny_model), **NO_COMPILER, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

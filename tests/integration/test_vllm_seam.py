@@ -81,7 +81,6 @@ def test_the_name_is_there(name: str) -> None:
     assert seam(name) is not None
 
 
-@pytest.mark.xfail(reason="SEAM names Executor, which nothing uses any more", strict=True)
 def test_every_name_is_used_and_every_use_is_named() -> None:
     """`SEAM` is the whole of what we use."""
     used = {
