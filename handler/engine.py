@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from handler import asgi, machine, prerequisites, tracing
+from handler import asgi, machine, prerequisites, readahead, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -61,6 +61,7 @@ SEAM: Mapping[str, tuple[str, ...]] = {
 }
 """Every name of vLLM that the worker uses."""
 
+LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
@@ -205,14 +206,26 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
     if machine.has_accelerator():
         return
-    if settings.engine_mode in {"auto", "thread"}:
-        # OpenMP spins between steps: with a thread on every core the event loop starves for seconds.
-        environ.setdefault("OMP_NUM_THREADS", str(max(1, machine.cores() - 1)))
+    if settings.engine_mode in {"auto", "thread"} and "OMP_NUM_THREADS" not in environ:
+        environ.update(openmp(settings.model_name, machine.cores()))
     eager = settings.rest.get("ENFORCE_EAGER", "").lower() not in FALSE
     if eager and "enforce-eager" not in (settings.vllm_extra_args or ""):
         # An eager vLLM compiles a helper of logprobs all the same, at the first request that asks for
         # them: half a minute, and without a C++ compiler the end of the engine.
         environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def openmp(model: str, cores: int) -> dict[str, str]:
+    """How OpenMP computes beside an event loop in the same process.
+
+    Its threads spin between parallel regions: with one on every core the loop starves for
+    seconds. A large model gets every core and threads that sleep instead; in a small one the
+    regions are so short that waking a thread takes longer than its work, so a core stays free.
+    """
+    weights_bytes = sum(Path(file).stat().st_size for file in readahead.weights(model))
+    if weights_bytes >= LARGE_MODEL_BYTES:
+        return {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
 
 
 def resolve_mode(mode: str) -> str:
