@@ -43,11 +43,11 @@ types: ## mypy, strict
 	@$(PY) -m mypy
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
-	@$(INSTALL) $(ENGINE) dev
+	@$(INSTALL) $(ENGINE) dev judge
 	@$(PY) -m judge.vllm
 
 judge-openai: ## openai-python's own tests of its resources against our URL
-	@$(INSTALL) $(ENGINE) dev
+	@$(INSTALL) $(ENGINE) dev judge
 	@$(PY) -m judge.openai_python
 
 bench-overhead: ## Time to first token and tokens/s beside vLLM's own server

@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, model: str, environ: Mapping[str, str]) -> 
             "model": Path(model).name,
             "machine": describe_machine(),
             "versions": describe_versions(),
-            "threads": {"vllm": servers[0].threads(), "ours": our_threads(environ)},
+            "threads": {"vllm": servers[0].threads(), "ours": our_threads({**environ, "MODEL_NAME": model})},
             "rounds": options.rounds,
             "max_tokens": options.max_tokens,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),

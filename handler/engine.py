@@ -28,7 +28,7 @@ import uvloop
 
 from handler import asgi, machine, prerequisites, readahead, tracing
 from handler.core_thread import ThreadCoreClient
-from handler.errors import EngineFailed, ModelNotFound, NoResources, StartError
+from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
 from handler.messages import Call, Request, read
 from handler.phases import Phases
@@ -392,6 +392,8 @@ def _start_error(error: BaseException) -> StartError:
             return _from(
                 ModelNotFound(f"the model can't be had from Hugging Face: {_first_line(cause)}"), error
             )
+        if kind.startswith("pydantic"):  # vLLM's configuration is a pydantic model: it can never start so
+            return _from(BadSettings([f"vLLM: {' '.join(str(cause).split())}"]), error)
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return _from(NoResources(f"not enough memory: {_first_line(cause)}"), error)
     log.error("engine failed to start", exc_info=error)
