@@ -14,7 +14,6 @@ import importlib
 import json
 import logging
 import os
-import socket
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
@@ -22,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, TypeVar
-from urllib.parse import urlsplit
 
 import uvloop
 
-from handler import asgi, machine, prerequisites, readahead, tracing
+from handler import asgi, machine, model, prerequisites, readahead, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -65,7 +63,6 @@ LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
-HUB_TIMEOUT_S = 3.0
 
 
 def seam(name: str) -> Any:
@@ -108,7 +105,7 @@ class Engine:
     def start(cls, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> Self:
         """Begin to load the model; other things may be imported beside it."""
         prerequisites.check()
-        check_model(settings, environ)
+        model.check(settings.model_name, environ)
         engine = cls(settings, phases, environ)
         engine._thread.start()
         return engine
@@ -345,45 +342,6 @@ async def _asked(call: Call, path: str, body: dict[str, Any]) -> str | None:
     return None if reply.status == 200 else f"{reply.status}: {answer.decode(errors='replace')[:500]}"
 
 
-def check_model(settings: Settings, environ: MutableMapping[str, str]) -> None:
-    """Raise `ModelNotFound` for a folder that is none, before the slow imports.
-
-    A hub that can't be reached is noticed here, in seconds: its client would try again for
-    half a minute, and a model that is in its cache needs no hub.
-    """
-    name = settings.model_name
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
-            raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
-        return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
-    if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
-        if not _cached(name, environ):
-            raise ModelNotFound(
-                f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model"
-            )
-        environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _cached(name: str, environ: Mapping[str, str]) -> bool:
-    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    cache = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
-    return (cache / ("models--" + name.replace("/", "--"))).is_dir()
-
-
-def _reachable(environ: Mapping[str, str]) -> bool:
-    if any(name in environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # the proxy's affair
-    url = urlsplit(environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), HUB_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
-
-
 def _start_error(error: BaseException) -> StartError:
     """The error that a person reads for what vLLM raised at its start."""
     for cause in _chain(error):
@@ -392,10 +350,10 @@ def _start_error(error: BaseException) -> StartError:
             return _from(
                 ModelNotFound(f"the model can't be had from Hugging Face: {_first_line(cause)}"), error
             )
-        if kind.startswith("pydantic"):  # vLLM's configuration is a pydantic model: it can never start so
-            return _from(BadSettings([f"vLLM: {' '.join(str(cause).split())}"]), error)
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return _from(NoResources(f"not enough memory: {_first_line(cause)}"), error)
+    if type(error).__module__.startswith("pydantic"):  # vLLM's configuration: it can never start so
+        return _from(BadSettings([f"vLLM: {' '.join(str(error).split())}"]), error)
     log.error("engine failed to start", exc_info=error)
     return _from(
         EngineFailed(f"the engine failed to start: {type(error).__name__}: {_first_line(error)}"), error

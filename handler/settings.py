@@ -37,6 +37,7 @@ from handler.table import (
     read,
     render_markdown,
     seconds,
+    some_of,
     whole,
 )
 from handler.unread import UNREAD
@@ -207,6 +208,13 @@ TABLE: Table = (
         "Where to say `READY=1`, as sd_notify(3) does. systemd and the gateway set it.",
     ),
     Setting(
+        "LEVERS_OFF",
+        "levers_off",
+        some_of("readahead"),
+        "",
+        "For measurements: what a cold start is to do without.",
+    ),
+    Setting(
         "FOREIGN_NAMES",
         "foreign_names",
         NAMES,
@@ -250,6 +258,7 @@ class Settings:
     start_failure: str
     vllm_config_file: str | None
     vllm_extra_args: str | None = field(repr=False)
+    levers_off: tuple[str, ...]
     foreign_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """One line for each name that is set, accepted and does nothing."""

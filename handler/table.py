@@ -175,6 +175,16 @@ def choice(*names: str) -> Kind:
     return Kind(", ".join(f"`{name}`" for name in names), parse)
 
 
+def some_of(*names: str) -> Kind:
+    """Any of `names`, separated by commas."""
+    one = choice(*names)
+
+    def parse(value: str) -> tuple[object, ...]:
+        return tuple(one.parse(item) for item in _list(value))
+
+    return Kind(f"{one.allowed}; several separated by commas", parse)
+
+
 def whole(low: int, high: int) -> Kind:
     """A whole number from `low` to `high`."""
 

@@ -21,7 +21,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"engine"},
     {"edge"},
     {"asgi"},
-    {"drain", "explain", "flags", "listener", "manifest", "metrics", "prerequisites", "tracing"},
+    {"drain", "explain", "flags", "listener", "manifest", "metrics", "model", "prerequisites", "tracing"},
     {"auth", "core_thread", "logs", "machine", "phases", "readahead", "settings", "sse", "supervision"},
     {"errors", "table"},
     {"messages", "unread"},

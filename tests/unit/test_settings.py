@@ -63,6 +63,7 @@ def test_worker_defaults() -> None:
         start_failure="exit",
         vllm_config_file=None,
         vllm_extra_args=None,
+        levers_off=(),
         foreign_names=(),
     )
 

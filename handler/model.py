@@ -1,0 +1,50 @@
+"""Whether a model can be had, found out before the slow imports."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from handler.errors import ModelNotFound
+
+HUB_TIMEOUT_S = 3.0
+
+
+def check(name: str, environ: MutableMapping[str, str]) -> None:
+    """Raise `ModelNotFound` for a folder that is none, before the slow imports.
+
+    A hub that can't be reached is noticed here, in seconds: its client would try again for
+    half a minute, and a model that is in its cache needs no hub.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+            raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
+    if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
+        if not _cached(name, environ):
+            raise ModelNotFound(
+                f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model"
+            )
+        environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _cached(name: str, environ: Mapping[str, str]) -> bool:
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    cache = Path(environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return (cache / ("models--" + name.replace("/", "--"))).is_dir()
+
+
+def _reachable(environ: Mapping[str, str]) -> bool:
+    if any(name in environ for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy's affair
+    url = urlsplit(environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), HUB_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
