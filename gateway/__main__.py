@@ -24,6 +24,7 @@ from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
 from gateway.upstreams.events import Event, Ready, StartFailed
+from gateway.upstreams.launch import Fresh, WarmParent
 from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
 from handler import logs
 from handler.errors import StartError
@@ -83,7 +84,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
             stop()
 
     upstream = LocalUpstream(
-        worker,
+        lambda folder: WarmParent(worker, folder / "parent.sock") if settings.warm_parent else Fresh(worker),
         environ,
         at_once=settings.start == "now",
         start_timeout_s=settings.start_timeout_s,

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import gc
+import os
 
-gc.disable()  # a third of the import time is collections that free nothing; `Engine` turns it on again
+from handler import levers
 
-import argparse  # noqa: E402 - after the line above, here and below
-import json  # noqa: E402
-import logging  # noqa: E402
-import multiprocessing  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import warnings  # noqa: E402
-from collections.abc import MutableMapping, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
+if levers.pulled("gc", os.environ):
+    gc.disable()  # a third of the import time is collections that free nothing; `Engine` turns it on again
 
-from handler import explain, logs, platforms, readahead  # noqa: E402
-from handler.engine import Engine, flag_checks, make_parser  # noqa: E402
-from handler.errors import BadSettings, StartError, UsageError  # noqa: E402
-from handler.flags import flag_faults  # noqa: E402
-from handler.phases import Phases, process_started_s  # noqa: E402
-from handler.settings import TABLE, Settings  # noqa: E402
-from handler.supervision import Notifier, watch_lifeline  # noqa: E402
-from handler.table import render_markdown  # noqa: E402
+import argparse
+import json
+import logging
+import multiprocessing
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from handler import explain, logs, platforms, readahead
+from handler.engine import Engine, flag_checks, make_parser
+from handler.errors import BadSettings, StartError, UsageError
+from handler.flags import flag_faults
+from handler.listener import listen_unix
+from handler.phases import Phases, process_started_s
+from handler.settings import TABLE, Settings
+from handler.supervision import Notifier, watch_lifeline
+from handler.table import render_markdown
+from handler.warm import Fork, Parent
 
 log = logging.getLogger("handler")
 
@@ -45,28 +52,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "log", nargs="?", help="a worker's log, - for stdin; without it a start is made and explained"
     )
     explaining.add_argument("--svg", metavar="FILE", type=Path, help="draw it into FILE")
+    warm = commands.add_parser("zygote", help="import once, then fork workers; replace one whose engine died")
+    warm.add_argument(
+        "--socket", metavar="PATH", type=Path, help="fork workers for the clients of this unix socket"
+    )
     args = parser.parse_args(argv)
+    match args.command:
+        case "settings":
+            return exit_code(lambda: print(render_markdown(TABLE)))
+        case "explain":
+            return exit_code(lambda: explain_start(args.log, args.svg, os.environ))
+        case "zygote":
+            return exit_code(lambda: keep_parent(os.environ, args.socket))
+    return exit_code(lambda: serve(os.environ))
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """Do `work`; what it raises is told to who started this process, and is its exit code."""
     try:
-        if args.command == "settings":
-            print(render_markdown(TABLE))
-        elif args.command == "explain":
-            explain_start(args.log, args.svg, os.environ)
-        else:
-            serve(os.environ)
+        return work() or 0
     except StartError as error:
         print(f"firsttoken: {error}", file=sys.stderr)
         Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, " ".join(str(error).split()))
         return error.exit_code
     except BrokenPipeError:  # `... | head` has seen enough
         return 0
-    return 0
 
 
-def serve(environ: MutableMapping[str, str]) -> None:
+def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     """Load the model and serve it until the platform says stop. Raises `StartError`."""
-    readahead.begin(environ)
-    phases = Phases(process_started_s())
-    phases.until_now("interpreter")
+    phases = begin(environ) if fork is None else fork.phases
     settings = read_settings(environ)
     logs.to_stderr("handler", settings.log_level)
     warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: who runs a worker can't act on them
@@ -78,16 +93,43 @@ def serve(environ: MutableMapping[str, str]) -> None:
         watch_lifeline(settings.lifeline_fd)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _give_up)
-    engine = Engine.start(settings, phases, environ)
+    engine = Engine.start(settings, phases, environ, fork.prepared_for(settings) if fork else None)
     try:
         platform = platforms.load(settings.platform or platforms.detect(environ))
         platform.prepare(settings)
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
-        threading.Thread(target=remember_files, args=(environ,), name="remember", daemon=True).start()
+        remember = fork.teach if fork else partial(remember_files, environ)
+        threading.Thread(target=remember, name="remember", daemon=True).start()
         platform.run(settings, engine, phases, notifier)
     finally:
         engine.close()
+
+
+def begin(environ: MutableMapping[str, str]) -> Phases:
+    """What comes before everything: files are asked for, the clock runs."""
+    readahead.begin(environ)
+    phases = Phases(process_started_s())
+    phases.until_now("interpreter")
+    return phases
+
+
+def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> int:
+    """Be a warm parent: of the workers that clients of `socket_path` ask for, or of one worker of its own."""
+    listener = listen_unix(socket_path) if socket_path else None  # clients may come before all is imported
+    parent = Parent(begin(environ))
+    logs.to_stderr("handler", "INFO")
+    warnings.simplefilter("ignore", FutureWarning)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _give_up)
+    given = dict(environ)  # a worker's own: preparing adds to the environment
+    lifeline = environ.get("LIFELINE_FD")
+    with suppress(BadSettings):  # the worker finds it again, and tells who asked for it
+        parent.warm_up(read_settings(environ), environ)
+    zygote = parent.zygote(lambda fork: exit_code(lambda: serve(os.environ, fork)))
+    if listener is None:
+        return zygote.keep(given)
+    return zygote.serve(listener, None if lifeline is None else int(lifeline))
 
 
 def remember_files(environ: MutableMapping[str, str]) -> None:
@@ -101,8 +143,7 @@ def remember_files(environ: MutableMapping[str, str]) -> None:
 def explain_start(source: str | None, picture: Path | None, environ: MutableMapping[str, str]) -> None:
     """Show a cold start from the log `source`, or make one and show that."""
     if source is None:
-        phases = Phases(process_started_s())
-        phases.until_now("interpreter")
+        phases = begin(environ)
         engine = Engine.start(read_settings(environ), phases, environ)
         try:
             engine.wait_open()

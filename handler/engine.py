@@ -17,6 +17,7 @@ import os
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +25,11 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 
-from handler import asgi, machine, model, prerequisites, readahead, tracing
+from handler import asgi, caches, machine, model, prerequisites, readahead, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
+from handler.levers import pulled
 from handler.messages import Call, Request, read
 from handler.phases import Phases
 from handler.settings import Settings
@@ -56,6 +58,7 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
     "ReasoningParserManager": ("vllm.reasoning",),
     "current_platform": ("vllm.platforms",),
+    "ModelRegistry": ("vllm.model_executor.models",),
 }
 """Every name of vLLM that the worker uses."""
 
@@ -81,13 +84,30 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """vLLM, imported and configured for `settings`: all that a start can do before it needs a device."""
+
+    settings: Settings
+    args: Namespace
+    vllm_config: Any
+    mode: str
+
+
 class Engine:
     """One model on one event loop of its own, in a thread of its own.
 
     `call` answers with vLLM's application; it must run on `loop` (see `submit`).
     """
 
-    def __init__(self, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        phases: Phases,
+        environ: MutableMapping[str, str],
+        prepared: Prepared | None = None,
+    ) -> None:
+        self._prepared = prepared
         self._settings = settings
         self._phases = phases
         self._environ = environ
@@ -102,11 +122,20 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @classmethod
-    def start(cls, settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> Self:
-        """Begin to load the model; other things may be imported beside it."""
-        prerequisites.check()
-        model.check(settings.model_name, environ)
-        engine = cls(settings, phases, environ)
+    def start(
+        cls,
+        settings: Settings,
+        phases: Phases,
+        environ: MutableMapping[str, str],
+        prepared: Prepared | None = None,
+    ) -> Self:
+        """Begin to load the model; other things may be imported beside it.
+
+        What is `prepared` already is not done again.
+        """
+        if prepared is None:
+            check(settings, environ)
+        engine = cls(settings, phases, environ, prepared)
         engine._thread.start()
         return engine
 
@@ -168,18 +197,13 @@ class Engine:
 
     async def _open(self) -> None:
         phases = self._phases
-        with phases.span("import vllm"):
-            before_import(self._environ, self._settings)
-            parser = make_parser()
-            async_llm = seam("AsyncLLM")
-            self.mode = resolve_mode(self._settings.engine_mode)
-        with phases.span("config"):
-            args = read_flags(parser, self._settings)
-            vllm_config = configure(args, self.mode)
-            if args.otlp_traces_endpoint is None:
-                tracing.listen(phases)
+        ready = self._prepared or prepare(self._settings, phases, self._environ)
+        args, self.mode = ready.args, ready.mode
+        heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
+        if pulled("gc", self._environ):
+            gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
         with phases.span("engine"):
-            self._llm = build(async_llm, vllm_config, args, self.mode)
+            self._llm = build(ready, kv_plan=pulled("kvplan", self._environ))
             tasks = await self._llm.get_supported_tasks()
         with phases.span("application"):
             app = seam("build_app")(args, tasks, self._llm.model_config)
@@ -191,7 +215,76 @@ class Engine:
         gc.collect()
         gc.freeze()  # what was loaded stays: later collections need not look at it
         gc.enable()
+        if heard is not None:
+            heard()
         phases.done()
+        phases.facts |= facts(ready, phases)
+
+
+def check(settings: Settings, environ: MutableMapping[str, str]) -> None:
+    """Raise `StartError` for what can be known to fail before the slow imports."""
+    prerequisites.check()
+    model.check(settings.model_name, environ)
+
+
+def touched_device() -> str | None:
+    """Why this process can have no fork that uses a GPU, or None."""
+    cuda: Any = importlib.import_module("torch.cuda")
+    return "CUDA is initialised" if cuda.is_initialized() else None
+
+
+def settle() -> None:
+    """In a process that only forks: do once what vLLM would do in every worker on a CPU.
+
+    It looks through the names of all modules for Triton kernels to replace, 0.3 s. What it has
+    replaced here is replaced in a fork, so there it need not look again.
+    """
+    platform = seam("current_platform")
+    if platform.is_cpu():
+        platform.register_triton_kernel_overrides()
+        platform.register_triton_kernel_overrides = lambda: None
+
+
+def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str]) -> Prepared:
+    """Import vLLM and configure it. Touches no device, so a process may fork after it.
+
+    Raises `StartError`, or what vLLM raises for a configuration that it refuses.
+    """
+    with phases.span("import vllm"):
+        before_import(environ, settings)
+        parser = make_parser()
+        seam("AsyncLLM")
+        on_cpu = seam("current_platform").is_cpu()
+        mode = resolve_mode(settings.engine_mode, on_cpu=on_cpu, in_process=pulled("inprocess", environ))
+    with phases.span("config"):
+        args = read_flags(parser, settings)
+        inspects = not (on_cpu and pulled("modelinfo", environ))
+        lacking = caches.missing(
+            environ, inspects=inspects, compiles=not args.enforce_eager, files=readahead.place(environ)
+        )
+        for cache in lacking:
+            log.warning("%s", cache)
+        if not inspects:
+            register_model_class(settings.model_name)
+        if on_cpu and not args.enforce_eager and pulled("aot", environ):
+            accept_compiled_models()
+        vllm_config = configure(args, mode)
+    return Prepared(settings, args, vllm_config, mode)
+
+
+def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
+    """What else a reader of a cold start wants to know."""
+    weights_bytes = sum(Path(file).stat().st_size for file in readahead.weights(ready.settings.model_name))
+    found: dict[str, Any] = {"engine_mode": ready.mode}
+    if ready.vllm_config.cache_config.kv_cache_memory_bytes:
+        found["kv_cache_bytes"] = ready.vllm_config.cache_config.kv_cache_memory_bytes
+    if weights_bytes:
+        found["weights_bytes"] = weights_bytes
+        if took_s := phases.wall_s("weights"):
+            found["weights_gb_per_s"] = round(weights_bytes / took_s / 1e9, 2)
+    if ready.settings.levers_off:
+        found["levers_off"] = list(ready.settings.levers_off)
+    return found
 
 
 def before_import(environ: MutableMapping[str, str], settings: Settings) -> None:
@@ -203,7 +296,7 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
     if machine.has_accelerator():
         return
-    if settings.engine_mode in {"auto", "thread"} and "OMP_NUM_THREADS" not in environ:
+    if settings.engine_mode != "spawn" and "OMP_NUM_THREADS" not in environ:
         environ.update(openmp(settings.model_name, machine.cores()))
     eager = settings.rest.get("ENFORCE_EAGER", "").lower() not in FALSE
     if eager and "enforce-eager" not in (settings.vllm_extra_args or ""):
@@ -225,11 +318,55 @@ def openmp(model: str, cores: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
 
 
-def resolve_mode(mode: str) -> str:
-    """`auto` is a thread on the CPU and a forked process on a GPU."""
-    if mode != "auto":
-        return mode
-    return "thread" if seam("current_platform").is_cpu() else "fork"
+def resolve_mode(mode: str, *, on_cpu: bool, in_process: bool) -> str:
+    """`auto` is a thread on the CPU and a forked process on a GPU.
+
+    `spawn` imports vLLM once more in every process it starts: it is the fallback where a fork
+    does not work, and what is measured against.
+    """
+    if mode == "auto":
+        mode = "spawn" if not in_process else "thread" if on_cpu else "fork"
+    if mode == "spawn":
+        log.warning(
+            "ENGINE_MODE=spawn: each process of the engine imports vLLM once more, about 5 s and 0.6 GB"
+        )
+    return mode
+
+
+def register_model_class(model_name: str) -> None:
+    """Give vLLM the class of the model in the folder `model_name`, imported here.
+
+    vLLM would inspect it in a process that imports vLLM first, so as not to initialise CUDA in
+    this one, and keep the result in a cache that a first start does not have. To be called on a
+    CPU only. What vLLM does not know it is left to say itself.
+    """
+    try:
+        config = json.loads((Path(model_name).expanduser() / "config.json").read_text())
+    except (OSError, ValueError):
+        return
+    registry = seam("ModelRegistry")
+    for architecture in config.get("architectures") or ():
+        if known := registry.models.get(architecture):
+            registry.register_model(architecture, known.load_model_cls())
+
+
+def accept_compiled_models() -> None:
+    """Have vLLM keep the compiled model that it finds in its cache, on a CPU.
+
+    It calls `finalize_loading` on what it has loaded. On a CPU that is a plain function, which
+    has no such method, so vLLM throws it away and compiles again. Gone once vLLM asks first.
+    """
+    compiler: Any = importlib.import_module("torch.compiler")
+    load = compiler.load_compiled_function
+
+    def load_with_end(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        function = loaded._artifacts.compiled_fn  # noqa: SLF001 - where vLLM looks
+        if not hasattr(function, "finalize_loading"):
+            function.finalize_loading = lambda *_: None
+        return loaded
+
+    compiler.load_compiled_function = load_with_end
 
 
 def read_flags(parser: ArgumentParser, settings: Settings) -> Namespace:
@@ -271,8 +408,6 @@ def configure(args: Namespace, mode: str) -> Any:
         if engine_args.tensor_parallel_size * engine_args.pipeline_parallel_size == 1:
             engine_args.distributed_executor_backend = "uni"  # also where an image of worker-vllm's says mp
     vllm_config = engine_args.create_engine_config(usage_context=seam("UsageContext").OPENAI_API_SERVER)
-    if seam("current_platform").is_cpu() and vllm_config.cache_config.kv_cache_memory_bytes is None:
-        vllm_config.cache_config.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
     if mode == "fork":
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the CPU platform has just set spawn
     return vllm_config
@@ -291,16 +426,20 @@ def plan_kv_cache_bytes(vllm_config: Any) -> int:
     return int(min(wanted, 0.4 * machine.free_memory_bytes()))
 
 
-def build(async_llm: Any, vllm_config: Any, args: Namespace, mode: str) -> Any:
+def build(ready: Prepared, *, kv_plan: bool) -> Any:
     """The engine. In `thread` mode its core runs in this process, else vLLM starts one."""
+    args, vllm_config = ready.args, ready.vllm_config
+    cache = vllm_config.cache_config
+    if kv_plan and seam("current_platform").is_cpu() and cache.kv_cache_memory_bytes is None:
+        cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
     make = partial(
-        async_llm.from_vllm_config,
+        seam("AsyncLLM").from_vllm_config,
         vllm_config,
         usage_context=seam("UsageContext").OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
-    if mode != "thread":
+    if ready.mode != "thread":
         return make()
     core, clients = seam("EngineCore"), seam("EngineCoreClient")
     dead_error: Callable[[], Exception] = partial(seam("EngineDeadError"), suppress_context=True)

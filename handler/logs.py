@@ -18,7 +18,7 @@ def to_stderr(name: str, level: str) -> None:
     logger.propagate = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(FieldsFormatter())
-    logger.addHandler(handler)
+    logger.handlers = [handler]  # once, also in a fork of a process that has said so
 
 
 class FieldsFormatter(logging.Formatter):

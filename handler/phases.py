@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +77,34 @@ class Phases:
         finally:
             end()
 
-    def begin(self, name: str) -> Callable[[], None]:
-        """Begin the phase `name`; call what is returned when it ends."""
+    def begin(self, name: str) -> Callable[[], Span]:
+        """Begin the phase `name`; call what is returned when it ends, and have its span."""
         self.listen(name)
         began_s, (cpu_s, faults) = self._now_s(), self._meter()
 
-        def end() -> None:
+        def end() -> Span:
             cpu_after_s, faults_after = self._meter()
-            self.spans.append(Span(name, began_s, self._now_s(), cpu_after_s - cpu_s, faults_after - faults))
+            span = Span(name, began_s, self._now_s(), cpu_after_s - cpu_s, faults_after - faults)
+            self.spans.append(span)
+            return span
 
         return end
 
     def until_now(self, name: str) -> None:
         """Count the time since the start of the process as the phase `name`."""
         self.spans.append(Span(name, 0.0, self._now_s(), *self._meter()))
+
+    def inherit(self, parent: Phases) -> None:
+        """Take over the phases of the process that this one was forked from, as far as it waited for them."""
+        shift_s = parent._started_s - self._started_s
+        for span in parent.spans:
+            begin_s, end_s = max(0.0, span.begin_s + shift_s), span.end_s + shift_s
+            if end_s > 0:
+                self.spans.append(replace(span, begin_s=begin_s, end_s=end_s))
+
+    def wall_s(self, name: str) -> float | None:
+        """How long the phase `name` took; None if it was not there or took no time."""
+        return next((s.end_s - s.begin_s for s in self.spans if s.name == name), None) or None
 
     def done(self) -> None:
         """The first token was made: the cold start is over."""

@@ -21,6 +21,8 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from handler.levers import pulled
+
 THREADS = 4
 """Enough to keep a queue at the disk; more of them take turns at the interpreter."""
 
@@ -32,12 +34,13 @@ RESIDENT = 0.9
 def begin(environ: Mapping[str, str]) -> list[threading.Thread]:
     """Ask the disk for what this start will read; returns the threads that do it.
 
-    The model's weights always, the recorded list if there is one. Files that are gone are
-    passed over. `LEVERS_OFF=readahead` turns it off.
+    The model's weights, and the recorded list if there is one. Files that are gone are passed
+    over. These are two levers: `weights` and `readahead` (`handler.levers`).
     """
-    if "readahead" in environ.get("LEVERS_OFF", "").split(","):
-        return []
-    return advise([*weights(environ.get("MODEL_NAME", "")), *recorded(place(environ))])
+    files = weights(environ.get("MODEL_NAME", "")) if pulled("weights", environ) else []
+    if pulled("readahead", environ):
+        files += recorded(place(environ))
+    return advise(files)
 
 
 def weights(model: str) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from handler.errors import BadSettings
+from handler.levers import LEVERS
 from handler.table import (
     HOST,
     MODEL,
@@ -210,7 +211,7 @@ TABLE: Table = (
     Setting(
         "LEVERS_OFF",
         "levers_off",
-        some_of("readahead"),
+        some_of(*LEVERS),
         "",
         "For measurements: what a cold start is to do without.",
     ),
@@ -222,6 +223,21 @@ TABLE: Table = (
         "Names that belong to another program here, though they are settings or flags, or look like one.",
     ),
 )
+
+
+ENGINE_FIELDS = (
+    "model_name",
+    "model_revision",
+    "served_model_name",
+    "tokenizer_name",
+    "custom_chat_template",
+    "hf_token",
+    "engine_mode",
+    "vllm_config_file",
+    "vllm_extra_args",
+    "levers_off",
+)
+"""What of the settings the engine is made of, beside the flags of vLLM."""
 
 
 def rows(*names: str) -> Table:
@@ -269,6 +285,12 @@ class Settings:
     def model_id(self) -> str:
         """The name that clients know the model by, never a path."""
         return self.served_model_name or public_name(self.model_name)
+
+    def same_engine(self, other: Settings) -> bool:
+        """Whether an engine that was configured for `other` will do."""
+        return self.rest == other.rest and all(
+            getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS
+        )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:

@@ -2,15 +2,20 @@
 
 vLLM marks the steps of its start (loading, KV cache, warm-up, compile, graph capture) with
 OpenTelemetry spans and drops them unless somebody provides a tracer. Here we do, for as long
-as the start takes.
+as the start takes. A forked engine core inherits the tracer, and tells its steps through a pipe.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from handler.phases import Phases
+from handler.phases import Span as Phase
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -34,20 +39,28 @@ NAMES = {
 """vLLM's names of the steps that a reader wants to see, and ours."""
 
 
-def listen(phases: Phases) -> bool:
-    """Have vLLM's spans become phases. Returns whether OpenTelemetry is there to do it.
+PIPE_BYTES = 64 * 1024
+"""What a pipe holds on Linux: hundreds of spans, and a start has a dozen in each process."""
 
-    Not to be called where the user sends traces somewhere: a process has one provider.
+
+def listen(phases: Phases) -> Callable[[], None]:
+    """Have vLLM's spans become phases, until what is returned is called: the start is over.
+
+    Does nothing without OpenTelemetry. Not to be called where the user sends traces somewhere:
+    a process has one provider.
     """
     try:
         from opentelemetry import trace  # noqa: PLC0415 - comes with vLLM, which may not be there
         from opentelemetry.sdk.trace import SpanProcessor, TracerProvider  # noqa: PLC0415
     except ImportError:
-        return False
+        return lambda: None
+
+    here = os.getpid()
+    heard, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     class Listener(SpanProcessor):
         def __init__(self) -> None:
-            self._ends: dict[int, Callable[[], None]] = {}
+            self._ends: dict[int, Callable[[], Phase]] = {}
 
         def on_start(self, span: Span, parent_context: Context | None = None) -> None:  # noqa: ARG002
             context = span.get_span_context()
@@ -56,10 +69,22 @@ def listen(phases: Phases) -> bool:
 
         def on_end(self, span: ReadableSpan) -> None:
             context = span.get_span_context()
-            if context is not None and (end := self._ends.pop(context.span_id, None)):
-                end()
+            if context is None or (end := self._ends.pop(context.span_id, None)) is None:
+                return
+            phase = end()
+            if os.getpid() != here:
+                with suppress(OSError):  # who should hear it has gone on
+                    os.write(told, json.dumps(astuple(phase)).encode() + b"\n")
 
     provider = TracerProvider()
     provider.add_span_processor(Listener())
     trace.set_tracer_provider(provider)
-    return True
+
+    def end() -> None:
+        with suppress(BlockingIOError):
+            for line in os.read(heard, PIPE_BYTES).splitlines():
+                phases.spans.append(Phase(*json.loads(line)))
+        os.close(heard)
+        os.close(told)
+
+    return end

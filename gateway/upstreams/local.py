@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.launch import Launcher
 from gateway.upstreams.process import PERMANENT, Exit, WorkerProcess
 from gateway.upstreams.proxy import Refused, SocketProxy
 from handler.errors import NotAdmitted
@@ -37,13 +38,14 @@ def back_off_s(failures: int) -> float:
 class LocalUpstream:
     """At most one worker process at a time, behind a unix socket in a private folder.
 
-    Used as `async with`: entering starts the watch (and the worker, if `at_once`), leaving
-    drains and ends it. `tell` hears what happens, on the loop.
+    `launcher` is given that folder and starts the workers. Used as `async with`: entering starts
+    the watch (and the worker, if `at_once`), leaving drains and ends it. `tell` hears what
+    happens, on the loop.
     """
 
     def __init__(
         self,
-        command: Sequence[str],
+        launcher: Callable[[Path], Launcher],
         environ: Mapping[str, str],
         *,
         at_once: bool,
@@ -52,7 +54,6 @@ class LocalUpstream:
         tell: Callable[[Event], None] = lambda _: None,
         back_off: Callable[[int], float] = back_off_s,
     ) -> None:
-        self._command = command
         self._environ = environ
         self._at_once = at_once
         self._start_timeout_s = start_timeout_s
@@ -60,6 +61,7 @@ class LocalUpstream:
         self._tell = tell
         self._back_off = back_off
         self._folder = _private_folder()
+        self._launcher = launcher(self._folder)
         self._worker: WorkerProcess | None = None
         self._proxy: SocketProxy | None = None
         self._failure: StartFailed | None = None
@@ -178,11 +180,7 @@ class LocalUpstream:
         self._started_s = time.monotonic()
         self._tell(Starting(self.starts))
         worker = WorkerProcess(self._folder / f"worker-{self.starts}.sock", self._progress)
-        try:
-            await worker.start(self._command, self._environ)
-        except OSError as error:
-            self._fail(Exit(70, f"{self._command[0]}: {error.strerror}"), attempt)
-            return None
+        worker.start(self._launcher, self._environ)
         self._worker = worker
         await _first(worker.ready, worker.exited, self._stop, timeout_s=self._start_timeout_s)
         if not worker.ready.done() or worker.exited.done():
@@ -253,12 +251,14 @@ class LocalUpstream:
             _, slow = await asyncio.wait(self._closing_proxies, timeout=KILL_GRACE_S)
             for task in slow:
                 task.cancel()
+        await self._launcher.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
         """End everything now, without waiting for anything."""
         if self._worker is not None:
             self._worker.kill()
+        self._launcher.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gateway.notify import NotifySocket
+from gateway.upstreams.launch import Launched, Launcher
 
 NOT_INHERITED = ("HOST", "PORT", "API_KEY")
 """The gateway's own: a worker has no port and no key, its socket lies in a private folder."""
@@ -62,40 +63,33 @@ class WorkerProcess:
         self.left: asyncio.Future[None] = loop.create_future()
         self._progress = progress
         self._said: str | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._process: Launched | None = None
+        self._life: asyncio.Task[None] | None = None
         self._notify = NotifySocket(socket_path.with_suffix(".notify"), self._hear)
-        self._lifeline_end, self._lifeline = os.pipe()
 
-    async def start(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
-        """Start `command`. Raises `OSError` if it can't be."""
+    def start(self, launcher: Launcher, environ: Mapping[str, str]) -> None:
+        """Have `launcher` start it."""
         env = {name: value for name, value in environ.items() if name not in NOT_INHERITED}
         env |= {
             "PLATFORM": "http",
             "UDS": str(self.socket_path),
             "NOTIFY_SOCKET": str(self.socket_path.with_suffix(".notify")),
-            "LIFELINE_FD": str(self._lifeline_end),
         }
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                *command,
-                env=env,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(self._lifeline_end,),
-                start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
-            )
-        except OSError:
-            self._close()
-            raise
-        os.close(self._lifeline_end)
-        self._lifeline_end = -1
-        self._watch = asyncio.create_task(self._wait())
+        self._life = asyncio.create_task(self._live(launcher, env))
 
-    @property
-    def pid(self) -> int:
-        """The process id, which is also that of its group."""
-        assert self._process is not None, "started"
-        return self._process.pid
+    async def _live(self, launcher: Launcher, environ: Mapping[str, str]) -> None:
+        end = Exit(70, "it was told to end before it had begun")
+        try:
+            self._process = await launcher.launch(environ)
+            code = await self._process.wait()
+            self._kill_group()  # what it started and left behind
+            self._notify.drain()
+            end = Exit(code, self._said)
+        except OSError as error:
+            end = Exit(70, error.strerror or str(error))
+        finally:
+            self._close()
+            self.exited.set_result(end)
 
     def is_leaving(self) -> bool:
         """Whether it takes no more, by what it has said up to now."""
@@ -111,8 +105,11 @@ class WorkerProcess:
     def terminate(self) -> None:
         """Ask the worker to drain. The processes it started are its own to stop."""
         self.leave()
+        if self._process is None:
+            self._give_up()
+            return
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self._process.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the worker's whole group now."""
@@ -120,8 +117,16 @@ class WorkerProcess:
         self._kill_group()
 
     def _kill_group(self) -> None:
+        if self._process is None:
+            self._give_up()
+            return
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _give_up(self) -> None:
+        """It has no process yet: want none."""
+        if self._life is not None:
+            self._life.cancel()
 
     async def end(self, timeout_s: float) -> None:
         """Terminate, and kill what is left after `timeout_s`."""
@@ -131,14 +136,6 @@ class WorkerProcess:
         if not self.exited.done():
             self.kill()
             await asyncio.wait({self.exited})
-
-    async def _wait(self) -> None:
-        assert self._process is not None, "started"
-        code = await self._process.wait()
-        self._kill_group()  # what it started and left behind
-        self._notify.drain()
-        self._close()
-        self.exited.set_result(Exit(code, self._said))
 
     def _hear(self, fields: Mapping[str, str]) -> None:
         if "STOPPING" in fields:
@@ -154,9 +151,8 @@ class WorkerProcess:
     def _close(self) -> None:
         self._notify.close()
         self.socket_path.unlink(missing_ok=True)
-        os.close(self._lifeline)
-        if self._lifeline_end >= 0:
-            os.close(self._lifeline_end)
+        if self._process is not None:
+            self._process.let_go()
 
 
 def _cold_start(text: str) -> dict[str, Any]:

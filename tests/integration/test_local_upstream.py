@@ -17,6 +17,7 @@ from gateway.admission import Admission
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.launch import Fresh
 from gateway.upstreams.local import LocalUpstream, back_off_s
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, read
@@ -70,7 +71,7 @@ async def stage(
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
         upstream = LocalUpstream(
-            COMMAND,
+            lambda _: Fresh(COMMAND),
             {**os.environ, "SCRIPT_CONTROL": str(director.path), **(environ or {})},
             at_once=at_once,
             start_timeout_s=start_timeout_s,
@@ -314,7 +315,11 @@ async def test_start_is_tried_again_after_the_rest(tmp_path: Path) -> None:
 async def test_command_that_cannot_be_run_is_a_failed_start(tmp_path: Path) -> None:
     """Not a crash of the gateway."""
     upstream = LocalUpstream(
-        [str(tmp_path / "nothing")], {}, at_once=False, start_timeout_s=NEVER, drain_timeout_s=NEVER
+        lambda _: Fresh([str(tmp_path / "nothing")]),
+        {},
+        at_once=False,
+        start_timeout_s=NEVER,
+        drain_timeout_s=NEVER,
     )
     async with upstream:
         with pytest.raises(NotAdmitted, match="nothing: No such file or directory"):

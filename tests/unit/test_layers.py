@@ -17,16 +17,17 @@ PROGRAM = [path for name in sorted(OURS) for path in sorted((ROOT / name).rglob(
 
 LAYERS = (  # of handler/, from the top: a file imports only from lines below its own
     {"__main__"},
-    {"platforms"},
+    {"platforms", "warm"},
     {"engine"},
     {"edge"},
     {"asgi"},
-    {"drain", "explain", "flags", "listener", "manifest", "metrics", "model", "prerequisites", "tracing"},
-    {"auth", "core_thread", "logs", "machine", "phases", "readahead", "settings", "sse", "supervision"},
+    {"caches", "drain", "explain", "flags", "listener", "manifest", "metrics", "model", "prerequisites"},
+    {"auth", "core_thread", "logs", "machine", "readahead", "settings", "sse", "supervision", "tracing"},
+    {"phases", "zygote"},
     {"errors", "table"},
-    {"messages", "unread"},
+    {"levers", "messages", "unread"},
 )
-LEAVES = {"auth", "errors", "messages", "phases", "settings", "sse"}
+LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
 
 

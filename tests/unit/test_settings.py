@@ -78,6 +78,7 @@ def test_gateway_defaults() -> None:
         model_name=DEFAULT_MODEL,
         served_model_name=None,
         start="now",
+        warm_parent=True,
         queue_limit=256,
         queue_timeout_s=300.0,
         start_timeout_s=600.0,

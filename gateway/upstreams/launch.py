@@ -1,0 +1,193 @@
+"""How a worker's process comes to be: started from nothing, or forked by a warm parent.
+
+Either way it has an end of a lifeline, which it drains on when the other closes, and leads a
+process group of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+FORK_LINE_MAX_BYTES = 64 << 10
+PARENT_GRACE_S = 5.0
+"""What a warm parent gets to end its last worker, which was told to end before it."""
+
+
+class Launched(Protocol):
+    """A process, from its start on."""
+
+    pid: int
+
+    async def wait(self) -> int:
+        """How it exited, as `subprocess` says it; to be called once."""
+
+    def let_go(self) -> None:
+        """Close the lifeline."""
+
+
+class Launcher(Protocol):
+    """Starts workers."""
+
+    async def launch(self, environ: Mapping[str, str]) -> Launched:
+        """Start one. Raises `OSError` if it can't be."""
+
+    async def close(self) -> None:
+        """Leave no process but the workers."""
+
+    def kill(self) -> None:
+        """The same at once."""
+
+
+class Fresh:
+    """Starts `command` anew for each worker."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+
+    async def launch(self, environ: Mapping[str, str]) -> Launched:
+        """A process of its own."""
+        process, lifeline = await _spawn(self._command, environ)
+        return _Spawned(process, lifeline)
+
+    async def close(self) -> None:
+        """There is none."""
+
+    def kill(self) -> None:
+        """There is none."""
+
+
+class WarmParent:
+    """Has workers forked by a process that has imported vLLM (`python -m handler zygote`).
+
+    It starts with the first worker, and again if it has died. `socket_path` is where it listens,
+    in a private folder: whoever can connect can have a worker started.
+    """
+
+    def __init__(self, command: Sequence[str], socket_path: Path) -> None:
+        self._command = (*command, "zygote", "--socket", str(socket_path))
+        self._socket_path = socket_path
+        self._process: asyncio.subprocess.Process | None = None
+        self._lifeline = -1
+
+    async def launch(self, environ: Mapping[str, str]) -> Launched:
+        """Have one forked, once the parent has imported what there is to import."""
+        asked_s = time.monotonic()
+        await self._start(environ)
+        reader, writer = await self._connect()
+        try:
+            writer.write(json.dumps({"environ": dict(environ), "at_s": asked_s}).encode() + b"\n")
+            answer = _answer(await reader.readline())
+            return _Forked(int(answer["pid"]), reader, writer)
+        except KeyError as error:
+            writer.close()
+            raise ConnectionError("the warm parent ended before it had forked a worker") from error
+        except BaseException:
+            writer.close()
+            raise
+
+    async def _start(self, environ: Mapping[str, str]) -> None:
+        if self._process is not None and self._process.returncode is None:
+            return
+        self._let_go()
+        self._socket_path.unlink(missing_ok=True)
+        self._process, self._lifeline = await _spawn(self._command, environ)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        assert self._process is not None, "started"
+        while True:
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                return await asyncio.open_unix_connection(str(self._socket_path), limit=FORK_LINE_MAX_BYTES)
+            if self._process.returncode is not None:
+                raise ConnectionError(f"the warm parent exited with code {self._process.returncode}")
+            await asyncio.sleep(0.02)  # it binds its socket before it imports anything
+
+    async def close(self) -> None:
+        """End the parent; by then its workers have ended, or do as their lifelines do."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), PARENT_GRACE_S)
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+        self._let_go()
+
+    def kill(self) -> None:
+        """End the parent now."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _let_go(self) -> None:
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+class _Spawned:
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: int) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._lifeline = lifeline
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+    def let_go(self) -> None:
+        os.close(self._lifeline)
+
+
+class _Forked:
+    def __init__(self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.pid = pid
+        self._reader = reader
+        self._writer = writer
+
+    async def wait(self) -> int:
+        """The parent says how it ended; if the parent is gone, nobody knows, and it counts as killed."""
+        code = -signal.SIGKILL
+        with suppress(OSError):
+            code = _answer(await self._reader.readline()).get("exit", code)
+        return code
+
+    def let_go(self) -> None:
+        self._writer.close()
+
+
+def _answer(line: bytes) -> dict[str, int]:
+    """What the parent says; nothing once it is gone."""
+    return json.loads(line) if line else {}
+
+
+async def _spawn(
+    command: Sequence[str], environ: Mapping[str, str]
+) -> tuple[asyncio.subprocess.Process, int]:
+    """`command`, started with a lifeline, and our end of that."""
+    theirs, ours = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env={**environ, "LIFELINE_FD": str(theirs)},
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=(theirs,),
+            start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
+        )
+    except OSError as error:
+        os.close(ours)
+        raise OSError(error.errno, f"{command[0]}: {error.strerror}") from error
+    except BaseException:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    return process, ours

@@ -1,0 +1,46 @@
+"""What a cold start does to be short: each lever by name, so that it can be measured and dropped.
+
+`LEVERS_OFF=gc,kvplan` starts without those two, and `make bench-coldstart LEVERS=1` prints what
+each gives on a machine. A lever that gives nothing with a newer vLLM is dropped with its line here:
+the name leads to the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """One lever: `why` it gains time, and where it shows.
+
+    `shows_in` is how a start has to be made to see it: `warm`, with a `dropped` page cache, with
+    `empty` caches, or with the model `compiled` (ENFORCE_EAGER=false).
+    """
+
+    name: str
+    why: str
+    shows_in: str = "warm"
+
+
+_ALL = (
+    Lever("gc", "garbage collection frees nothing during the start and walks a growing heap each time"),
+    Lever("inprocess", "a spawned engine core imports vLLM once more; a thread or a fork has it already"),
+    Lever("kvplan", "a CPU touches each page of the KV cache at the start: no larger than needed"),
+    Lever(
+        "readahead",
+        "imports read thousands of files one by one; a list asks the disk for all at once",
+        "dropped",
+    ),
+    Lever("weights", "the weights are read while Python imports, which leaves the disk idle", "dropped"),
+    Lever("modelinfo", "vLLM inspects the model in a process that imports vLLM; a CPU needs none", "empty"),
+    Lever("aot", "on a CPU vLLM throws its compiled model away at each start and compiles again", "compiled"),
+)
+LEVERS: Mapping[str, Lever] = {lever.name: lever for lever in _ALL}
+"""Every lever that can be switched off, the one that gives most first."""
+
+
+def pulled(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether the lever `name` is on: it is, unless `LEVERS_OFF` in `environ` names it."""
+    return name not in environ.get("LEVERS_OFF", "").replace(" ", "").split(",")

@@ -1,0 +1,114 @@
+"""What a warm parent has ready for the workers that it forks (`handler.zygote`)."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+
+from handler import engine, machine
+from handler.engine import Prepared
+from handler.errors import StartError
+from handler.phases import Phases
+from handler.settings import Settings
+from handler.zygote import Asked, Tell, Zygote, threads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """What a worker that was forked has from its parent."""
+
+    phases: Phases
+    prepared: Prepared | None
+    known: frozenset[str]
+    tell: Tell
+
+    def prepared_for(self, settings: Settings) -> Prepared | None:
+        """The parent's configuration, if it was made for the same engine."""
+        same = self.prepared is not None and settings.same_engine(self.prepared.settings)
+        return self.prepared if same else None
+
+    def teach(self) -> None:
+        """Tell the parent what was imported since."""
+        self.tell("\n".join(sorted(sys.modules.keys() - self.known)).encode())
+
+
+@dataclass(slots=True)
+class Parent:
+    """A process that has imported vLLM and configured it, and holds neither a model nor a thread."""
+
+    phases: Phases
+    prepared: Prepared | None = None
+    known: frozenset[str] = field(default_factory=frozenset)
+
+    def warm_up(self, settings: Settings, environ: MutableMapping[str, str]) -> None:
+        """Import and configure. What is wrong is left to the worker to find again, and to say."""
+        environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
+        try:
+            engine.check(settings, environ)
+            self.prepared = engine.prepare(settings, self.phases, environ)
+        except StartError as error:
+            log.info("the warm parent is not warm", extra={"reason": str(error)})
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                thread.join()  # read-ahead: a fork has no other thread than the one that forks
+        self.known = frozenset(sys.modules)
+
+    def unsafe(self) -> str | None:
+        """Why a fork of this process would not work, or None."""
+        if threading.active_count() > 1 or len(running := threads()) > 1:
+            return f"there are threads beside the main one: {', '.join(running)}"
+        return engine.touched_device() if "torch" in sys.modules else None
+
+    def learn(self, told: bytes) -> None:
+        """Import what a worker has imported after its fork, for the next one.
+
+        Not on a GPU: what a worker imports after it has opened the device may open it here.
+        """
+        if machine.has_accelerator() or self.prepared is None:
+            return
+        for name in told.decode().split("\n"):
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # noqa: BLE001 - whatever a module out of its turn raises
+                log.debug("not imported ahead", extra={"import": name, "reason": str(error)})
+        engine.settle()
+        gc.collect()
+        gc.freeze()  # a fork need not walk it, and a page that nobody walks stays shared
+        self.known = frozenset(sys.modules)
+
+    def fork(self, asked: Asked, tell: Tell) -> Fork:
+        """In the fork: what the worker goes on from."""
+        os.environ.clear()
+        os.environ.update(asked.environ)
+        phases = Phases(asked.at_s)
+        phases.inherit(self.phases)
+        phases.facts["parent"] = "warm"
+        return Fork(phases, self.prepared, self.known, tell)
+
+    def zygote(self, serve: Callable[[Fork], int]) -> Zygote:
+        """What forks this process; its workers do `serve`, and return its exit code."""
+        return Zygote(
+            work=lambda asked, tell: serve(self.fork(asked, tell)),
+            unsafe=self.unsafe,
+            instead=instead,
+            learn=self.learn,
+        )
+
+
+def instead(asked: Asked, lifeline: int | None) -> int:
+    """Start a worker from the beginning; returns its process id."""
+    if lifeline is not None:
+        os.set_inheritable(lifeline, True)
+    try:
+        return os.posix_spawn(sys.executable, [sys.executable, "-m", "handler"], asked.environ, setsid=True)
+    finally:
+        if lifeline is not None:
+            os.set_inheritable(lifeline, False)
