@@ -102,6 +102,7 @@ async def gateway(
         "PORT": "0",
         "API_KEY": KEY,
         "MODEL_NAME": "org/model",
+        "WARM_PARENT": "off",
         "TMPDIR": str(tmp_path),
         "SCRIPT_CONTROL": str(tmp_path / "control"),
         **(environ or {}),

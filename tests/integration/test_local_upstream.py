@@ -17,16 +17,33 @@ from gateway.admission import Admission
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
-from gateway.upstreams.launch import Fresh
+from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalUpstream, back_off_s
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, read
+from tests import scripted_zygote
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
 from tests.scripted_worker import COLD_START, COMMAND, READY, Director, Worker
 
 CHAT = Request("POST", "/v1/chat/completions", (("content-type", "application/json"),), b'{"stream":true}')
 ROUTE = "POST /v1/chat/completions"
 NEVER = 60.0
+
+
+class Launching:
+    """How the workers of this test come to be; the fixture below says it."""
+
+    begin: Callable[[Path], Launcher]
+
+
+@pytest.fixture(autouse=True, params=["fresh", "forked"])
+def _both_launchers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a worker is started from nothing or forked makes no difference to anybody."""
+    kinds: dict[str, Callable[[Path], Launcher]] = {
+        "fresh": lambda _: Fresh(COMMAND),
+        "forked": lambda folder: WarmParent(scripted_zygote.COMMAND, folder / "parent.sock"),
+    }
+    monkeypatch.setattr(Launching, "begin", staticmethod(kinds[request.param]), raising=False)
 
 
 class Stage:
@@ -71,7 +88,7 @@ async def stage(
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
         upstream = LocalUpstream(
-            lambda _: Fresh(COMMAND),
+            Launching.begin,
             {**os.environ, "SCRIPT_CONTROL": str(director.path), **(environ or {})},
             at_once=at_once,
             start_timeout_s=start_timeout_s,
