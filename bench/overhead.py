@@ -32,7 +32,7 @@ from handler.errors import StartError
 from handler.settings import Settings
 
 MODEL_ID = "bench"
-REQUESTS_MIN = 12
+REQUESTS_MIN = 8
 """A window of one stream has at least so many requests, for a median that means something."""
 QUIET_CORES = 0.1
 """Beyond this much work by others the figures are not to be trusted."""
@@ -70,7 +70,7 @@ def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     command.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], metavar="N")
     command.add_argument("--max-tokens", type=int, default=64, help="of each answer, never fewer")
     command.add_argument("--prompt-words", type=int, default=40)
-    command.add_argument("--per-stream", type=int, default=4, help="requests of each stream in a window")
+    command.add_argument("--per-stream", type=int, default=2, help="requests of each stream in a window")
     command.add_argument(
         "--same-threads", type=int, metavar="N", help="give both engines N OpenMP threads, bound to no core"
     )

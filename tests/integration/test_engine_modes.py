@@ -1,7 +1,7 @@
 """Wherever the engine core runs, it says the same: `ENGINE_MODE` changes speed and nothing else.
 
-The engine that all tests share is the thread. `spawn` is vLLM's own default and imports it
-twice, so that it is left out: its start takes longer than all the others together.
+The engine that all tests share is the thread. `spawn` is vLLM's own default and imports it in
+each process once more: its start takes longer than all the others together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from handler.explain import find
 from tests.servers import MODEL, STOP_TIMEOUT_S, Stack, engine_environ, worker
 
 GONE_WITHIN_S = 5.0
@@ -46,11 +47,18 @@ def said(client: openai.OpenAI) -> list[tuple[str | None, str, int]]:
 
 
 @pytest.mark.timeout(400)  # it may start two engines: the shared one, and its own
-def test_a_forked_core_makes_the_same_tokens(stack: Stack, tiny_model: Path) -> None:
+@pytest.mark.parametrize("mode", ["fork", "spawn"])
+def test_a_core_elsewhere_makes_the_same_tokens(stack: Stack, tiny_model: Path, mode: str) -> None:
     """At temperature 0, and it ends with exit code 0 and leaves no process."""
     with stack.worker.sync_client() as client:
         expected = said(client)
-    with worker({**engine_environ(tiny_model), "ENGINE_MODE": "fork"}) as running:
+    with worker({**engine_environ(tiny_model), "ENGINE_MODE": mode}) as running:
+        log = running.errors.read_text()
+        assert find(log.splitlines())["facts"]["engine_mode"] == mode
+        assert ("imports vLLM once more" in log) is (mode == "spawn")
+        if mode == "fork":  # it tells its steps through a pipe
+            steps = {phase["name"] for phase in find(log.splitlines())["phases"]}
+            assert {"weights", "kv cache"} <= steps
         with running.server.sync_client() as client:
             assert said(client) == expected
         running.process.terminate()

@@ -87,3 +87,23 @@ def test_an_outer_phase_stands_before_those_inside_it() -> None:
 def test_the_process_started_before_now_and_after_the_machine() -> None:
     """The kernel's clock is put on the monotonic one."""
     assert 0 < time.monotonic() - process_started_s() < time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def test_a_fork_inherits_what_it_has_waited_for() -> None:
+    """What its parent did before it was asked for is not its own; what was under way is, in part."""
+    parent = Phases(100.0, clock=at(101.0, 103.0, 104.0, 108.0))
+    for name in ("early", "late"):
+        with parent.span(name):
+            pass
+    fork = Phases(106.0)
+    fork.inherit(parent)
+    assert spans(fork) == [Span("late", 0.0, 2.0)]
+
+
+def test_a_phase_can_be_asked_how_long_it_took() -> None:
+    """None for one that was not there."""
+    phases = Phases(0.0, clock=at(1.0, 2.5))
+    with phases.span("weights"):
+        pass
+    assert phases.wall_s("weights") == 1.5
+    assert phases.wall_s("compile") is None
