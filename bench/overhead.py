@@ -68,7 +68,7 @@ def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     command.add_argument("--model", default=environ.get("MODEL_NAME"), help="a folder or a Hugging Face id")
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], metavar="N")
-    command.add_argument("--max-tokens", type=int, default=64, help="of each answer, never fewer")
+    command.add_argument("--max-tokens", type=int, default=32, help="of each answer, never fewer")
     command.add_argument("--prompt-words", type=int, default=40)
     command.add_argument("--per-stream", type=int, default=2, help="requests of each stream in a window")
     command.add_argument(

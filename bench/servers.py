@@ -55,7 +55,7 @@ class Subject:
 
     def cpu_s(self) -> float:
         """What the server and all it started have taken of the CPU so far."""
-        return sum(map(_cpu_s, tree(self.server.process.pid)))
+        return tree_cpu_s(self.server.process.pid)
 
     def threads(self) -> str | None:
         """The OpenMP threads that the server gave the process of its model, None if it set none."""
@@ -126,9 +126,9 @@ def busy_s() -> float:
     return (user + nice + system + irq + softirq) / _TICKS_PER_S
 
 
-def _cpu_s(pid: int) -> float:
-    stat = _stat(pid)
-    return (int(stat[11]) + int(stat[12])) / _TICKS_PER_S if stat else 0.0
+def tree_cpu_s(pid: int) -> float:
+    """What `pid`, every process below it and those of them that have ended have taken of the CPU."""
+    return sum(sum(map(int, _stat(process)[11:15])) for process in tree(pid)) / _TICKS_PER_S
 
 
 def _stat(pid: int) -> list[str]:
