@@ -27,7 +27,7 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 
-from handler import asgi, caches, machine, model, prerequisites, readahead, tracing
+from handler import asgi, caches, machine, model, prerequisites, readahead, structure, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -344,6 +344,8 @@ def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
 
 def before_import(environ: MutableMapping[str, str], settings: Settings) -> None:
     """Set what vLLM and torch read from the environment as they load, where the user has not."""
+    if pulled("structure", environ):
+        structure.keep(environ)
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # vLLM warns of a dozen things at each start that are as they should be here.
