@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")
+_ACCELERATORS = {"/dev/nvidiactl": "cuda", "/dev/kfd": "rocm"}
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
@@ -13,7 +13,12 @@ _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
 
 def has_accelerator() -> bool:
     """Whether a GPU's device file is there; asks no driver, so nothing is initialised."""
-    return any(Path(device).exists() for device in _ACCELERATORS)
+    return accelerator() is not None
+
+
+def accelerator() -> str | None:
+    """`cuda` or `rocm` if a GPU's device file is there, else None."""
+    return next((kind for device, kind in _ACCELERATORS.items() if Path(device).exists()), None)
 
 
 def cores() -> int:

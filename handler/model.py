@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import ModelNotFound
+from handler.table import in_store, is_path
 
 HUB_TIMEOUT_S = 3.0
 
@@ -16,14 +17,17 @@ def check(name: str, environ: MutableMapping[str, str]) -> None:
     """Raise `ModelNotFound` for a folder that is none, before the slow imports.
 
     A hub that can't be reached is noticed here, in seconds: its client would try again for
-    half a minute, and a model that is in its cache needs no hub.
+    half a minute, and a model that is in its cache needs no hub. An object store is asked by
+    who reads from it, with its own credentials.
     """
+    if in_store(name):
+        return
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
             raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
         return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
     if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
         if not _cached(name, environ):

@@ -140,9 +140,9 @@ def public_name(model: str) -> str:
 
     A folder of Hugging Face's cache is called by its repository, another by its last part.
     """
-    if not is_path(model) and not model.startswith("s3://"):
+    if not is_path(model) and not in_store(model):
         return model
-    path = PurePosixPath(model.removeprefix("s3://"))
+    path = PurePosixPath(model.partition("://")[2] if in_store(model) else model)
     for part in path.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
@@ -151,7 +151,16 @@ def public_name(model: str) -> str:
 
 def is_path(model: str) -> bool:
     """Whether `model` can only be a folder, as far as its spelling says."""
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1
+    return not in_store(model) and (model.startswith(("/", ".", "~")) or model.count("/") > 1)
+
+
+STORES: Mapping[str, str] = {"s3://": "s3", "gs://": "gcs", "az://": "azure"}
+"""Object stores that vLLM reads models from, and what Run:ai's streamer calls each."""
+
+
+def in_store(model: str) -> bool:
+    """Whether `model` is a prefix in an object store."""
+    return model.startswith(tuple(STORES))
 
 
 def matching(pattern: str, flags: int = re.ASCII) -> Callable[[str], str]:
@@ -243,12 +252,12 @@ def _host(value: str) -> str:
 
 
 _repository = matching(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
-_bucket = matching(r"s3://[a-z0-9][a-z0-9.-]+(/[^\x00-\x1f]*)?")
+_bucket = matching(r"[a-z0-9]+://[a-z0-9][a-z0-9._-]+(/[^\x00-\x1f]*)?")
 _folder = matching(r"(?![-~])(?!.*://)[^\x00-\x1f]+", 0)
 
 
 def _model(value: str) -> str:
-    if value.startswith("s3://"):
+    if in_store(value):
         return _bucket(value)
     return _folder(value) if is_path(value) else _repository(value)
 
@@ -278,7 +287,10 @@ def _socket(value: str) -> str:
     return value
 
 
-MODEL = Kind("a Hugging Face id, a folder (`~` is not expanded), or `s3://bucket/prefix`", _model)
+MODEL = Kind(
+    "a Hugging Face id, a folder (`~` is not expanded), or `s3://bucket/prefix`, `gs://...`, `az://...`",
+    _model,
+)
 NAME = Kind("at most 256 printable characters without spaces", matching(r"[\x21-\x7e]{1,256}"))
 SECRET = Kind("printable characters without spaces", matching(r"[\x21-\x7e]+"))
 TEXT = Kind("text", str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from gateway.settings import TABLE as GATEWAY
 from gateway.settings import GatewaySettings
+from handler import loader
 from handler.errors import BadSettings
 from handler.flags import ALIASES, REFUSED, SETTINGS, flag_faults, parse_flags
 from handler.settings import TABLE as WORKER
@@ -24,6 +26,7 @@ ORDINARY_NAMES = (Path(__file__).parent.parent / "unit" / "ordinary_names.txt").
 vllm = pytest.importorskip(
     "vllm.entrypoints.launchers.cli_args", reason="needs an engine: make test installs it"
 )
+loaders = pytest.importorskip("vllm.model_executor.model_loader")
 
 
 @pytest.fixture(scope="module")
@@ -335,3 +338,35 @@ def test_checks_of_vllms_server(parser: argparse.ArgumentParser, tmp_path: Path)
     assert str(template) in chat
     assert tool.startswith("vLLM: invalid tool call parser: hermess (chose from { ")
     assert parsed(parser, {"TOOL_CALL_PARSER": "hermes"}, checks=checks).enable_auto_tool_choice is True
+
+
+def test_ways_to_read_weights_are_vllms(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    """Each way that can be chosen is flags that vLLM takes, and a format that it has."""
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).touch()
+    settings = Settings.from_environ({"MODEL_NAME": str(tmp_path)})
+    packages = ("instanttensor", "fastsafetensors", "runai_model_streamer", "none")
+    seen = set()
+    for accelerator in (None, "cuda"):
+        for kind in ("ext4", "nfs4"):
+            for package in packages:
+                choice = loader.choose(
+                    settings,
+                    accelerator=accelerator,
+                    installed=package.__eq__,
+                    mounts=lambda kind=kind: f"1 0 0:1 / / rw - {kind} disk rw",  # type: ignore[misc] # bound
+                )
+                args = parse_flags(parser, settings, defaults=choice.flags)
+                assert args.load_format in typing.get_args(loaders.LoadFormats)
+                seen.add(choice.name)
+                if choice.name == "safetensors threads":
+                    assert args.model_loader_extra_config == {
+                        "enable_multithread_load": True,
+                        "num_threads": 2,
+                    }
+    assert {*packages[:3], "safetensors", "safetensors prefetch", "safetensors threads"} == seen
+
+
+def test_flags_of_reading_weights_are_vllms(names: dict[str, str]) -> None:
+    """A flag that is renamed would no longer count as set by the user."""
+    assert {flag.replace("-", "_").upper() for flag in loader.FLAGS} <= names.keys()

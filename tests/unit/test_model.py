@@ -34,6 +34,14 @@ def test_a_path_that_is_no_folder_is_no_hub_id(name: str) -> None:
         model.check(name, {})
 
 
+@pytest.mark.parametrize("name", ["s3://bucket/prefix/model", "gs://bucket/model", "az://container/model"])
+def test_an_object_store_is_neither_a_folder_nor_a_hub(name: str, tmp_path: Path) -> None:
+    """Who reads from it asks for it; Hugging Face may be out of reach."""
+    environ = {**NOWHERE, "HF_HOME": str(tmp_path)}
+    model.check(name, environ)
+    assert "HF_HUB_OFFLINE" not in environ
+
+
 def test_a_hub_out_of_reach_and_no_copy_end_the_start(tmp_path: Path) -> None:
     """In seconds, and before vLLM is imported."""
     with pytest.raises(ModelNotFound, match="can't be reached and its cache has no such model"):
