@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ Work = Callable[[], None] | None
 class ThreadCoreClient:
     """Runs a `Core` in a thread and speaks `AsyncLLM`'s client protocol.
 
-    `make_core` is called in that thread, because the model and the thread that runs it
-    belong together; `make_dead_error` makes the exception that requests get when it dies.
+    `make_core` is called in that thread at once, because the model and the thread that runs it
+    belong together; `opened` waits for it. `make_dead_error` makes the exception that requests
+    get when the core dies.
     """
 
     engine_ranks_managed = (0,)
@@ -78,9 +79,13 @@ class ThreadCoreClient:
         self.core: Core | None = None
         self._thread = threading.Thread(target=self._run, name="engine-core", daemon=True)
         self._thread.start()
+
+    def opened(self) -> Self:
+        """Wait until the core is made. Raises what `make_core` raised."""
         self._started.wait()
         if self._failure is not None:
             raise self._failure
+        return self
 
     def _run(self) -> None:
         try:

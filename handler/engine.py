@@ -13,13 +13,14 @@ import gc
 import importlib
 import json
 import logging
+import mmap
 import os
 import sys
 import threading
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 
-from handler import asgi, caches, machine, model, prerequisites, readahead, structure, tracing
+from handler import asgi, caches, loader, machine, model, prerequisites, readahead, structure, tracing
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -60,6 +61,9 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
     "ReasoningParserManager": ("vllm.reasoning",),
     "current_platform": ("vllm.platforms",),
+    "Executor": ("vllm.v1.executor.abstract",),
+    "allocate_kv_cache": ("vllm.v1.worker.utils",),
+    "renderer_from_config": ("vllm.renderers",),
     "register_kernels": ("vllm.triton_utils.dispatcher",),
     "ModelRegistry": ("vllm.model_executor.models",),
 }
@@ -97,6 +101,9 @@ class Prepared:
     args: Namespace
     vllm_config: Any
     mode: str
+    weights: loader.Choice
+    renderer: Any = None
+    """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
 
 
 class Engine:
@@ -238,7 +245,7 @@ class Engine:
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
         with phases.span("engine"):
-            self._llm = build(ready, kv_plan=pulled("kvplan", self._environ))
+            self._llm = build(ready, self._environ)
             tasks = self._tasks = await self._llm.get_supported_tasks()
         with phases.span("application"):
             app = seam("build_app")(args, tasks, self._llm.model_config)
@@ -268,16 +275,17 @@ def touched_device() -> str | None:
     return "CUDA is initialised" if cuda.is_initialized() else None
 
 
-def settle() -> None:
-    """In a process that only forks: do once what vLLM would do in every worker on a CPU.
+def settle(ready: Prepared) -> Prepared:
+    """In a process that only forks: do once what every worker would repeat, on a CPU.
 
-    It looks through the names of all modules for Triton kernels to replace, 0.3 s. What it has
-    replaced here is replaced in a fork, so there it need not look again.
+    What vLLM has replaced here is replaced in a fork, and the tokenizer is read.
     """
     platform = seam("current_platform")
-    if platform.is_cpu():
-        platform.register_triton_kernel_overrides()
-        platform.register_triton_kernel_overrides = lambda: None
+    if not platform.is_cpu() or ready.renderer is not None:
+        return ready
+    platform.register_triton_kernel_overrides()
+    platform.register_triton_kernel_overrides = lambda: None
+    return replace(ready, renderer=seam("renderer_from_config")(ready.vllm_config))
 
 
 def look_for_kernels_in_vllm() -> None:
@@ -307,10 +315,14 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         before_import(environ, settings)
         parser = make_parser()
         seam("AsyncLLM")
-        on_cpu = seam("current_platform").is_cpu()
+        platform = seam("current_platform")
+        on_cpu = platform.is_cpu()
         mode = resolve_mode(settings.engine_mode, on_cpu=on_cpu, in_process=pulled("inprocess", environ))
     with phases.span("config"):
-        args = read_flags(parser, settings)
+        weights = loader.choose(
+            settings, accelerator="cuda" if platform.is_cuda() else "rocm" if platform.is_rocm() else None
+        )
+        args = read_flags(parser, settings, weights.flags)
         inspects = not (on_cpu and pulled("modelinfo", environ))
         lacking = caches.missing(
             environ, inspects=inspects, compiles=not args.enforce_eager, files=readahead.place(environ)
@@ -324,13 +336,16 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
         vllm_config = configure(args, mode)
-    return Prepared(settings, args, vllm_config, mode)
+    return Prepared(settings, args, vllm_config, mode, weights)
 
 
 def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
     """What else a reader of a cold start wants to know."""
-    weights_bytes = sum(Path(file).stat().st_size for file in readahead.weights(ready.settings.model_name))
-    found: dict[str, Any] = {"engine_mode": ready.mode}
+    weights_bytes = ready.weights.weights_bytes
+    found: dict[str, Any] = {
+        "engine_mode": ready.mode,
+        "loader": f"{ready.weights.name}: {ready.weights.why}",
+    }
     if ready.vllm_config.cache_config.kv_cache_memory_bytes:
         found["kv_cache_bytes"] = ready.vllm_config.cache_config.kv_cache_memory_bytes
     if weights_bytes:
@@ -426,12 +441,12 @@ def accept_compiled_models() -> None:
     compiler.load_compiled_function = load_with_end
 
 
-def read_flags(parser: ArgumentParser, settings: Settings) -> Namespace:
+def read_flags(parser: ArgumentParser, settings: Settings, defaults: Sequence[str] = ()) -> Namespace:
     """vLLM's arguments. Raises `BadSettings` with every fault that its parser or checks find."""
     # On a CPU a compile costs a minute and a C++ compiler, and an eager model 20 % of the tokens
     # (docs/decisions/0004-engine-in-process.md). ENFORCE_EAGER=false brings the compiler back.
-    defaults = ["--enforce-eager"] if seam("current_platform").is_cpu() else []
-    return parse_flags(parser, settings, defaults=defaults, checks=flag_checks())
+    eager = ["--enforce-eager"] if seam("current_platform").is_cpu() else []
+    return parse_flags(parser, settings, defaults=[*eager, *defaults], checks=flag_checks())
 
 
 def flag_checks() -> list[Callable[[Namespace], object]]:
@@ -483,33 +498,78 @@ def plan_kv_cache_bytes(vllm_config: Any) -> int:
     return int(min(wanted, 0.4 * machine.free_memory_bytes()))
 
 
-def build(ready: Prepared, *, kv_plan: bool) -> Any:
+def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
     """The engine. In `thread` mode its core runs in this process, else vLLM starts one."""
     args, vllm_config = ready.args, ready.vllm_config
     cache = vllm_config.cache_config
-    if kv_plan and seam("current_platform").is_cpu() and cache.kv_cache_memory_bytes is None:
+    planned = seam("current_platform").is_cpu() and cache.kv_cache_memory_bytes is None
+    if planned and pulled("kvplan", environ):
         cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
+        if pulled("kvlazy", environ):
+            allocate_kv_cache_untouched()
+    async_llm = seam("AsyncLLM")
     make = partial(
-        seam("AsyncLLM").from_vllm_config,
+        async_llm.from_vllm_config,
         vllm_config,
         usage_context=seam("UsageContext").OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
-    if ready.mode != "thread":
+    with ExitStack() as stack:
+        if ready.renderer is not None:
+            stack.enter_context(
+                replaced(
+                    sys.modules[async_llm.__module__], "renderer_from_config", lambda *_, **__: ready.renderer
+                )
+            )
+        if ready.mode == "thread":
+            core, executor = seam("EngineCore"), seam("Executor").get_class(vllm_config)
+            client = ThreadCoreClient(
+                lambda: core(vllm_config, executor, not args.disable_log_stats),
+                partial(seam("EngineDeadError"), suppress_context=True),
+            )
+            if not pulled("overlap", environ):
+                client.opened()
+            # Else the weights are loaded while vLLM reads the tokenizer.
+            clients = seam("EngineCoreClient")
+            stack.enter_context(
+                replaced(clients, "make_async_mp_client", staticmethod(lambda *_, **__: client.opened()))
+            )
         return make()
-    core, clients = seam("EngineCore"), seam("EngineCoreClient")
-    dead_error: Callable[[], Exception] = partial(seam("EngineDeadError"), suppress_context=True)
 
-    def in_a_thread(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> ThreadCoreClient:
-        return ThreadCoreClient(lambda: core(vllm_config, executor_class, log_stats), dead_error)
 
-    theirs = clients.make_async_mp_client
-    clients.make_async_mp_client = staticmethod(in_a_thread)
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` while the block runs."""
+    theirs = vars(owner)[name]
+    setattr(owner, name, value)
     try:
-        return make()
+        yield
     finally:
-        clients.make_async_mp_client = theirs
+        setattr(owner, name, theirs)
+
+
+def allocate_kv_cache_untouched() -> None:
+    """Have vLLM's KV cache on a CPU be memory that no page of was touched yet.
+
+    vLLM fills it with zeros, which has the kernel find every page at once: 0.4 s for a GiB and on a
+    busy machine seconds, and the memory is gone though no token needs it. Fresh memory of the kernel
+    is zero anyway. For a cache that was planned only: one that the user has sized is had at once, or
+    the start fails.
+    """
+    module: Any = sys.modules[seam("allocate_kv_cache").__module__]
+    torch: Any = importlib.import_module("torch")
+
+    class Torch:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def zeros(self, *size: Any, **kwargs: Any) -> Any:
+            if len(size) == 1 and isinstance(size[0], int) and kwargs.get("dtype") is torch.int8:
+                return torch.frombuffer(mmap.mmap(-1, size[0]), dtype=torch.int8)
+            return torch.zeros(*size, **kwargs)
+
+    module.torch = Torch()
 
 
 async def canary(call: Call, tasks: tuple[str, ...], model_id: str) -> dict[str, Any] | None:

@@ -28,6 +28,8 @@ _ALL = (
     Lever("gc", "garbage collection frees nothing during the start and walks a growing heap each time"),
     Lever("inprocess", "a spawned engine core imports vLLM once more; a thread or a fork has it already"),
     Lever("kvplan", "a CPU touches each page of the KV cache at the start: no larger than needed"),
+    Lever("kvlazy", "the KV cache is touched as tokens come, not filled with zeros that are there already"),
+    Lever("overlap", "a core in a thread loads the weights while vLLM reads the tokenizer"),
     Lever("structure", "transformers reads its 1,500 files to learn what is in them; it is kept"),
     Lever("kernels", "vLLM looks for Triton kernels in every module; only its own have any"),
     Lever(

@@ -79,7 +79,7 @@ class Parent:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - whatever a module out of its turn raises
                 log.debug("not imported ahead", extra={"import": name, "reason": str(error)})
-        engine.settle()
+        self.prepared = engine.settle(self.prepared)
         gc.collect()
         gc.freeze()  # a fork need not walk it, and a page that nobody walks stays shared
         self.known = frozenset(sys.modules)

@@ -149,7 +149,7 @@ class ScriptedCore:
 @asynccontextmanager
 async def running() -> AsyncIterator[tuple[ThreadCoreClient, ScriptedCore]]:
     """A client and its core, shut down at the end."""
-    client = ThreadCoreClient(ScriptedCore, Dead)
+    client = ThreadCoreClient(ScriptedCore, Dead).opened()
     core = client.core
     assert isinstance(core, ScriptedCore)
     try:
@@ -298,7 +298,7 @@ async def test_a_core_that_can_not_be_made_is_raised_where_the_client_is() -> No
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        ThreadCoreClient(make, Dead)
+        ThreadCoreClient(make, Dead).opened()
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("a kernel failed"), SystemExit(1)])
@@ -347,7 +347,7 @@ async def test_a_method_that_waits_at_shutdown_fails() -> None:
 
 async def test_shutdown_frees_the_model_once() -> None:
     """The thread ends, the executor and the scheduler are told, and a second call does nothing."""
-    client = ThreadCoreClient(ScriptedCore, Dead)
+    client = ThreadCoreClient(ScriptedCore, Dead).opened()
     core = client.core
     assert isinstance(core, ScriptedCore)
     for _ in range(2):
