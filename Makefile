@@ -8,10 +8,11 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types judge-vllm judge-openai bench-overhead clean
+.PHONY: help serve test unit lint format types judge-vllm judge-openai bench-overhead \
+        bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENGINE=gpu on a GPU
 	@$(INSTALL) $(ENGINE)
@@ -53,6 +54,15 @@ judge-openai: ## openai-python's own tests of its resources against our URL
 bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m bench.overhead
+
+bench-coldstart: ## Process start to first token beside vLLM's own server; LEVERS=1: what each lever gives
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) -m bench.coldstart $(if $(LEVERS),--levers)
+
+bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B shape
+	@[ -e /dev/nvidiactl ] || { echo 'bench-coldstart-gpu: no GPU here, /dev/nvidiactl is missing' >&2; exit 75; }
+	@$(INSTALL) gpu dev
+	@$(PY) -m bench.coldstart_gpu
 
 clean: ## Remove .venv and what tools left; models in the user's cache folder stay
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
