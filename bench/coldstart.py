@@ -35,6 +35,8 @@ TINY = Path(__file__).parents[1] / "tests" / "tinychat" / "model"
 FLAGS = ("--max-model-len", "1024", "--max-num-seqs", "64", "--seed", "0")
 LINGER_S = 1.0
 """A start that fills the caches lives a little longer: our worker writes the last one when it is ready."""
+SHORT = Path("/tmp")  # noqa: S108 - a new folder is made in it
+"""Where the caches and logs of a run lie, because the path of a socket must be short."""
 NOT_WARM = ("LEVERS_OFF", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
 """What a shell may hold and what would make a start slower than it is."""
 
@@ -151,7 +153,9 @@ Make = Callable[[Variant, Case, Mapping[str, str], Path, float], Start]
 class Run:
     """The starts of one model; its caches and logs are in a folder, which stays if a start fails."""
 
-    def __init__(self, name: str, case: Case, failures: list[str], make: Make = start) -> None:
+    def __init__(
+        self, name: str, case: Case, failures: list[str], make: Make = start, place: Path = SHORT
+    ) -> None:
         self.name = name
         self.case = case
         self._make = make
@@ -160,8 +164,7 @@ class Run:
         self._outlook = Outlook()
         self._todo: list[Turn] = []
         self._number = 0
-        # In /tmp, because the path of a socket must be short.
-        self._folder = Path(tempfile.mkdtemp(prefix="firsttoken-bench-", dir="/tmp"))
+        self._folder = Path(tempfile.mkdtemp(prefix="firsttoken-coldstart-", dir=place))
 
     def __enter__(self) -> Self:
         return self
@@ -221,6 +224,7 @@ class Run:
             parent.start()
         except NotStarted as error:
             self._failed("fork", "warm", error)
+            print(f"  did not start: {error}", file=sys.stderr, flush=True)
             return None
         return parent
 

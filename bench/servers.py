@@ -118,6 +118,13 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def groups() -> Iterator[int]:
+    """The process group of each process that has not ended; a zombie holds nothing."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (stat := _stat(int(entry.name))) and stat[0] not in "ZX":
+            yield int(stat[2])
+
+
 def busy_s() -> float:
     """What all cores together have been busy since the machine started, in seconds."""
     user, nice, system, _idle, _iowait, irq, softirq, *_ = map(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.memory import Memory, pss_bytes
-from bench.servers import busy_s, tree_cpu_s
+from bench.servers import busy_s, groups, tree_cpu_s
 from handler import explain
 from handler.errors import UsageError
 from judge.servers import as_settings, free_port
@@ -163,7 +163,7 @@ def start(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL for all it has started."""
+    """SIGTERM, and SIGKILL for all it has started; returns once they are gone and their memory is free."""
     process.terminate()
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -172,6 +172,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while any(group == process.pid for group in groups()) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
 
 
 class Parent:
@@ -299,14 +302,15 @@ def first_text(
         if answer.status != 200:
             raise NotStarted(f"it answers {answer.status}: {answer.read()[:500].decode(errors='replace')}")
         first: tuple[float, float, float] | None = None
-        text = ""
-        try:
+        text, whole = "", False
+        with contextlib.suppress(OSError):  # then it is not whole
             for line in answer:
+                whole = whole or line.startswith(b"data: [DONE]")
                 if piece := content(line):
                     first = first or at_first()
                     text += piece
-        except (OSError, http.client.HTTPException) as error:
-            raise NotStarted(f"its answer broke off: {error}") from error
+    if not whole:
+        raise NotStarted(f"its answer broke off after {text!r}")
     if first is None:
         raise NotStarted("it answered without text")
     return first, text

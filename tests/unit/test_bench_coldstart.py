@@ -305,17 +305,17 @@ class Script:
         return made(seconds, report=reported(1.0, rate=1.0) if variant.kind == "worker" else None)
 
 
-def compared(script: Script, failures: list[str], **options: Any) -> dict[str, Any]:
+def compared(script: Script, failures: list[str], place: Path, **options: Any) -> dict[str, Any]:
     """What comes out of starts as `script` makes them, of everything but the fork."""
     given = {"variants": ["vllm", "vllm-eager", "worker"], "modes": ["warm"], "rounds": 2, **options}
-    with coldstart.Run("a model", Case("/model", [], {}), failures, script) as run:
+    with coldstart.Run("a model", Case("/model", [], {}), failures, script, place) as run:
         return coldstart.compare(run, argparse.Namespace(**given))
 
 
-def test_the_peer_gets_the_kv_cache_that_ours_plans() -> None:
+def test_the_peer_gets_the_kv_cache_that_ours_plans(tmp_path: Path) -> None:
     """The worker starts first; only then is the size known that all others are given."""
     script, failures = Script(), list[str]()
-    result = compared(script, failures)
+    result = compared(script, failures, tmp_path)
     assert [name for name, _, _ in script.seen] == [
         *("worker", "vllm", "vllm-eager"),
         *("vllm", "vllm-eager", "worker"),
@@ -324,12 +324,13 @@ def test_the_peer_gets_the_kv_cache_that_ours_plans() -> None:
     assert [size for _, _, size in script.seen] == [None, *[64 * MIB] * 8]
     assert result["ratios"]["ratio_default"] == pytest.approx(5 / 32, abs=1e-4)
     assert failures == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_start_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_start_is_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A peer that can't start (without a compiler, say) costs its row and the exit code, not the rest."""
     script, failures = Script(broken="vllm"), list[str]()
-    result = compared(script, failures)
+    result = compared(script, failures, tmp_path)
     assert failures == ["vllm, warm: it ended with 1"]
     assert [name for name, _, _ in script.seen].count("vllm") == 1
     assert result["ratios"]["ratio_default"] is None
@@ -337,19 +338,19 @@ def test_what_does_not_start_is_left_out(capsys: pytest.CaptureFixture[str]) -> 
     assert "did not start: it ended with 1" in capsys.readouterr().err
 
 
-def test_empty_caches_are_new_for_each_start() -> None:
+def test_empty_caches_are_new_for_each_start(tmp_path: Path) -> None:
     """Warm ones are the same folder for all, so that the first start of each fills them."""
     script = Script()
-    compared(script, [], variants=["worker"], modes=["warm", "empty"])
+    compared(script, [], tmp_path, variants=["worker"], modes=["warm", "empty"])
     first, *warm, one, other = [environ["VLLM_CACHE_ROOT"] for _, environ, _ in script.seen]
     assert set(warm) == {first}
     assert len({first, one, other}) == 3
 
 
-def test_no_pyc_is_read_or_written() -> None:
+def test_no_pyc_is_read_or_written(tmp_path: Path) -> None:
     """Python looks in a folder that is empty, and leaves it so."""
     script = Script()
-    compared(script, [], variants=["worker"], modes=["nopyc"], rounds=1)
+    compared(script, [], tmp_path, variants=["worker"], modes=["nopyc"], rounds=1)
     _, environ, _ = script.seen[-1]
     assert environ["PYTHONDONTWRITEBYTECODE"] == "1"
     assert not Path(environ["PYTHONPYCACHEPREFIX"]).exists()
