@@ -158,6 +158,7 @@ class _Forked:
         code = -signal.SIGKILL
         with suppress(OSError):
             code = _answer(await self._reader.readline()).get("exit", code)
+        self._writer.close()
         return code
 
     def let_go(self) -> None:

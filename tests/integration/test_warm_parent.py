@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -53,7 +52,7 @@ class Place:
     async def says(self) -> str:
         """The text of one chat."""
         async with self.server.http() as client:
-            reply = await client.post("chat/completions", content=json.dumps(ASKED))
+            reply = await client.post("chat/completions", json=ASKED)
         text: str = reply.json()["choices"][0]["message"]["content"]
         return text
 
