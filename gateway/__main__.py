@@ -17,6 +17,7 @@ from functools import partial
 import uvicorn
 import uvloop
 
+from gateway import early
 from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.console import Address, Console
@@ -99,6 +100,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         queue_limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
+        check=partial(early.check, model=early.only_model(settings.model_id, environ)),
     )
     gateway = Gateway(
         endpoint_id=settings.endpoint_id,

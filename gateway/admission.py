@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 
@@ -29,7 +29,8 @@ class Admission:
     `keep_alive_s` is answered 200 early and gets comment frames until its stream begins; an
     error is then its last frame (0: never early). What waited says in `x-cold-start` for how many
     seconds the worker started. A request whose worker went away before it
-    answered is given to the next one, once.
+    answered is given to the next one, once. `check` sees each request that would have to wait
+    and raises what the worker is sure to answer it with.
 
     Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
     """
@@ -42,12 +43,14 @@ class Admission:
         queue_limit: int,
         queue_timeout_s: float,
         keep_alive_s: float,
+        check: Callable[[Request], None] = lambda _: None,
     ) -> None:
         self._upstream = upstream
         self._metrics = metrics
         self._queue_limit = queue_limit
         self._queue_timeout_s = queue_timeout_s
         self._keep_alive_s = keep_alive_s
+        self._check = check
         self.waiting = 0
 
     @asynccontextmanager
@@ -58,6 +61,7 @@ class Admission:
         async with AsyncExitStack() as stack:
             for last in (False, True):
                 if not self._upstream.ready:
+                    self._check(request)
                     turn = self._line_up(deadline_s, stack)
                     if not await self._soon(turn, request):
                         frames = self._held(request, turn, deadline_s, stack, last=last)
@@ -151,7 +155,7 @@ def _asks_for_stream(request: Request) -> bool:
         return False
     try:
         body = json.loads(request.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(body, dict) and body.get("stream") is True
 

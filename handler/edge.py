@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from handler import sse
+from handler.body import body_fault
 from handler.errors import (
     EngineDead,
     MethodNotAllowed,
@@ -161,7 +162,7 @@ def openai(call: Call, *, engine_is_dead: Callable[[], bool] = lambda: False) ->
             if reply.status >= 400:
                 if reply.status >= 500 and engine_is_dead():
                     raise EngineDead
-                yield await _error(reply, path, request.method)
+                yield await _error(reply, path, request)
             elif reply.streams:
                 yield await _stream(reply, path, engine_is_dead)
             elif path.startswith(_MODELS):
@@ -184,8 +185,10 @@ def _models(listing: dict[str, Any], model_id: str | None) -> Reply:
     raise NoSuchModel(model_id)
 
 
-async def _error(reply: Reply, path: str, method: str) -> Reply:
-    body = openai_error(reply.status, await read(reply), path=path, method=method)
+async def _error(reply: Reply, path: str, request: Request) -> Reply:
+    if reply.status == 400 and (fault := body_fault(request)):
+        return fault.reply()
+    body = openai_error(reply.status, await read(reply), path=path, method=request.method)
     headers = tuple(pair for pair in reply.headers if pair[0] in {"retry-after", "allow"})
     if reply.status == 503 and not headers:
         headers = (("retry-after", str(OVERLOADED_RETRY_AFTER_S)),)
@@ -271,10 +274,11 @@ def openai_error(status: int, raw: bytes, *, path: str, method: str = "POST") ->
     message = fault.get("message")
     param = _param(fault.get("param"))
     code = _CODES.get(status, "server_error" if status >= 500 else "invalid_request")
-    if status == 404 and param == "model":
-        code = "model_not_found"
-    elif status == 404 and message == "Not Found":
+    if status == 404 and message == "Not Found":
         return NoSuchRoute(method, path).body()
+    # Anthropic's errors have no param, and nothing else of a message can be missing.
+    if status == 404 and (param == "model" or path.startswith("/v1/messages")):
+        code, param = "model_not_found", "model"
     elif param in {"input_tokens", "input_text"}:  # counted, or told by the number of characters alone
         code, param = "context_length_exceeded", _TOO_LONG_PARAM.get(path, "input")
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")

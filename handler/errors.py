@@ -23,6 +23,7 @@ FirstTokenError
     ├── ModelNotFound       66
     ├── EngineFailed        70
     ├── NoResources         75
+    ├── BarrierFailed       75
     └── BadSettings         78
 
 Bodies have the shape of OpenAI's: `{"error": {"message", "type", "param", "code"}}`,
@@ -126,12 +127,14 @@ class NoSuchRoute(NotFound):
 
 
 class NoSuchModel(NotFound):
-    """No model of that name is served."""
+    """No model of that name is served; what are, `served` says."""
 
     code = "model_not_found"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model}` does not exist.", param="model")
+    def __init__(self, model: str, served: Iterable[str] = ()) -> None:
+        names = ", ".join(served)  # the text is vLLM's
+        aliases = f" Valid aliases: {names}." if names else ""
+        super().__init__(f"The model `{model}` does not exist.{aliases}", param="model")
 
 
 class NoSuchEndpoint(NotFound):
@@ -244,6 +247,12 @@ class EngineFailed(StartError):
 
 class NoResources(StartError):
     """The machine lacks memory, a device or a system library."""
+
+    exit_code = 75
+
+
+class BarrierFailed(StartError):
+    """The worker can't be captured, or was not resumed (see `handler.freeze`)."""
 
     exit_code = 75
 

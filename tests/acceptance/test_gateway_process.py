@@ -143,10 +143,10 @@ async def started(program: Program) -> Worker:
     return worker
 
 
-async def ask(program: Program) -> str | None:
+async def ask(program: Program, model: str = "org/model") -> str | None:
     """The text of one chat completion."""
     async with program.client() as client:
-        done = await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+        done = await client.chat.completions.create(model=model, messages=[{"role": "user", "content": "hi"}])
         return done.choices[0].message.content
 
 
@@ -194,6 +194,26 @@ async def test_first_request_starts_the_worker(tmp_path: Path) -> None:
         assert await program.end(signal.SIGTERM) == 0
 
 
+async def test_what_no_worker_would_take_starts_none(tmp_path: Path) -> None:
+    """Another model's name and a body that is no JSON are refused at once; adapters may have other names."""
+    environ = {"START": "first_request"}
+    async with gateway(tmp_path, environ=environ) as program:
+        await program.address()
+        async with program.client() as client:
+            with pytest.raises(openai.NotFoundError) as unknown:
+                await client.completions.create(model="other", prompt="hi", stream=True)
+            with pytest.raises(openai.BadRequestError) as broken:
+                await client.post("/completions", cast_to=object, content=b"{")
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
+        assert (broken.value.code, broken.value.param) == ("invalid_request", None)
+        assert await program.end(signal.SIGTERM) == 0
+    environ = {"START": "first_request", "LORA_MODULES": "other=/adapters/other"}
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hello!")}), environ=environ) as program:
+        await program.address()
+        assert await ask(program, model="other") == "Hello!"
+        assert await program.end(signal.SIGTERM) == 0
+
+
 async def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
     """Stop taking, finish what runs, exit 0, leave no worker and no file."""
     script = stream(chunk("a"), Pause("generating"), chunk("b"))
@@ -201,7 +221,7 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
         worker = await started(program)
         async with program.client() as client:
             reply = await client.chat.completions.create(
-                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+                model="org/model", messages=[{"role": "user", "content": "hi"}], stream=True
             )
             texts = [(await anext(reply)).choices[0].delta.content]
             program.process.send_signal(signal.SIGTERM)
@@ -246,7 +266,7 @@ async def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         worker = await started(program)
         async with program.client() as client:
             reply = await client.chat.completions.create(
-                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+                model="org/model", messages=[{"role": "user", "content": "hi"}], stream=True
             )
             await anext(reply)
             program.process.send_signal(signal.SIGINT)
@@ -307,7 +327,7 @@ async def test_killed_worker_before_the_first_byte_is_not_noticed(tmp_path: Path
         async with program.client() as client:
             if streamed:
                 reply = await client.chat.completions.create(
-                    model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+                    model="org/model", messages=[{"role": "user", "content": "hi"}], stream=True
                 )
                 assert [part.choices[0].delta.content async for part in reply] == ["again"]
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from handler import sse
 from handler.asgi import call_app
-from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
+from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Reply, Request, read
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
@@ -73,8 +73,22 @@ class ColdUpstream:
             yield reply
 
 
+def raises(error: RequestError) -> Callable[[Request], None]:
+    """A check that refuses everything."""
+
+    def check(_: Request) -> None:
+        raise error
+
+    return check
+
+
 def admission(
-    upstream: ColdUpstream, *, queue_limit: int = 10, queue_timeout_s: float = 60, keep_alive_s: float = 60
+    upstream: ColdUpstream,
+    *,
+    queue_limit: int = 10,
+    queue_timeout_s: float = 60,
+    keep_alive_s: float = 60,
+    check: Callable[[Request], None] = lambda _: None,
 ) -> Admission:
     """Admission in front of `upstream`, patient unless told otherwise."""
     return Admission(
@@ -83,6 +97,7 @@ def admission(
         queue_limit=queue_limit,
         queue_timeout_s=queue_timeout_s,
         keep_alive_s=keep_alive_s,
+        check=check,
     )
 
 
@@ -190,6 +205,33 @@ async def test_deadline_ends_the_wait() -> None:
         (("retry-after", "7"),),
     )
     assert front.waiting == 0
+
+
+async def test_what_can_be_refused_already_does_not_wait() -> None:
+    """It takes no place in the queue and starts no worker; a stream gets the status too."""
+    error = BadRequest("no")
+    upstream = ColdUpstream(ScriptedApp({}))
+    front = admission(upstream, keep_alive_s=0.001, check=raises(error))
+    for streamed in (False, True):
+        with pytest.raises(BadRequest) as refused:
+            await answered(front, chat(streamed=streamed))
+        assert refused.value is error
+    assert not upstream.asked.is_set()
+
+
+async def test_a_ready_worker_is_not_spoken_for() -> None:
+    """Only what would have to wait is checked."""
+    upstream = ColdUpstream(ScriptedApp({CHAT: answer({"id": "a"})}), ready=True)
+    front = admission(upstream, check=raises(BadRequest("no")))
+    assert await answered(front, chat()) == (200, b'{"id": "a"}')
+
+
+async def test_a_body_that_only_looks_like_a_stream_waits_for_its_status() -> None:
+    """Lists in lists in lists are more than the parser takes, and are no reason to fail."""
+    body = b'"stream"' + b"[" * 100_000
+    front = admission(ColdUpstream(ScriptedApp({})), keep_alive_s=0.001, queue_timeout_s=0.05)
+    with pytest.raises(DeadlineExceeded):
+        await answered(front, Request("POST", "/v1/audio/transcriptions", (), body))
 
 
 async def test_failed_start_fails_everyone_who_waits() -> None:

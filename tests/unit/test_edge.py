@@ -341,12 +341,18 @@ REWRITTEN = [
         fault("Unknown request URL: POST /v1/embeddings. Check the URL for typos.", code="unknown_url"),
     ),
     ("/v1/responses", 404, vllm("gone", 404, "NotFoundError"), fault("gone", code="not_found")),
+    (
+        "/v1/messages",
+        404,
+        '{"detail": "Not Found"}',
+        fault("Unknown request URL: POST /v1/messages. Check the URL for typos.", code="unknown_url"),
+    ),
     ("/v1/models", 401, '{"error": "Unauthorized"}', fault("Unauthorized", code="invalid_api_key")),
     (
         "/v1/messages",
         404,
         '{"type": "error", "error": {"type": "NotFoundError", "message": "no such"}}',
-        fault("no such", code="not_found"),
+        fault("no such", param="model", code="model_not_found"),
     ),
     ("/v1/completions", 409, vllm("busy", 409, "Conflict"), fault("busy", code="conflict")),
     ("/v1/completions", 418, vllm("tea", 418), fault("tea", code="invalid_request")),
@@ -413,7 +419,8 @@ async def test_errors_get_openais_shape(path: str, status: int, said: str, expec
     """The status stays, the message stays, `code` becomes a string, and `param` names a field."""
     method = ROUTES[path]
     app = ScriptedApp({f"{method} {path}": Script((Say(said),), status, (("x-internal", "1"),))})
-    got_status, headers, body = await ask(openai(call_app(app)), Request(method, path))
+    request = Request(method, path, (("content-type", "application/json"),), b"{}")
+    got_status, headers, body = await ask(openai(call_app(app)), request)
     assert (got_status, json.loads(body)) == (status, expected)
     extra = {"retry-after": "5"} if status == 503 else {}
     assert dict(headers) == {
@@ -442,6 +449,25 @@ async def test_headers_that_tell_what_to_do_are_kept(
         "content-length": str(len(body)),
         **kept,
     }
+
+
+async def test_a_body_that_is_no_object_is_told_in_words() -> None:
+    """As the gateway tells it while it has no worker; vLLM's text is the parser's own structure."""
+    said = vllm("1 validation error:\n  {'type': 'json_invalid', 'loc': 'body.1'}", 400, "Bad Request")
+    request = Request("POST", "/v1/chat/completions", (("content-type", "application/json"),), b"[1")
+    app = ScriptedApp({CHAT: Script((Say(said),), 400)})
+    _, _, body = await ask(openai(call_app(app)), request)
+    assert json.loads(body) == fault(
+        "We could not parse the JSON body of your request: Expecting ',' delimiter (character 2).",
+        code="invalid_request",
+    )
+
+
+async def test_a_body_is_judged_only_when_it_was_refused() -> None:
+    """vLLM has the say: what it takes is not parsed a second time."""
+    app = ScriptedApp({CHAT: answer({"id": "a"})})
+    request = Request("POST", "/v1/chat/completions", (("content-type", "application/json"),), b"[1")
+    assert (await ask(openai(call_app(app)), request))[0] == 200
 
 
 async def test_an_answer_passes_untouched() -> None:

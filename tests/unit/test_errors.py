@@ -155,6 +155,7 @@ def test_start_errors_exit_with_sysexits() -> None:
         "ModelNotFound": 66,
         "EngineFailed": 70,
         "NoResources": 75,
+        "BarrierFailed": 75,
         "BadSettings": 78,
     }
 

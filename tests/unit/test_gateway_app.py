@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import pytest
 
+from gateway import early
+from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
-from handler.messages import Headers, Request, read
+from handler.messages import Headers, Reply, Request, read
 from tests.scripted_app import EVENT_STREAM, Fail, Say, Script, ScriptedApp, answer, stream
 
 KEY: Headers = (("authorization", "Bearer secret"),)
@@ -262,3 +267,51 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     ).app(max_body_bytes=100, cors_origins=())
     status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
+
+
+class _Starting:
+    """An upstream whose worker never comes."""
+
+    ready = False
+    retry_after_s = 1.0
+    cold_start_s = 1.0
+
+    async def wait_ready(self) -> None:
+        """As `Upstream` says."""
+        await asyncio.Event().wait()
+
+    def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        """As `Upstream` says."""
+        raise AssertionError(request)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "expected"),
+    [
+        ("/v1/completions", (), b"{", (401, "invalid_api_key")),
+        ("/v1/nothing", KEY, b"{", (404, "unknown_url")),
+        ("/v1/completions", KEY, b"{", (400, "invalid_request")),
+        ("/v1/completions", KEY, b'{"model": "other"}', (404, "model_not_found")),
+        ("/v1/completions", KEY, b'{"model": "mine"}', (504, "deadline_exceeded")),
+        ("/v1/tokenize", KEY, b'{"model": "other"}', (504, "deadline_exceeded")),
+    ],
+)
+async def test_what_is_known_before_a_worker_is_checked_in_order(
+    path: str, headers: Headers, body: bytes, expected: tuple[int, str]
+) -> None:
+    """Key, route, body, name of the model; the rest waits for the worker."""
+    admission = Admission(
+        _Starting(),
+        Metrics(),
+        queue_limit=1,
+        queue_timeout_s=0.001,
+        keep_alive_s=0,
+        check=partial(early.check, model="mine"),
+    )
+    app = Gateway("local", admission.call, Keys.open("secret"), Metrics(), dict).app(
+        max_body_bytes=100, cors_origins=()
+    )
+    sent = (*headers, ("content-type", "application/json"))
+    status, answered, raw = await ask(app, "POST", f"{BASE}{path}", sent, body)
+    assert (status, json.loads(raw)["error"]["code"]) == expected
+    assert answered["x-request-id"]

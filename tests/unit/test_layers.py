@@ -17,7 +17,7 @@ PROGRAM = [path for name in sorted(OURS) for path in sorted((ROOT / name).rglob(
 
 LAYERS = (  # of handler/, from the top: a file imports only from lines below its own
     {"__main__"},
-    {"platforms", "warm"},
+    {"freezable", "platforms", "warm"},
     {"engine"},
     {"edge"},
     {"asgi"},
@@ -36,6 +36,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     },
     {
         "auth",
+        "body",
         "core_thread",
         "logs",
         "machine",

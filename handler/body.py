@@ -1,0 +1,38 @@
+"""What a request's body can be refused for by itself: by its content type, and as JSON.
+
+The gateway asks while no worker is there, the edge when vLLM has refused a request with a 400:
+so both answer the same, and in words instead of with the parser's own structures.
+"""
+
+from __future__ import annotations
+
+import json
+
+from handler.errors import BadRequest
+from handler.messages import Request
+
+_KINDS = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+
+
+def body_fault(request: Request) -> BadRequest | None:
+    """What keeps the body of `request` from being the JSON object that its route takes, or None.
+
+    None too for a route that takes something else.
+    """
+    if request.method != "POST" or request.path.startswith("/v1/audio/"):
+        return None
+    media_type = (request.header("content-type") or "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        return BadRequest("The content type of your request must be application/json.")
+    try:
+        body = json.loads(request.body)
+    except json.JSONDecodeError as error:
+        return BadRequest(
+            f"We could not parse the JSON body of your request: {error.msg} (character {error.pos})."
+        )
+    except (ValueError, RecursionError):  # no UTF-8, a number without end, lists in lists in lists
+        return BadRequest("We could not parse the JSON body of your request.")
+    if not isinstance(body, dict):
+        kind = _KINDS.get(type(body), "null")
+        return BadRequest(f"The body of your request must be a JSON object, not {kind}.")
+    return None

@@ -1,0 +1,92 @@
+"""`handler.body`: bodies that can be refused for themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from handler.body import body_fault
+from handler.messages import Headers, Request
+
+JSON: Headers = (("content-type", "application/json"),)
+
+
+def said(body: bytes, headers: Headers = JSON, path: str = "/v1/chat/completions") -> str | None:
+    """What is said against `body`."""
+    fault = body_fault(Request("POST", path, headers, body))
+    if fault is None:
+        return None
+    assert (fault.status, fault.type, fault.param, fault.code) == (
+        400,
+        "invalid_request_error",
+        None,
+        "invalid_request",
+    )
+    return fault.message
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", ": Expecting value (character 0)."),
+        (b"{", ": Expecting property name enclosed in double quotes (character 1)."),
+        (b"{} {}", ": Extra data (character 3)."),
+        (b'{"a": "\xff"}', "."),
+        (b'{"a": ' + b"1" * 5000 + b"}", "."),
+        (b"[" * 100_000, "."),
+    ],
+    ids=["empty", "cut", "more", "no UTF-8", "a long number", "deep"],
+)
+def test_what_is_no_json_is_told_with_its_place(body: bytes, why: str) -> None:
+    """And with no word of what was sent."""
+    assert said(body) == f"We could not parse the JSON body of your request{why}"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"[]", "an array"),
+        (b'"x"', "a string"),
+        (b"5", "a number"),
+        (b"1.5", "a number"),
+        (b"NaN", "a number"),
+        (b"true", "a boolean"),
+        (b"null", "null"),
+    ],
+)
+def test_what_is_no_object_is_named(body: bytes, kind: str) -> None:
+    """Every route takes an object."""
+    assert said(body) == f"The body of your request must be a JSON object, not {kind}."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{}", b' {"a": 1} ', b'\xef\xbb\xbf{"a": 1}', '{"a": "é"}'.encode("utf-16"), b'{"a": "\\ud800"}'],
+)
+def test_an_object_passes(body: bytes) -> None:
+    """Also in the encodings that vLLM's parser takes."""
+    assert said(body) is None
+
+
+@pytest.mark.parametrize("name", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+def test_json_may_be_called_in_several_ways(name: str) -> None:
+    """Case and parameters do not matter."""
+    assert said(b"{}", (("content-type", name),)) is None
+
+
+@pytest.mark.parametrize(
+    "headers", [(), (("content-type", "text/plain"),), (("content-type", "application/problem+json"),)]
+)
+def test_another_content_type_is_refused(headers: Headers) -> None:
+    """Before the body is looked at."""
+    assert said(b"{", headers) == "The content type of your request must be application/json."
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/audio/translations"])
+def test_forms_are_not_judged(path: str) -> None:
+    """Audio comes in parts."""
+    assert said(b"--x\r\n", (("content-type", "multipart/form-data; boundary=x"),), path) is None
+
+
+def test_a_get_has_no_body() -> None:
+    """Nothing is expected of it."""
+    assert body_fault(Request("GET", "/v1/models")) is None
