@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types judge-vllm judge-openai bench-overhead \
+.PHONY: help serve test unit lint format types test-criu judge-vllm judge-openai bench-overhead \
         bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
@@ -42,6 +42,10 @@ format: ## Let ruff lay out the code, and fix what it can
 types: ## mypy, strict
 	@$(INSTALL) dev
 	@$(PY) -m mypy
+
+test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) -m tests.criu
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
 	@$(INSTALL) $(ENGINE) dev judge

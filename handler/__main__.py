@@ -18,16 +18,18 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import explain, logs, platforms, readahead
+from handler import explain, freeze, logs, machine, platforms, readahead
 from handler.engine import Engine, flag_checks, make_parser
 from handler.errors import BadSettings, StartError, UsageError
 from handler.flags import flag_faults
+from handler.freezable import FreezableEngine
 from handler.listener import listen_unix
 from handler.phases import Phases, process_started_s
 from handler.settings import TABLE, Settings
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warm.add_argument(
         "--socket", metavar="PATH", type=Path, help="fork workers for the clients of this unix socket"
     )
+    freezing = commands.add_parser("freeze", help="load the model, wait to be captured, serve once resumed")
+    freezing.add_argument("--barrier", metavar="DIR", type=Path, required=True, help="see docs/coldstart.md")
+    freezing.add_argument("--timeout", metavar="SECONDS", type=float, help="how long to wait; none: for ever")
     args = parser.parse_args(argv)
     match args.command:
         case "settings":
@@ -64,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code(lambda: explain_start(args.log, args.svg, os.environ))
         case "zygote":
             return exit_code(lambda: keep_parent(os.environ, args.socket))
+        case "freeze":
+            return exit_code(lambda: freeze_and_serve(os.environ, args.barrier.absolute(), args.timeout))
     return exit_code(lambda: serve(os.environ))
 
 
@@ -83,14 +90,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     """Load the model and serve it until the platform says stop. Raises `StartError`."""
     phases = begin(environ) if fork is None else fork.phases
     settings = read_settings(environ)
-    logs.to_stderr("handler", settings.log_level)
-    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: who runs a worker can't act on them
-    for note in settings.notes:
-        log.warning("%s", note)
-    notifier = Notifier(settings.notify_socket)
-    phases.listen = notifier.status
-    if settings.lifeline_fd is not None:
-        watch_lifeline(settings.lifeline_fd)
+    open_log(settings)
+    notifier = tell_parent(settings, phases)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _give_up)
     engine = Engine.start(settings, phases, environ, fork.prepared_for(settings) if fork else None)
@@ -104,6 +105,61 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         platform.run(settings, engine, phases, notifier)
     finally:
         engine.close()
+
+
+def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s: float | None) -> None:
+    """Load the model and wait in `folder` to be captured; each copy serves. Raises `StartError`."""
+    barrier = freeze.Barrier(folder)
+    barrier.clear()
+    given = dict(environ)
+    phases = begin(environ)
+    settings = freeze.settings_to_freeze(read_settings(environ), accelerator=machine.has_accelerator())
+    open_log(settings)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _give_up)
+    engine = FreezableEngine.start(settings, phases, environ)
+    try:
+        platforms.load(settings.platform or platforms.detect(environ))  # so that a copy need not
+        engine.wait_open()
+        log.info("cold start %s", json.dumps(phases.report()))
+        remember_files(environ)
+        frozen = freeze.freeze(engine, environ)
+        barrier.announce(frozen, settings.model_id, phases.report())
+        log.info("frozen", extra={"slept": frozen.slept, "barrier": str(folder)})
+        print(f"frozen: capture process {os.getpid()}, then {folder / freeze.RESUME} resumes it", flush=True)
+        late = barrier.wait(timeout_s)
+
+        phases = Phases(time.monotonic())
+        phases.facts["parent"] = "snapshot"
+        environ.update(late)
+        settings = freeze.resumed_settings(given, late)
+        logging.getLogger("handler").setLevel(settings.log_level)
+        notifier = tell_parent(settings, phases)
+        platform = platforms.load(settings.platform or platforms.detect(environ))
+        platform.prepare(settings)
+        freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
+        barrier.tell(frozen, phases.report())
+        log.info("cold start %s", json.dumps(phases.report()))
+        platform.run(settings, engine, phases, notifier)
+    finally:
+        engine.close()
+
+
+def open_log(settings: Settings) -> None:
+    """Log to stderr, first what `settings` give reason to say."""
+    logs.to_stderr("handler", settings.log_level)
+    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: who runs a worker can't act on them
+    for note in settings.notes:
+        log.warning("%s", note)
+
+
+def tell_parent(settings: Settings, phases: Phases) -> Notifier:
+    """Speak to who started or resumed this worker, and end when they are gone."""
+    notifier = Notifier(settings.notify_socket)
+    phases.listen = notifier.status
+    if settings.lifeline_fd is not None:
+        watch_lifeline(settings.lifeline_fd)
+    return notifier
 
 
 def begin(environ: MutableMapping[str, str]) -> Phases:

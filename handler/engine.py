@@ -73,8 +73,6 @@ LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
-SLEEP_LEVEL = 2
-"""vLLM's deepest sleep: weights and KV cache are given up, not kept in the machine's memory."""
 
 
 def seam(name: str) -> Any:
@@ -172,35 +170,6 @@ class Engine:
             return sum(core.scheduler.get_request_counts())
         return int(self._llm.get_num_unfinished_requests())
 
-    def first_token(self) -> dict[str, Any] | None:
-        """Make a token as the start did; vLLM's answer. Raises `EngineFailed` for any other."""
-        asked = canary(self.call, self._tasks, self._settings.model_id)
-        return self.submit(asyncio.wait_for(asked, CANARY_TIMEOUT_S)).result()
-
-    def sleep(self) -> int | None:
-        """Forget every prompt and, in vLLM's sleep mode, weights and KV cache too.
-
-        Returns the level of the sleep, None where the engine has none (ENABLE_SLEEP_MODE, which a
-        CPU lacks): its weights stay where they are.
-        """
-        return self.submit(self._sleep()).result()
-
-    def wake(self) -> None:
-        """Undo a `sleep` that had a level: read the weights again."""
-        self.submit(self._wake()).result()
-
-    async def _sleep(self) -> int | None:
-        await self._llm.reset_prefix_cache()
-        if not self._llm.model_config.enable_sleep_mode:
-            return None
-        await self._llm.sleep(level=SLEEP_LEVEL)
-        return SLEEP_LEVEL
-
-    async def _wake(self) -> None:
-        await self._llm.wake_up(tags=["weights"])
-        await self._llm.collective_rpc("reload_weights")
-        await self._llm.wake_up(tags=["kv_cache"])
-
     def close(self) -> None:
         """Stop the engine and free the model; one that still opens is left to the end of the process."""
         self._closing = True
@@ -286,6 +255,29 @@ def settle(ready: Prepared) -> Prepared:
     platform.register_triton_kernel_overrides()
     platform.register_triton_kernel_overrides = lambda: None
     return replace(ready, renderer=seam("renderer_from_config")(ready.vllm_config))
+
+
+def speak_to_nobody() -> None:
+    """Have torch make groups of processes without gloo where this process is alone in them.
+
+    gloo listens on a TCP port for each group, though nobody can come: 13 ports and threads, which a
+    snapshot would take with it. A group of one needs no transport. To be called once torch was
+    imported (its own name for such a group is "fake").
+    """
+    distributed: Any = importlib.import_module("torch.distributed")
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    make_first, make = distributed.init_process_group, distributed.new_group
+
+    def alone(kwargs: dict[str, Any], size: int) -> dict[str, Any]:
+        return {**kwargs, "backend": "fake"} if kwargs.get("backend") == "gloo" and size == 1 else kwargs
+
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        return make_first(*args, **alone(kwargs, kwargs.get("world_size", 0)))
+
+    def new_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return make(ranks, *args, **alone(kwargs, len(ranks or ())))
+
+    distributed.init_process_group, distributed.new_group = init_process_group, new_group
 
 
 def look_for_kernels_in_vllm() -> None:

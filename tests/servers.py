@@ -88,13 +88,13 @@ def engine_environ(model: Path) -> dict[str, str]:
 
 @contextmanager
 def program(
-    module: str, environ: Mapping[str, str], folder: Path
+    module: str, environ: Mapping[str, str], folder: Path, *arguments: str
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """`python -m MODULE` and the file of what it says on stderr; ended whole when the block is left."""
+    """`python -m MODULE ARGUMENTS` and the file of its stderr; ended whole when the block is left."""
     errors = folder / f"{module}.stderr"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
