@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"device: {device}\nmodel: {shape.like}, random weights, {size(shape.weights_bytes)}", flush=True
         )
-        return {**benchmark({name: folder.absolute()}, options), "device": device}
+        result = benchmark({name: folder.absolute()}, options)
+        rate = host_to_device(result["results"][name])
+        print(f"weights to the device at {rate} GB/s")
+        return {**result, "device": device, "host_to_device_gb_per_s": rate}
 
     return ending(run)
 
@@ -57,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     add_common(command, rounds=3, variants=["vllm", "worker"], modes=["warm", "empty"])
     command.set_defaults(levers=False)
     return command
+
+
+def host_to_device(measured: Mapping[str, Any]) -> float | None:
+    """GB/s at which our worker's weights went from the page cache to the device; None if it did not say."""
+    facts = measured["modes"].get("warm", {}).get("worker", {}).get("facts", {})
+    rate: float | None = facts.get("weights_gb_per_s")
+    return rate
 
 
 def check(shape: Shape) -> str:

@@ -117,7 +117,7 @@ class Shape:
 HEAD = "lm_head.weight"
 SHAPES: Mapping[str, Shape] = {
     "8b": Shape("Llama-3.1-8B", 4096, 32, 32, 8, 128, 14336, 128_256),
-    "tiny": Shape("nothing, for a CPU", 128, 2, 4, 2, 32, 256, 4096, shard_bytes=1 << 20),
+    "tiny": Shape("a tiny Llama", 128, 2, 4, 2, 32, 256, 4096, shard_bytes=1 << 20),
 }
 
 
