@@ -126,12 +126,12 @@ def freeze(engine: Warm, environ: MutableMapping[str, str]) -> Frozen:
         engine.wake()
         same(canary, oracle(engine.first_token()))
         engine.sleep()
+    if left := ties.ties(device_released=slept is not None):
+        raise BarrierFailed("a snapshot can't hold this worker:\n" + "\n".join(f"  - {tie}" for tie in left))
     let_go_of_parent(environ)
     gc.collect()
     gc.freeze()
     ctypes.CDLL(None).malloc_trim(0)  # what is free is not in the snapshot
-    if left := ties.ties(device_released=slept is not None):
-        raise BarrierFailed("a snapshot can't hold this worker:\n" + "\n".join(f"  - {tie}" for tie in left))
     return Frozen(canary, slept, time.time())
 
 
@@ -286,9 +286,13 @@ def parse_resume(raw: bytes) -> dict[str, str]:
     except ValueError as error:
         raise BadSettings([f"{RESUME}: not JSON: {error}"]) from error
     environ = asked.get("environ", {}) if isinstance(asked, dict) else None
-    if not isinstance(environ, dict) or not all(isinstance(value, str) for value in environ.values()):
+    if not isinstance(environ, dict) or not all(_fits_environ(*item) for item in environ.items()):
         raise BadSettings([f'{RESUME}: not {{"environ": {{NAME: text}}}}'])
     return environ
+
+
+def _fits_environ(name: str, value: object) -> bool:
+    return name.isidentifier() and isinstance(value, str) and value.isprintable()
 
 
 def resumed_settings(given: Mapping[str, str], late: Mapping[str, str]) -> Settings:

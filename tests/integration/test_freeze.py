@@ -5,6 +5,7 @@ Here nobody captures the worker, it is only stopped for a moment. `make test-cri
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -15,11 +16,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from handler import explain, ties
+from handler.freezable import FreezableEngine, new_loop
+from handler.phases import Phases
+from handler.settings import Settings
 from tests.servers import (
     MODEL,
     START_TIMEOUT_S,
@@ -108,6 +113,69 @@ def test_a_child_is_a_tie() -> None:
         assert any(line.startswith(f"process {child.pid} (") for line in ties.ties(device_released=True))
         child.kill()
     assert not any(str(child.pid) in line for line in ties.children())
+
+
+def test_the_loop_of_a_frozen_engine_holds_no_ring() -> None:
+    """uvloop's has an io_uring wherever the kernel lets it."""
+    loop = new_loop()
+    assert not list(ties.held_by_kernel(ties.open_files(), device_released=True))
+    loop.close()
+
+
+class Sleeper:
+    """What is used of `AsyncLLM` to sleep and to wake, and what it was asked for."""
+
+    def __init__(self, *, sleeps: bool) -> None:
+        self.model_config = SimpleNamespace(enable_sleep_mode=sleeps)
+        self.output_handler = asyncio.create_task(asyncio.Event().wait())
+        self.asked: list[object] = []
+
+    async def reset_prefix_cache(self) -> None:
+        """Note it."""
+        self.asked.append("reset")
+
+    async def sleep(self, *, level: int) -> None:
+        """Note the level."""
+        self.asked.append(level)
+
+    async def wake_up(self, *, tags: list[str]) -> None:
+        """Note what is woken."""
+        self.asked += tags
+
+    async def collective_rpc(self, method: str) -> None:
+        """Note what the workers do."""
+        self.asked.append(method)
+
+    def shutdown(self, *, timeout: float) -> None:
+        """End."""
+
+
+class Opened(FreezableEngine):
+    """An engine with a `Sleeper` in place of vLLM."""
+
+    def __init__(self, *, sleeps: bool) -> None:
+        super().__init__(Settings.from_environ({}), Phases(0.0), {})
+        self._sleeps = sleeps
+        self._thread.start()
+        self.wait_open()
+
+    async def _open(self) -> None:
+        self._llm = Sleeper(sleeps=self._sleeps)
+
+
+@pytest.mark.parametrize(
+    ("sleeps", "level", "asked"),
+    [(True, 2, ["reset", 2, "weights", "reload_weights", "kv_cache"]), (False, None, ["reset"])],
+    ids=["with a GPU", "without"],
+)
+def test_an_engine_sleeps_as_deep_as_it_can(sleeps: bool, level: int | None, asked: list[object]) -> None:
+    """And wakes in vLLM's order: the weights have a place, are read, then the KV cache has one."""
+    engine = Opened(sleeps=sleeps)
+    assert engine.sleep() == level
+    if level is not None:
+        engine.wake()
+    assert engine._llm.asked == asked
+    engine.close()
 
 
 def outside(pid: int) -> dict[str, list[str]]:

@@ -238,7 +238,16 @@ def test_a_resume_that_is_still_written_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["UDS=/tmp/1", "[]", '{"environ": []}', '{"environ": {"PORT": 1}}', '{"environ": null}']
+    "text",
+    [
+        "UDS=/tmp/1",
+        "[]",
+        '{"environ": []}',
+        '{"environ": null}',
+        '{"environ": {"PORT": 1}}',
+        '{"environ": {"PO=RT": "1"}}',
+        '{"environ": {"API_KEY": "a\\u0000"}}',
+    ],
 )
 def test_a_resume_that_says_nothing_known_is_refused(tmp_path: Path, text: str) -> None:
     """The copy exits with 78, and another can be resumed."""
