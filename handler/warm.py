@@ -47,15 +47,19 @@ class Parent:
     phases: Phases
     prepared: Prepared | None = None
     known: frozenset[str] = field(default_factory=frozenset)
+    added: dict[str, str] = field(default_factory=dict)
+    """What preparing has put into the environment, where vLLM and torch read it also later."""
 
     def warm_up(self, settings: Settings, environ: MutableMapping[str, str]) -> None:
         """Import and configure. What is wrong is left to the worker to find again, and to say."""
+        before = dict(environ)
         environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
         try:
             engine.check(settings, environ)
             self.prepared = engine.prepare(settings, self.phases, environ)
         except StartError as error:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
+        self.added = {name: value for name, value in environ.items() if before.get(name) != value}
         for thread in threading.enumerate():
             if thread is not threading.main_thread():
                 thread.join()  # read-ahead: a fork has no other thread than the one that forks
@@ -87,7 +91,7 @@ class Parent:
     def fork(self, asked: Asked, tell: Tell) -> Fork:
         """In the fork: what the worker goes on from."""
         os.environ.clear()
-        os.environ.update(asked.environ)
+        os.environ.update({**self.added, **asked.environ})
         phases = Phases(asked.at_s)
         phases.inherit(self.phases)
         phases.facts["parent"] = "warm"

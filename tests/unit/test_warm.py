@@ -1,0 +1,61 @@
+"""`handler.warm`: what a fork has from its parent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from handler import engine
+from handler.phases import Phases
+from handler.settings import Settings
+from handler.warm import Parent
+from handler.zygote import Asked
+
+
+def nobody(_: bytes) -> None:
+    """Tell nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork replaces its environment; here it is the tests' own."""
+    monkeypatch.setattr(os, "environ", {"SEEN_BY": "the parent", "PATH": "/bin"})
+
+
+def warmed(monkeypatch: pytest.MonkeyPatch) -> Parent:
+    """A parent that has prepared, which sets two variables."""
+
+    def prepare(settings: Settings, _: Phases, environ: dict[str, str]) -> engine.Prepared:
+        environ["VLLM_SET_LATE"] = "by preparing"
+        environ.setdefault("OMP_NUM_THREADS", "1")
+        return engine.Prepared(settings, None, None, "thread", None)  # type: ignore[arg-type] # not looked at
+
+    monkeypatch.setattr(engine, "check", lambda *_: None)
+    monkeypatch.setattr(engine, "prepare", prepare)
+    parent = Parent(Phases(0.0))
+    parent.warm_up(Settings.from_environ({}), os.environ)
+    return parent
+
+
+def test_a_fork_has_its_own_environment_and_what_preparing_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads some of it only at the first request. What was asked for comes first."""
+    warmed(monkeypatch).fork(Asked({"MODEL_NAME": "a", "OMP_NUM_THREADS": "3"}, 1.0), nobody)
+    assert os.environ == {
+        "MODEL_NAME": "a",
+        "OMP_NUM_THREADS": "3",
+        "VLLM_SET_LATE": "by preparing",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def test_the_configuration_is_for_the_same_engine_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the worker listens makes no difference, the model and vLLM's flags do."""
+    fork = warmed(monkeypatch).fork(Asked({}, 1.0), nobody)
+    for environ in ({}, {"PORT": "1", "UDS": str(tmp_path / "s"), "LOG_LEVEL": "DEBUG"}):
+        assert fork.prepared_for(Settings.from_environ(environ)) is fork.prepared is not None
+    for environ in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"ENGINE_MODE": "fork"}):
+        assert fork.prepared_for(Settings.from_environ(environ)) is None
