@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
-        if not refused:  # it listens before it is ready
+        if not refused or "NEVER" in os.environ:  # it listens before it is ready
             refused.append(1)
             self.send_response(503)
             self.send_header("content-length", "0")
@@ -78,8 +79,7 @@ def test_a_start_is_measured_and_ended_whole(case: Case, tmp_path: Path) -> None
     assert made.cpu_s > 0
     assert made.peak_bytes > 64 << 20
     assert made.report is None
-    left = Path(f"/proc/{(tmp_path / 'left').read_text()}/stat")
-    assert not left.exists() or " Z " in left.read_text()
+    assert has_ended((tmp_path / "left").read_text())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,40 @@ def test_what_gives_no_answer_is_no_figure(
     """A server that ends, refuses, or breaks off: the error says which, and where its log is."""
     with pytest.raises(NotStarted, match=f"(?s)^{why}$"):
         start(VARIANTS["vllm"], case, environ, tmp_path / "log")
+
+
+def has_ended(pid: str) -> bool:
+    """Whether there is no process `pid`; one that nobody waits for has ended too."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or " Z " in stat.read_text()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from bench.start import VARIANTS, Case, start
+
+folder = Path(sys.argv[1])
+environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "LEFT": str(folder / "left"), "NEVER": "1"}
+try:
+    start(VARIANTS["vllm"], Case("/model", [], environ), {}, folder / "log")
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_an_interrupted_start_leaves_nothing_behind(case: Case, tmp_path: Path) -> None:
+    """Ctrl-C while a server still starts ends it and what it has started."""
+    os.mkfifo(tmp_path / "left")
+    running = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], cwd=ROOT)
+    try:
+        left = (tmp_path / "left").read_text()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 130
+    finally:
+        running.kill()
+        running.wait()
+    assert has_ended(left)
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
