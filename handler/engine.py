@@ -293,7 +293,8 @@ def look_for_kernels_in_vllm() -> None:
     class OnlyVllm:
         @property
         def modules(self) -> dict[str, Any]:
-            return {name: module for name, module in sys.modules.items() if name.startswith("vllm.")}
+            loaded = sys.modules.copy()  # at once: another thread may be importing
+            return {name: module for name, module in loaded.items() if name.startswith("vllm.")}
 
     dispatcher.sys = OnlyVllm()
 
