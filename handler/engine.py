@@ -43,12 +43,25 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SEAM: Mapping[str, tuple[str, ...]] = {
-    # what it is: where it is in the newest vLLM, then where older ones have it
-    "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
-    "validate_parsed_serve_args": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
-    "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
+    # what it is: where 0.29 to 0.32 have it, then newer ones, then older ones
+    "make_arg_parser": (
+        "vllm.entrypoints.launchers.cli_args",
+        "vllm.frontend.entrypoints.launchers.cli_args",
+        "vllm.entrypoints.openai.cli_args",
+    ),
+    "validate_parsed_serve_args": (
+        "vllm.entrypoints.launchers.cli_args",
+        "vllm.frontend.entrypoints.launchers.cli_args",
+        "vllm.entrypoints.openai.cli_args",
+    ),
+    "build_app": (
+        "vllm.entrypoints.launchers.app",
+        "vllm.frontend.entrypoints.launchers.app",
+        "vllm.entrypoints.openai.api_server",
+    ),
     "init_app_state": (
         "vllm.entrypoints.launchers.api_server.app_state",
+        "vllm.frontend.entrypoints.launchers.api_server.app_state",
         "vllm.entrypoints.openai.api_server",
     ),
     "FlexibleArgumentParser": ("vllm.utils.argparse_utils", "vllm.utils"),
@@ -252,9 +265,13 @@ def settle(ready: Prepared) -> Prepared:
     platform = seam("current_platform")
     if not platform.is_cpu() or ready.renderer is not None:
         return ready
-    platform.register_triton_kernel_overrides()
-    platform.register_triton_kernel_overrides = lambda: None
-    return replace(ready, renderer=seam("renderer_from_config")(ready.vllm_config))
+    if override := getattr(platform, "register_triton_kernel_overrides", None):
+        override()
+        platform.register_triton_kernel_overrides = lambda: None
+    try:
+        return replace(ready, renderer=seam("renderer_from_config")(ready.vllm_config))
+    except EngineFailed:  # an older vLLM, whose front end is made otherwise
+        return ready
 
 
 def speak_to_nobody() -> None:
@@ -550,7 +567,10 @@ def allocate_kv_cache_untouched() -> None:
     is zero anyway. For a cache that was planned only: one that the user has sized is had at once, or
     the start fails.
     """
-    module: Any = sys.modules[seam("allocate_kv_cache").__module__]
+    try:
+        module: Any = sys.modules[seam("allocate_kv_cache").__module__]
+    except EngineFailed:  # an older vLLM, which allocates each layer by itself
+        return
     torch: Any = importlib.import_module("torch")
 
     class Torch:

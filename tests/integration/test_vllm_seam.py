@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -211,3 +212,13 @@ def test_the_output_task_is_where_death_is_seen() -> None:
     """`AsyncLLM.output_handler` is a task that ends when the engine is dead."""
     assert "output_handler" in assigned(seam("AsyncLLM"))
     assert "propagate_error" in inspect.getsource(seam("AsyncLLM")._run_output_handler)
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [("allocate_kv_cache", "torch"), ("register_kernels", "sys"), ("AsyncLLM", "renderer_from_config")],
+)
+def test_what_a_start_replaces_is_a_name_of_the_module(of: str, name: str) -> None:
+    """Else the replacement would do nothing, and the start would be slower without a word."""
+    module = sys.modules[seam(of).__module__]
+    assert name in vars(module), f"{module.__name__} has no {name}: see docs/vllm.md"
