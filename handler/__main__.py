@@ -180,6 +180,8 @@ def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> 
         signal.signal(signum, _give_up)
     given = dict(environ)  # a worker's own: preparing adds to the environment
     lifeline = environ.get("LIFELINE_FD")
+    # Who started the parent waits for its first worker, and hears what keeps that waiting.
+    parent.phases.listen = Notifier(environ.get("NOTIFY_SOCKET")).status
     with suppress(BadSettings):  # the worker finds it again, and tells who asked for it
         parent.warm_up(read_settings(environ), environ)
     zygote = parent.zygote(lambda fork: exit_code(lambda: serve(os.environ, fork)))
