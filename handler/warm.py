@@ -9,13 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from handler import engine, machine
 from handler.engine import Prepared
 from handler.errors import StartError
 from handler.phases import Phases
-from handler.settings import Settings
+from handler.settings import Settings, rest
 from handler.zygote import Asked, Tell, Zygote, threads
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class Parent:
         environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
         try:
             engine.check(settings, environ)
-            self.prepared = engine.prepare(settings, self.phases, environ)
+            prepared = engine.prepare(settings, self.phases, environ)
+            # What preparing has set is in a fork's environment from the first line.
+            self.prepared = replace(prepared, settings=replace(settings, rest=rest(environ)))
         except StartError as error:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
         self.added = {name: value for name, value in environ.items() if before.get(name) != value}

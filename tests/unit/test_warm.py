@@ -54,8 +54,14 @@ def test_the_configuration_is_for_the_same_engine_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where the worker listens makes no difference, the model and vLLM's flags do."""
-    fork = warmed(monkeypatch).fork(Asked({}, 1.0), nobody)
-    for environ in ({}, {"PORT": "1", "UDS": str(tmp_path / "s"), "LOG_LEVEL": "DEBUG"}):
-        assert fork.prepared_for(Settings.from_environ(environ)) is fork.prepared is not None
-    for environ in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"ENGINE_MODE": "fork"}):
-        assert fork.prepared_for(Settings.from_environ(environ)) is None
+    given = dict(os.environ)
+    fork = warmed(monkeypatch).fork(Asked(given, 1.0), nobody)
+
+    def settings(**more: str) -> Settings:
+        return Settings.from_environ({**os.environ, **more})  # as the worker reads them
+
+    assert fork.prepared is not None
+    assert fork.prepared_for(settings()) is fork.prepared
+    assert fork.prepared_for(settings(PORT="1", UDS=str(tmp_path / "s"), LOG_LEVEL="DEBUG")) is fork.prepared
+    for more in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"ENGINE_MODE": "fork"}):
+        assert fork.prepared_for(settings(**more)) is None
