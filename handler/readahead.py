@@ -26,6 +26,9 @@ from handler.levers import pulled
 THREADS = 4
 """Enough to keep a queue at the disk; more of them take turns at the interpreter."""
 
+THREAD = "read-ahead"
+"""What each of them is called."""
+
 SAMPLE = 4
 RESIDENT = 0.9
 """The files count as read if this much of the `SAMPLE` largest is in the page cache."""
@@ -89,7 +92,7 @@ def advise(files: Sequence[str]) -> list[threading.Thread]:
     if not files or warm(files):
         return []
     workers = [
-        threading.Thread(target=_ask, args=(files[first::THREADS],), name="read-ahead", daemon=True)
+        threading.Thread(target=_ask, args=(files[first::THREADS],), name=THREAD, daemon=True)
         for first in range(THREADS)
     ]
     for worker in workers:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 
-from handler import engine, machine
+from handler import engine, machine, readahead
 from handler.engine import Prepared
 from handler.errors import StartError
 from handler.phases import Phases
@@ -63,8 +63,8 @@ class Parent:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
         self.added = {name: value for name, value in environ.items() if before.get(name) != value}
         for thread in threading.enumerate():
-            if thread is not threading.main_thread():
-                thread.join()  # read-ahead: a fork has no other thread than the one that forks
+            if thread.name == readahead.THREAD:
+                thread.join()  # a fork has no other thread than the one that forks; see `unsafe`
         self.known = frozenset(sys.modules)
 
     def unsafe(self) -> str | None:
