@@ -105,10 +105,11 @@ def has_ended(pid: str) -> bool:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from bench.start import VARIANTS, Case, start
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 folder = Path(sys.argv[1])
 environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "LEFT": str(folder / "left"), "NEVER": "1"}
 try:
