@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 from handler import engine, machine, readahead
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 class Fork:
     """What a worker that was forked has from its parent."""
 
+    asked: Mapping[str, str]
     phases: Phases
     prepared: Prepared | None
     known: frozenset[str]
@@ -32,8 +33,10 @@ class Fork:
 
     def prepared_for(self, settings: Settings) -> Prepared | None:
         """The parent's configuration, if it was made for the same engine."""
-        same = self.prepared is not None and settings.same_engine(self.prepared.settings)
-        return self.prepared if same else None
+        if self.prepared is None:
+            return None
+        asked = replace(settings, rest=rest(self.asked))  # without what preparing has set
+        return self.prepared if asked.same_engine(self.prepared.settings) else None
 
     def teach(self) -> None:
         """Tell the parent what was imported since."""
@@ -56,9 +59,7 @@ class Parent:
         environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
         try:
             engine.check(settings, environ)
-            prepared = engine.prepare(settings, self.phases, environ)
-            # What preparing has set is in a fork's environment from the first line.
-            self.prepared = replace(prepared, settings=replace(settings, rest=rest(environ)))
+            self.prepared = engine.prepare(settings, self.phases, environ)
         except StartError as error:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
         self.added = {name: value for name, value in environ.items() if before.get(name) != value}
@@ -97,7 +98,7 @@ class Parent:
         phases = Phases(asked.at_s)
         phases.inherit(self.phases)
         phases.facts["parent"] = "warm"
-        return Fork(phases, self.prepared, self.known, tell)
+        return Fork(asked.environ, phases, self.prepared, self.known, tell)
 
     def zygote(self, serve: Callable[[Fork], int]) -> Zygote:
         """What forks this process; its workers do `serve`, and return its exit code."""

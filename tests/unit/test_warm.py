@@ -54,14 +54,13 @@ def test_the_configuration_is_for_the_same_engine_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where the worker listens makes no difference, the model and vLLM's flags do."""
-    given = dict(os.environ)
-    fork = warmed(monkeypatch).fork(Asked(given, 1.0), nobody)
+    parent = warmed(monkeypatch)
 
-    def settings(**more: str) -> Settings:
-        return Settings.from_environ({**os.environ, **more})  # as the worker reads them
+    def prepared_for(**asked: str) -> engine.Prepared | None:
+        fork = parent.fork(Asked(asked, 1.0), nobody)
+        return fork.prepared_for(Settings.from_environ(os.environ))  # as the worker reads them
 
-    assert fork.prepared is not None
-    assert fork.prepared_for(settings()) is fork.prepared
-    assert fork.prepared_for(settings(PORT="1", UDS=str(tmp_path / "s"), LOG_LEVEL="DEBUG")) is fork.prepared
-    for more in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"ENGINE_MODE": "fork"}):
-        assert fork.prepared_for(settings(**more)) is None
+    assert prepared_for() is parent.prepared is not None
+    assert prepared_for(PORT="1", UDS=str(tmp_path / "s"), LOG_LEVEL="DEBUG") is parent.prepared
+    for asked in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"OMP_NUM_THREADS": "3"}):
+        assert prepared_for(**asked) is None
