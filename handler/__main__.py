@@ -27,12 +27,12 @@ from pathlib import Path
 
 from handler import explain, freeze, logs, machine, platforms, readahead
 from handler.engine import Engine, flag_checks, make_parser
-from handler.errors import BadSettings, StartError, UsageError
+from handler.errors import BadSettings, StartError, Unfit, UsageError
 from handler.flags import flag_faults
 from handler.freezable import FreezableEngine
 from handler.listener import listen_unix
 from handler.phases import Phases, process_started_s
-from handler.settings import TABLE, Settings
+from handler.settings import TABLE, Settings, readable
 from handler.supervision import Notifier, watch_lifeline
 from handler.table import render_markdown
 from handler.warm import Fork, Parent
@@ -89,22 +89,46 @@ def exit_code(work: Callable[[], int | None]) -> int:
 def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     """Load the model and serve it until the platform says stop. Raises `StartError`."""
     phases = begin(environ) if fork is None else fork.phases
-    settings = read_settings(environ)
-    open_log(settings)
-    notifier = tell_parent(settings, phases)
+    name = platforms.chosen(environ)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _give_up)
-    engine = Engine.start(settings, phases, environ, fork.prepared_for(settings) if fork else None)
     try:
-        platform = platforms.load(settings.platform or platforms.detect(environ))
-        platform.prepare(settings)
+        settings = read_settings(environ)
+    except BadSettings as failure:
+        if not platforms.answers_failure(name, environ):
+            raise
+        settings = readable(environ)
+        open_log(settings)
+        stay(platforms.load(name, settings), failure, tell_parent(settings, phases))
+        return
+    open_log(settings)
+    notifier = tell_parent(settings, phases)
+    platform = platforms.load(name, settings)
+    prepared = fork.prepared_for(settings) if fork else None
+    try:
+        engine = Engine.start(settings, phases, environ, prepared, platform.fit)
+        platform.prepare()
         engine.wait_open()
+    except Unfit:
+        raise
+    except StartError as failure:
+        if not platforms.answers_failure(name, environ):
+            raise
+        stay(platform, failure, notifier)
+        return
+    try:
         log.info("cold start %s", json.dumps(phases.report()))
         remember = fork.teach if fork else partial(remember_files, environ)
         threading.Thread(target=remember, name="remember", daemon=True).start()
-        platform.run(settings, engine, phases, notifier)
+        platform.run(engine, phases, notifier)
     finally:
         engine.close()
+
+
+def stay(platform: platforms.Platform, failure: StartError, notifier: Notifier) -> None:
+    """Be up though the worker can't start, and say why to whoever asks."""
+    log.error("worker can't start and says so to every request", extra={"reason": str(failure)})
+    platform.fail(failure, notifier)
 
 
 def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s: float | None) -> None:
@@ -119,7 +143,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         signal.signal(signum, _give_up)
     engine = FreezableEngine.start(settings, phases, environ)
     try:
-        platforms.load(settings.platform or platforms.detect(environ))  # so that a copy need not
+        platforms.load(platforms.chosen(environ), settings)  # so that a copy need not
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
         remember_files(environ)
@@ -135,12 +159,11 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         settings = freeze.resumed_settings(given, late)
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
-        platform = platforms.load(settings.platform or platforms.detect(environ))
-        platform.prepare(settings)
+        platform = platforms.load(platforms.chosen(environ), settings)
         freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
         barrier.tell(frozen, phases.report())
         log.info("cold start %s", json.dumps(phases.report()))
-        platform.run(settings, engine, phases, notifier)
+        platform.run(engine, phases, notifier)
     finally:
         engine.close()
 

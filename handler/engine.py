@@ -129,8 +129,10 @@ class Engine:
         phases: Phases,
         environ: MutableMapping[str, str],
         prepared: Prepared | None = None,
+        fit: Callable[[], None] = lambda: None,
     ) -> None:
         self._prepared = prepared
+        self._fit = fit
         self._settings = settings
         self._phases = phases
         self._environ = environ
@@ -152,14 +154,16 @@ class Engine:
         phases: Phases,
         environ: MutableMapping[str, str],
         prepared: Prepared | None = None,
+        fit: Callable[[], None] = lambda: None,
     ) -> Self:
         """Begin to load the model; other things may be imported beside it.
 
-        What is `prepared` already is not done again.
+        What is `prepared` already is not done again. `fit` is called before a device is touched,
+        and may wait, and raise `StartError`.
         """
         if prepared is None:
             check(settings, environ)
-        engine = cls(settings, phases, environ, prepared)
+        engine = cls(settings, phases, environ, prepared, fit)
         engine._thread.start()
         return engine
 
@@ -226,6 +230,7 @@ class Engine:
         heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
+        self._fit()
         with phases.span("engine"):
             self._llm = build(ready, self._environ)
             tasks = self._tasks = await self._llm.get_supported_tasks()

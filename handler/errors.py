@@ -23,6 +23,7 @@ FirstTokenError
     ├── ModelNotFound       66
     ├── EngineFailed        70
     ├── NoResources         75
+    │   └── Unfit           75  the platform's own checks: only another machine helps
     ├── BarrierFailed       75
     └── BadSettings         78
 
@@ -249,6 +250,10 @@ class NoResources(StartError):
     """The machine lacks memory, a device or a system library."""
 
     exit_code = 75
+
+
+class Unfit(NoResources):
+    """The machine failed the platform's own checks: the worker has to go, so that it gets another."""
 
 
 class BarrierFailed(StartError):

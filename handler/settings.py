@@ -56,7 +56,7 @@ __all__ = [
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PLATFORMS = ("http",)
+PLATFORMS = ("runpod", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
 
 TABLE: Table = (
@@ -129,7 +129,8 @@ TABLE: Table = (
         "max_concurrency",
         whole(1, 100_000),
         None,
-        "How many requests one worker runs at once. If not set: as many as the engine batches.",
+        "How many requests one worker runs at once; more wait their turn. If not set: no limit, on RunPod as "
+        "many jobs as the engine batches and its KV cache holds.",
     ),
     Setting(
         "PLATFORM",
@@ -142,11 +143,19 @@ TABLE: Table = (
         "START_FAILURE",
         "start_failure",
         choice("exit", "answer"),
-        "exit",
-        "What a worker that can't start does: exit with a code, or stay and answer every request with why.",
+        None,
+        "What a worker that can't start does: `exit` with a code, or stay and `answer` every request with "
+        "why. If not set: `answer` on RunPod, which starts it again and bills each try, else `exit`.",
     ),
     Setting("HOST", "host", HOST, "127.0.0.1", "Address to listen on."),
     Setting("PORT", "port", whole(0, 65_535), "8000", "Port to listen on; 0 is any that is free."),
+    Setting(
+        "PORT_HEALTH",
+        "port_health",
+        whole(0, 65_535),
+        None,
+        "Another port, on which only the probes `/ping`, `/health` and `/ready` answer. RunPod sets it.",
+    ),
     Setting("UDS", "uds", SOCKET, None, "Listen on this unix socket, and on no address."),
     Setting(
         "API_KEY",
@@ -261,6 +270,7 @@ class Settings:
     engine_mode: str
     host: str
     port: int
+    port_health: int | None
     uds: str | None
     api_key: str | None = field(repr=False)
     auth: bool
@@ -271,7 +281,7 @@ class Settings:
     log_level: str
     lifeline_fd: int | None
     notify_socket: str | None
-    start_failure: str
+    start_failure: str | None
     vllm_config_file: str | None
     vllm_extra_args: str | None = field(repr=False)
     levers_off: tuple[str, ...]
@@ -307,6 +317,13 @@ class Settings:
         if faults:
             raise BadSettings(faults)
         return cls(**values, notes=_notes(environ), rest=rest(environ))
+
+
+def readable(environ: Mapping[str, str]) -> Settings:
+    """The settings of `environ`, the default in place of each that is wrong: to say so with."""
+    values, _ = read(TABLE, environ, others=UNREAD)
+    defaults, _ = read(TABLE, {})
+    return Settings(**{name: defaults[name] if value is None else value for name, value in values.items()})
 
 
 def rest(environ: Mapping[str, str]) -> dict[str, str]:

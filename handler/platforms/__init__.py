@@ -1,26 +1,65 @@
 """Where a worker can run.
 
-Each module has `prepare(settings)`, called before the model is loaded, and
-`run(settings, engine, phases, notifier)`, called when it is.
-
-`ORDER` is also the order in which `detect` looks; plain HTTP comes last and fits anywhere.
+Each module has `open(settings)`, which gives its `Platform`. `ORDER` is also the order in
+which `detect` looks; plain HTTP comes last and fits anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol
 
-ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (("http", lambda _: True),)
+from handler.engine import Engine
+from handler.errors import StartError
+from handler.phases import Phases
+from handler.settings import Settings
+from handler.supervision import Notifier
+
+
+class Platform(Protocol):
+    """What brings requests to one worker. The methods are called in this order, each at most once."""
+
+    def fit(self) -> None:
+        """Wait for what has to be known of the machine before the engine opens a device.
+
+        Called in the engine's thread, once vLLM is imported. Raises `Unfit`.
+        """
+
+    def prepare(self) -> None:
+        """Do, beside the loading of the model, all that can be done before requests are taken."""
+
+    def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
+
+    def fail(self, failure: StartError, notifier: Notifier) -> None:
+        """Answer every request with `failure`, which kept the engine from starting, until SIGTERM."""
+
+
+ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
+    ("runpod", lambda environ: bool(environ.get("RUNPOD_WEBHOOK_GET_JOB"))),
+    ("http", lambda _: True),
+)
 """A platform's name, which is its module's, and how its environment is known."""
 
-
-def detect(environ: Mapping[str, str]) -> str:
-    """The platform whose environment this is."""
-    return next(name for name, fits in ORDER if fits(environ))
+ANSWERING = frozenset({"runpod"})
+"""Platforms that start a worker again and again and bill each try: one that can't start stays there."""
 
 
-def load(name: str) -> ModuleType:
-    """The platform's module; its SDK is imported only now."""
-    return import_module(f"{__name__}.{name}")
+def chosen(environ: Mapping[str, str]) -> str:
+    """The platform that `PLATFORM` names, else the one whose environment this is."""
+    names = [name for name, _ in ORDER]
+    given = environ.get("PLATFORM", "").strip().lower()
+    return given if given in names else next(name for name, fits in ORDER if fits(environ))
+
+
+def answers_failure(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether a worker of the platform `name` that can't start stays and says why (`START_FAILURE`)."""
+    given = environ.get("START_FAILURE", "").strip().lower()
+    return given == "answer" or (given != "exit" and name in ANSWERING)
+
+
+def load(name: str, settings: Settings) -> Platform:
+    """The platform `name`, opened; of its SDK nothing is imported yet."""
+    platform: Platform = import_module(f"{__name__}.{name}").open(settings)
+    return platform

@@ -21,7 +21,7 @@ from handler import asgi, edge, metrics
 from handler.auth import Keyring
 from handler.drain import Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, json_reply
+from handler.errors import EngineFailed, StartError, json_reply
 from handler.listener import listen, listen_unix
 from handler.messages import Call, Reply, Request
 from handler.phases import Phases
@@ -40,25 +40,43 @@ LINGER_S = 0.5
 """What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
 
 
-def prepare(settings: Settings) -> None:
-    """Raise `NoResources` for a port that is taken, before a model is loaded for it."""
+def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
+    """The platform. Raises `NoResources` for a port that is taken, before a model is loaded for it."""
     if not settings.uds and settings.port:
         listen(settings.host, settings.port).close()
+    return Http(settings)
 
 
-def run(settings: Settings, engine: Engine, phases: Phases, notifier: Notifier) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
-    listener = listen_unix(Path(settings.uds)) if settings.uds else listen(settings.host, settings.port)
-    server = _Server(settings, engine, phases)
-    engine.dead.add_done_callback(lambda _: server.stop())
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: server.stop())
-    serving = engine.submit(server.serve(listener, notifier))
-    notifier.ready(phases.report())
-    log.info("ready", extra={"address": listener.getsockname()})
-    serving.result()
-    if engine.is_dead:
-        raise EngineFailed("the engine died; what it held was answered with an error")
+class Http:
+    """One worker behind a port, or behind a unix socket."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def fit(self) -> None:
+        """Nothing is asked of the machine."""
+
+    def prepare(self) -> None:
+        """Nothing takes time."""
+
+    def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
+        """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
+        settings = self._settings
+        listener = listen_unix(Path(settings.uds)) if settings.uds else listen(settings.host, settings.port)
+        server = _Server(settings, engine, phases)
+        engine.dead.add_done_callback(lambda _: server.stop())
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: server.stop())
+        serving = engine.submit(server.serve(listener, notifier))
+        notifier.ready(phases.report())
+        log.info("ready", extra={"address": listener.getsockname()})
+        serving.result()
+        if engine.is_dead:
+            raise EngineFailed("the engine died; what it held was answered with an error")
+
+    def fail(self, failure: StartError, notifier: Notifier) -> None:
+        """Answer every request with `failure`."""
+        raise failure
 
 
 class _Server:

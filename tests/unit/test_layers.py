@@ -37,11 +37,13 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {
         "auth",
         "body",
+        "bridge",
         "core_thread",
         "logs",
         "machine",
         "readahead",
         "settings",
+        "slots",
         "sse",
         "structure",
         "supervision",
