@@ -27,6 +27,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "explain",
         "flags",
         "freeze",
+        "jobs",
         "listener",
         "loader",
         "manifest",
