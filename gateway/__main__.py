@@ -17,7 +17,6 @@ from functools import partial
 import uvicorn
 import uvloop
 
-from gateway import early
 from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.console import Address, Console
@@ -27,7 +26,7 @@ from gateway.settings import GatewaySettings
 from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.launch import Fresh, WarmParent
 from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
-from handler import logs
+from handler import early, logs
 from handler.errors import StartError
 from handler.listener import listen
 

@@ -1,6 +1,6 @@
 """What a request's body can be refused for by itself: by its content type, and as JSON.
 
-The gateway asks while no worker is there, the edge when vLLM has refused a request with a 400:
+`handler.early` asks while no model is loaded, the edge when vLLM has refused a request with a 400:
 so both answer the same, and in words instead of with the parser's own structures.
 """
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gateway import early
 from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from handler import early
 from handler.asgi import call_app
 from handler.errors import NotAdmitted
 from handler.messages import Headers, Reply, Request, read

@@ -24,6 +24,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {
         "caches",
         "drain",
+        "early",
         "explain",
         "flags",
         "freeze",
