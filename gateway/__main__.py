@@ -17,7 +17,6 @@ from functools import partial
 import uvicorn
 import uvloop
 
-from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
@@ -27,6 +26,7 @@ from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.launch import Fresh, WarmParent
 from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
 from handler import early, logs
+from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 
@@ -95,11 +95,12 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
     admission = Admission(
         upstream,
-        metrics,
         queue_limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
+        tell_waiting=metrics.queue_depth.set,
+        tell_waited_s=metrics.held_s.observe,
     )
     gateway = Gateway(
         endpoint_id=settings.endpoint_id,

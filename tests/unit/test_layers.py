@@ -22,6 +22,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"edge"},
     {"asgi"},
     {
+        "admission",
         "caches",
         "drain",
         "early",
