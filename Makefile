@@ -15,13 +15,13 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENGINE=gpu on a GPU
-	@$(INSTALL) $(ENGINE)
+	@$(INSTALL) $(ENGINE) $(if $(filter runpod,$(UPSTREAM)),runpod)
 	@model=$${MODEL_NAME:-$(MODEL)}; folder=$$($(PY) -m builder fetch "$$model") || exit; \
 	[ -d "$$model" ] || export SERVED_MODEL_NAME="$${SERVED_MODEL_NAME:-$${OPENAI_SERVED_MODEL_NAME_OVERRIDE:-$$model}}"; \
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) dev --with-node
+	@$(INSTALL) $(ENGINE) dev runpod --with-node
 	@$(MAKE) --no-print-directory lint types
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 

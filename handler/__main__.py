@@ -143,7 +143,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         signal.signal(signum, _give_up)
     engine = FreezableEngine.start(settings, phases, environ)
     try:
-        platforms.load(platforms.chosen(environ), settings)  # so that a copy need not
+        platforms.find(platforms.chosen(environ))  # so that a copy need not import it
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
         remember_files(environ)
@@ -160,6 +160,8 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
         platform = platforms.load(platforms.chosen(environ), settings)
+        platform.fit()
+        platform.prepare()
         freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
         barrier.tell(frozen, phases.report())
         log.info("cold start %s", json.dumps(phases.report()))

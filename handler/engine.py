@@ -86,6 +86,8 @@ LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
+TYPICAL_TOKENS = 4096
+"""What a long prompt and its answer take of the KV cache."""
 
 
 def seam(name: str) -> Any:
@@ -186,6 +188,19 @@ class Engine:
         if core is not None:
             return sum(core.scheduler.get_request_counts())
         return int(self._llm.get_num_unfinished_requests())
+
+    def capacity(self) -> int:
+        """How many requests it works on at once: what a batch holds, and what the KV cache has room for.
+
+        Room counts as `TYPICAL_TOKENS` each, or as a whole sequence where that is shorter: beyond
+        that requests wait for each other here, while another worker may be idle.
+        """
+        config = self._llm.vllm_config
+        batch = int(config.scheduler_config.max_num_seqs)
+        tokens = int((config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size)
+        if not tokens:  # a model without a KV cache
+            return batch
+        return max(1, min(batch, tokens // min(int(config.model_config.max_model_len), TYPICAL_TOKENS)))
 
     def close(self) -> None:
         """Stop the engine and free the model; one that still opens is left to the end of the process."""

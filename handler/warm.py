@@ -20,6 +20,9 @@ from handler.zygote import Asked, Tell, Zygote, threads
 
 log = logging.getLogger(__name__)
 
+OF_ONE_WORKER = frozenset({"runpod"})
+"""Packages that read the environment as they are imported, which has the worker's own address in it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fork:
@@ -40,7 +43,10 @@ class Fork:
 
     def teach(self) -> None:
         """Tell the parent what was imported since."""
-        self.tell("\n".join(sorted(sys.modules.keys() - self.known)).encode())
+        new = (
+            name for name in sys.modules.keys() - self.known if name.partition(".")[0] not in OF_ONE_WORKER
+        )
+        self.tell("\n".join(sorted(new)).encode())
 
 
 @dataclass(slots=True)

