@@ -42,9 +42,13 @@ def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
     if settings.uds:
         return Http(settings)
     listener = listen(settings.host, settings.port)
-    health = None
-    if settings.port_health not in {None, settings.port}:
+    if settings.port_health is None or settings.port_health == settings.port:
+        return Http(settings, listener)
+    try:
         health = listen(settings.host, settings.port_health, setting="PORT_HEALTH")
+    except StartError:
+        listener.close()
+        raise
     return Http(settings, listener, health)
 
 
@@ -75,10 +79,16 @@ class Http:
 
     def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
         """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
-        listener = self._listener or listen_unix(Path(self._settings.uds or ""))
         server = _Server(self._settings, engine, phases)
         engine.dead.add_done_callback(lambda _: server.stop())
         _on_signal(server.stop)
+        self._serve(server, engine, phases, notifier)
+        if engine.is_dead:
+            raise EngineFailed("the engine died; what it held was answered with an error")
+
+    def _serve(self, server: _Server, engine: Engine, phases: Phases, notifier: Notifier) -> None:
+        listener = self._listener or listen_unix(Path(self._settings.uds or ""))
+        address = listener.getsockname()
         serving = engine.submit(server.serve(listener, notifier))
         if self._lobby is not None:
             self._lobby.admit(
@@ -87,12 +97,10 @@ class Http:
                 dead=lambda: engine.is_dead,
             )
         notifier.ready(phases.report())
-        log.info("ready", extra={"address": listener.getsockname()})
+        log.info("ready", extra={"address": address})
         serving.result()
         if self._lobby is not None:
             self._lobby.close(door.LINGER_S)
-        if engine.is_dead:
-            raise EngineFailed("the engine died; what it held was answered with an error")
 
     def fail(self, failure: StartError, notifier: Notifier) -> None:
         """Answer every request with `failure` until SIGTERM or SIGINT. Raises it on a unix socket."""

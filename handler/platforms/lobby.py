@@ -19,7 +19,7 @@ from functools import partial
 
 import uvicorn
 import uvloop
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY
 
 from handler import early, edge
 from handler.admission import Admission
@@ -53,22 +53,24 @@ class Lobby:
         settings: Settings,
         listener: socket.socket,
         health: socket.socket | None = None,
-        registry: CollectorRegistry = REGISTRY,
+        *,
+        held_max: int = HELD_MAX,
+        held_s: float = HELD_S,
     ) -> None:
         self._model = _only_model(settings)
         self._dead: Callable[[], bool] = lambda: False
         self._coming = _Coming()
         self._admission = Admission(
             self._coming,
-            queue_limit=HELD_MAX,
-            queue_timeout_s=HELD_S,
+            queue_limit=held_max,
+            queue_timeout_s=held_s,
             keep_alive_s=settings.keep_alive_s,
             check=self._check,
         )
         self._listening = threading.Event()
         # A descriptor of its own: the engine's server goes on with the other one.
         self._sockets = [listener.dup()]
-        app = door.application(self._admission.call, settings, self._state, registry, _last)
+        app = door.application(self._admission.call, settings, self._state, REGISTRY, _last)
         self._door = _Door(door.config(app), self._listening.set)
         self._servers: list[uvicorn.Server] = [self._door]
         if health is not None:
@@ -108,6 +110,11 @@ class Lobby:
         """End every server; what is not answered `within_s` is cut off."""
         self._do(partial(self._end, within_s))
         self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the engine."""
+        return self._admission.waiting
 
     @property
     def listens(self) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from handler.asgi import call_app
 from handler.bridge import HIGH_WATER_BYTES, across
 from handler.errors import BadRequest, RequestError
-from handler.messages import Call, Headers, Reply, Request, read
+from handler.messages import Call, Headers, Reply, Request, once, read
 from tests.asgi_client import turns
 from tests.scripted_app import Fail, Pause, Script, ScriptedApp, answer, stream
 
@@ -110,10 +110,9 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-async def nothing() -> AsyncIterator[bytes]:
+def nothing() -> AsyncIterator[bytes]:
     """No body."""
-    return
-    yield b""
+    return once(b"")
 
 
 async def answered(call: Call, request: Request = REQUEST) -> tuple[int, Headers, bytes]:
