@@ -10,21 +10,25 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
-import uvicorn
 import uvloop
 
 from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.settings import GatewaySettings
+from gateway.server import Server, config
+from gateway.settings import UPSTREAMS, GatewaySettings
+from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Event, Ready, StartFailed
-from gateway.upstreams.launch import Fresh, WarmParent
-from gateway.upstreams.local import KILL_GRACE_S, STATES, LocalUpstream
+from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
+from gateway.upstreams.launch import Fresh, Launcher, WarmParent
+from gateway.upstreams.line import Line
+from gateway.upstreams.local import LocalUpstream
+from gateway.upstreams.runpod import RunpodUpstream
 from handler import early, logs
 from handler.admission import Admission
 from handler.errors import StartError
@@ -42,9 +46,13 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
         prog="python -m gateway",
         description="Serve an OpenAI-compatible URL. Settings come from the environment.",
     )
-    parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serving = commands.add_parser("serve", help="serve; also without a command")
+    serving.add_argument("--upstream", choices=UPSTREAMS, help="how the worker is asked (UPSTREAM)")
+    args = parser.parse_args(argv)
+    given = {"UPSTREAM": args.upstream} if getattr(args, "upstream", None) else {}
     try:
-        settings = GatewaySettings.from_environ(os.environ)
+        settings = GatewaySettings.from_environ({**os.environ, **given})
         logs.to_stderr("gateway", settings.log_level)
         logs.to_stderr("handler", settings.log_level)
         logs.to_stderr("uvicorn", "WARNING")
@@ -83,14 +91,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
             exit_code = event.exit_code  # nobody has been served: say so where it was started
             stop()
 
-    upstream = LocalUpstream(
-        lambda folder: WarmParent(worker, folder / "parent.sock") if settings.warm_parent else Fresh(worker),
-        environ,
-        at_once=settings.start == "now",
-        start_timeout_s=settings.start_timeout_s,
-        drain_timeout_s=settings.drain_timeout_s,
-        tell=tell,
-    )
+    upstream = open_upstream(settings, environ, worker, metrics, tell)
     for state in STATES:
         metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
     admission = Admission(
@@ -109,13 +110,14 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics=metrics,
         health=lambda: {
             "status": "ok",
-            "worker": {"state": upstream.state, "phase": upstream.phase, "starts": upstream.starts},
+            **upstream.health,
             "waiting": admission.waiting,
         },
         open_metrics=_is_loopback(settings.host),
     )
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
-    server = Server(_config(app, settings))
+    shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
+    server = Server(config(app, keep_alive_s=KEEP_ALIVE_S, shutdown_s=shutdown_s))
 
     def stop() -> None:
         server.should_exit = True
@@ -138,28 +140,33 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     return exit_code
 
 
-class Server(uvicorn.Server):
-    """uvicorn, with its signals left to `serve`: its own handlers would end the process by the signal."""
+def open_upstream(
+    settings: GatewaySettings,
+    environ: Mapping[str, str],
+    worker: Sequence[str],
+    metrics: Metrics,
+    tell: Callable[[Event], None],
+) -> Keeper:
+    """The upstream that `settings` name, whose workers are `worker`, a command."""
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
+    def launcher(folder: Path) -> Launcher:
+        return WarmParent(worker, folder / "parent.sock") if settings.warm_parent else Fresh(worker)
 
-
-def _config(app: object, settings: GatewaySettings) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type] # uvicorn's ASGI types are stricter than ASGI
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S),
+    keep: Keep = {
+        "at_once": settings.start == "now",
+        "start_timeout_s": settings.start_timeout_s,
+        "drain_timeout_s": settings.drain_timeout_s,
+        "tell": tell,
+    }
+    if settings.upstream == "local":
+        return LocalUpstream(launcher, environ, **keep)
+    line = Line(
+        metrics,
+        limit=settings.queue_limit,
+        queue_timeout_s=settings.queue_timeout_s,
+        execution_timeout_s=settings.execution_timeout_s,
     )
+    return RunpodUpstream(launcher, environ, ControlPlane(settings.endpoint_id, line, metrics), **keep)
 
 
 def _base_url(settings: GatewaySettings, listener: socket.socket) -> str:
@@ -175,7 +182,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is(upstream: LocalUpstream, state: str) -> float:
+def _is(upstream: Keeper, state: str) -> float:
     return float(upstream.state == state)
 
 

@@ -50,6 +50,20 @@ class Metrics:
             registry=registry,
         )
 
+        self.jobs_queued = Gauge(
+            "firsttoken_gateway_jobs_queued", "Jobs that no worker has taken yet.", registry=registry
+        )
+        self.jobs_in_progress = Gauge(
+            "firsttoken_gateway_jobs_in_progress", "Jobs that workers hold.", registry=registry
+        )
+        self.jobs = Counter(
+            "firsttoken_gateway_jobs",
+            "What happened to jobs: `handed_out`, `given_back` (not received), `retried` (their worker went "
+            "away before it answered), `stopped`, `expired`, and `dropped` (posts that came too late).",
+            ("what",),
+            registry=registry,
+        )
+
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)

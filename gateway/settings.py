@@ -21,6 +21,8 @@ ENDPOINT_ID = Kind(
     matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"),
 )
 
+UPSTREAMS = ("local", "runpod")
+
 _SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
 
 TABLE: Table = (
@@ -37,6 +39,14 @@ TABLE: Table = (
         "The id in the URL, `/v2/{ENDPOINT_ID}/openai/v1`.",
     ),
     *rows("MODEL_NAME", "SERVED_MODEL_NAME"),
+    Setting(
+        "UPSTREAM",
+        "upstream",
+        choice(*UPSTREAMS),
+        "local",
+        "How the worker is asked. `local`: through a socket. `runpod`: as RunPod does, through jobs and its "
+        "own SDK. `python -m gateway serve --upstream` wins.",
+    ),
     Setting(
         "START",
         "start",
@@ -73,6 +83,13 @@ TABLE: Table = (
         "300",
         "How long a request may wait. Below 600, where OpenAI's clients give up.",
     ),
+    Setting(
+        "EXECUTION_TIMEOUT_S",
+        "execution_timeout_s",
+        seconds(1, 86_400),
+        "590",
+        "With `UPSTREAM=runpod`, how long a job may run. Below 600, where OpenAI's clients give up.",
+    ),
     *rows("KEEP_ALIVE_S"),
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
@@ -92,11 +109,13 @@ class GatewaySettings:
     endpoint_id: str
     model_name: str
     served_model_name: str | None
+    upstream: str
     start: str
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
     start_timeout_s: float
+    execution_timeout_s: float
     keep_alive_s: float
     drain_timeout_s: float
     max_body_bytes: int

@@ -25,7 +25,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import explain, freeze, logs, machine, platforms, readahead
+from handler import explain, freeze, logs, machine, model, platforms, readahead
 from handler.engine import Engine, flag_checks, make_parser
 from handler.errors import BadSettings, StartError, Unfit, UsageError
 from handler.flags import flag_faults
@@ -249,7 +249,7 @@ def explain_start(source: str | None, picture: Path | None, environ: MutableMapp
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
     """The settings; what is wrong with them and with vLLM's flags is reported together."""
     try:
-        return Settings.from_environ(environ)
+        return model.at_hand(Settings.from_environ(environ))
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]

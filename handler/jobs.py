@@ -208,8 +208,8 @@ def load_failure(error: object) -> Reply:
         found = None
     if isinstance(found, dict) and "message" in found:
         return _error_reply({"status": 500, **found})
-    first = next(iter(str(error).strip().splitlines()), "no reason was given")
-    return UpstreamFailed(f"The job failed: {first[:300]}").reply()
+    first = next(iter(str(error or "").split("\n")), "").strip()[:300]
+    return UpstreamFailed(f"The job failed: {first or 'no reason was given'}").reply()
 
 
 def _error_reply(error: Mapping[str, Any]) -> Reply:

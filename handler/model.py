@@ -1,16 +1,54 @@
-"""Whether a model can be had, found out before the slow imports."""
+"""Where a model is, and whether it can be had, found out before the slow imports."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import ModelNotFound
+from handler.settings import Settings
 from handler.table import in_store, is_path
 
 HUB_TIMEOUT_S = 3.0
+RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
+"""Where RunPod keeps an endpoint's cached model; https://docs.runpod.io/serverless/endpoints/model-caching"""
+
+
+def at_hand(settings: Settings, cache: Path = RUNPOD_CACHE) -> Settings:
+    """`settings` with the folder of the model where the platform has put it; its name stays the same.
+
+    RunPod keeps the folders of Hugging Face's cache, some of them in lower case.
+    """
+    name = settings.model_name
+    if is_path(name) or in_store(name):
+        return settings
+    folder = "models--" + name.replace("/", "--")
+    try:
+        found = [path for path in cache.iterdir() if path.name.lower() == folder.lower()]
+    except OSError:
+        return settings
+    for repository in sorted(found, key=lambda path: path.name != folder):
+        if snapshot := _snapshot(repository, settings.model_revision):
+            served = settings.served_model_name or name
+            return replace(settings, model_name=str(snapshot), model_revision=None, served_model_name=served)
+    return settings
+
+
+def _snapshot(repository: Path, revision: str | None) -> Path | None:
+    """The folder of `revision`, else of the main branch, else the only one; None if it has no model."""
+    reference = repository / "refs" / (revision or "main")
+    snapshots = repository / "snapshots"
+    if reference.is_file():
+        wanted = [snapshots / reference.read_text().strip()]
+    elif revision:
+        wanted = [snapshots / revision]
+    else:
+        wanted = sorted(snapshots.glob("*"))
+    whole = [path for path in wanted if (path / "config.json").is_file()]
+    return whole[0] if len(whole) == 1 else None
 
 
 def check(name: str, environ: MutableMapping[str, str]) -> None:

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.__main__ import Server, _config
+from gateway.__main__ import KEEP_ALIVE_S
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from gateway.server import Server, config
 from gateway.settings import GatewaySettings
 from gateway.upstreams.proxy import SocketProxy
 from handler.asgi import call_app
@@ -161,7 +162,7 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
         proxy = SocketProxy(uds)
         gate = Gateway(settings.endpoint_id, proxy.call, Keys.open(key), Metrics(), dict)
         asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
-        server = Server(_config(asgi, settings))
+        server = Server(config(asgi, keep_alive_s=KEEP_ALIVE_S, shutdown_s=2))
         listener = listen(HOST, 0)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -50,7 +50,11 @@ class Worker:
 
     def open(self, gate: str) -> None:
         """Let what waits at `gate` go on."""
-        self._writer.write(json.dumps({"open": gate}).encode() + b"\n")
+        self.order(open=gate)
+
+    def order(self, **what: Any) -> None:
+        """Tell it something that it has to do."""
+        self._writer.write(json.dumps(what).encode() + b"\n")
 
     def kill(self) -> None:
         """Kill it, and it alone, as the kernel does when memory is short."""

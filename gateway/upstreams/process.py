@@ -16,7 +16,7 @@ from gateway.notify import NotifySocket
 from gateway.upstreams.launch import Launched, Launcher
 
 NOT_INHERITED = ("HOST", "PORT", "API_KEY")
-"""The gateway's own: a worker has no port and no key, its socket lies in a private folder."""
+"""The gateway's own: a worker has no port, and no key of clients."""
 
 _REASONS = {
     64: "its command line is wrong",
@@ -52,12 +52,13 @@ class WorkerProcess:
     """A worker from its start to its end.
 
     Three futures tell its life: `ready` holds what it measured of its cold start, once it
-    said READY=1; `left` is done when it takes no more; `exited` holds how it ended.
+    said READY=1; `left` is done when it takes no more; `exited` holds how it ended. Files of its
+    own are called `path` and a suffix.
     """
 
-    def __init__(self, socket_path: Path, progress: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, progress: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
-        self.socket_path = socket_path
+        self.path = path
         self.ready: asyncio.Future[dict[str, Any]] = loop.create_future()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.left: asyncio.Future[None] = loop.create_future()
@@ -65,16 +66,12 @@ class WorkerProcess:
         self._said: str | None = None
         self._process: Launched | None = None
         self._life: asyncio.Task[None] | None = None
-        self._notify = NotifySocket(socket_path.with_suffix(".notify"), self._hear)
+        self._notify = NotifySocket(path.with_suffix(".notify"), self._hear)
 
-    def start(self, launcher: Launcher, environ: Mapping[str, str]) -> None:
-        """Have `launcher` start it."""
+    def start(self, launcher: Launcher, environ: Mapping[str, str], told: Mapping[str, str]) -> None:
+        """Have `launcher` start it in `environ`; `told` is how it is asked."""
         env = {name: value for name, value in environ.items() if name not in NOT_INHERITED}
-        env |= {
-            "PLATFORM": "http",
-            "UDS": str(self.socket_path),
-            "NOTIFY_SOCKET": str(self.socket_path.with_suffix(".notify")),
-        }
+        env |= {**told, "NOTIFY_SOCKET": str(self.path.with_suffix(".notify"))}
         self._life = asyncio.create_task(self._live(launcher, env))
 
     async def _live(self, launcher: Launcher, environ: Mapping[str, str]) -> None:
@@ -111,9 +108,11 @@ class WorkerProcess:
         with suppress(ProcessLookupError):
             os.kill(self._process.pid, signal.SIGTERM)
 
-    def kill(self) -> None:
-        """End the worker's whole group now."""
-        self.leave()
+    def kill(self, why: str | None = None) -> None:
+        """End the worker's whole group now, expected or, for a reason that is told, not."""
+        if why is None:
+            self.leave()
+        self._said = why or self._said
         self._kill_group()
 
     def _kill_group(self) -> None:
@@ -150,7 +149,6 @@ class WorkerProcess:
 
     def _close(self) -> None:
         self._notify.close()
-        self.socket_path.unlink(missing_ok=True)
         if self._process is not None:
             self._process.let_go()
 

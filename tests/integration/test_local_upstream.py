@@ -15,8 +15,9 @@ import pytest
 
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.keeper import back_off_s
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
-from gateway.upstreams.local import LocalUpstream, back_off_s
+from gateway.upstreams.local import LocalUpstream
 from handler.admission import Admission
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, read

@@ -8,6 +8,7 @@ import pytest
 
 from handler import model
 from handler.errors import ModelNotFound
+from handler.settings import Settings
 
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 """A hub that refuses the connection: nothing listens on the discard port."""
@@ -61,3 +62,64 @@ def test_a_proxy_is_left_to_reach_the_hub() -> None:
     environ = {**NOWHERE, "HTTPS_PROXY": "http://127.0.0.1:9"}
     model.check("organisation/model", environ)
     assert "HF_HUB_OFFLINE" not in environ
+
+
+# --- RunPod's cached models ---------------------------------------------------------------------
+
+
+def cached(cache: Path, folder: str, *revisions: str, main: str | None = None) -> None:
+    """A repository in Hugging Face's cache."""
+    for revision in revisions:
+        snapshot = cache / folder / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+    if main is not None:
+        (cache / folder / "refs").mkdir()
+        (cache / folder / "refs" / "main").write_text(main + "\n")
+
+
+def settings(**more: str) -> Settings:
+    """Settings of a worker for Qwen/Qwen3-8B."""
+    return Settings.from_environ({"MODEL_NAME": "Qwen/Qwen3-8B", **more})
+
+
+@pytest.mark.parametrize("folder", ["models--Qwen--Qwen3-8B", "models--qwen--qwen3-8b"])
+def test_a_cached_model_is_taken_from_its_folder(folder: str, tmp_path: Path) -> None:
+    """Whatever case the folder has; clients know the model by its name."""
+    cached(tmp_path, folder, "abc")
+    found = model.at_hand(settings(), tmp_path)
+    assert found.model_name == str(tmp_path / folder / "snapshots" / "abc")
+    assert found.model_id == "Qwen/Qwen3-8B"
+
+
+def test_a_cached_model_keeps_the_name_that_it_was_given(tmp_path: Path) -> None:
+    """By whoever deployed it."""
+    cached(tmp_path, "models--Qwen--Qwen3-8B", "abc")
+    assert model.at_hand(settings(SERVED_MODEL_NAME="qwen"), tmp_path).model_id == "qwen"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "bbb"), ({"MODEL_REVISION": "aaa"}, "aaa")])
+def test_the_revision_says_which_snapshot(given: dict[str, str], expected: str, tmp_path: Path) -> None:
+    """Without one it is the main branch."""
+    cached(tmp_path, "models--Qwen--Qwen3-8B", "aaa", "bbb", main="bbb")
+    found = model.at_hand(settings(**given), tmp_path)
+    assert Path(found.model_name).name == expected
+    assert found.model_revision is None
+
+
+def test_what_is_not_cached_whole_is_left_to_be_fetched(tmp_path: Path) -> None:
+    """No folder, another model, a snapshot without a model, two and none is the main branch."""
+    assert model.at_hand(settings(), tmp_path / "nowhere") == settings()
+    cached(tmp_path, "models--Qwen--Qwen3-32B", "abc")
+    (tmp_path / "models--Qwen--Qwen3-8B" / "snapshots" / "abc").mkdir(parents=True)
+    assert model.at_hand(settings(), tmp_path) == settings()
+    cached(tmp_path, "models--qwen--qwen3-8b", "aaa", "bbb")
+    assert model.at_hand(settings(), tmp_path) == settings()
+    assert model.at_hand(settings(MODEL_REVISION="ccc"), tmp_path) == settings(MODEL_REVISION="ccc")
+
+
+@pytest.mark.parametrize("name", ["/models/qwen", "s3://bucket/qwen"])
+def test_a_place_is_not_looked_up(name: str, tmp_path: Path) -> None:
+    """It says itself where the model is."""
+    given = Settings.from_environ({"MODEL_NAME": name})
+    assert model.at_hand(given, tmp_path) == given

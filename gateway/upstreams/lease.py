@@ -1,0 +1,101 @@
+"""What ties one worker to the control plane: its polls, and the stops that it has yet to hear."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gateway.upstreams.keeper import first
+
+LEASE_S = 30.0
+"""A worker that opens no poll for so long hangs: the SDK opens the next one within about a second."""
+HOLD_S = 20.0
+"""How long a poll waits for something to tell; the SDK gives up after 90 s."""
+REPEATS_S = (0.15, 0.35, 0.5, 1.0)
+"""When a stop is told again: the SDK ignores it for a job that it has taken and not begun."""
+
+
+class Lease:
+    """Held by the worker `worker_id` as long as it polls.
+
+    `hung` is called when it has not polled for `lease_s`. Pings are written down and prove
+    nothing: the SDK sends them from a process of their own, which outlives its worker.
+    """
+
+    def __init__(self, worker_id: str, hung: Callable[[], None], *, lease_s: float, hold_s: float) -> None:
+        self.worker_id = worker_id
+        self.pinged_s: float | None = None
+        self._hold_s = hold_s
+        self._hung = hung
+        self._lease_s = lease_s
+        self._loop = asyncio.get_running_loop()
+        self.leaving: asyncio.Future[None] = self._loop.create_future()
+        """Done when the worker takes no more."""
+        self._ended = False
+        self._polls = 0
+        self._expiry: asyncio.TimerHandle | None = None
+        self._due: dict[str, int] = {}
+        self._repeats: set[asyncio.TimerHandle] = set()
+        self._news: asyncio.Future[None] = self._loop.create_future()
+
+    def begin(self) -> None:
+        """From now on it has to poll."""
+        if self._expiry is None and not self._polls and not self.leaving.done():
+            self._expiry = self._loop.call_later(self._lease_s, self._hung)
+
+    def leave(self) -> None:
+        """It takes no more, and need not poll: open polls are answered."""
+        if not self.leaving.done():
+            self.leaving.set_result(None)
+        self._forget_expiry()
+
+    def end(self) -> None:
+        """It is gone."""
+        self._ended = True
+        self.leave()
+        self._due.clear()
+        for timer in self._repeats:
+            timer.cancel()
+
+    def stop(self, job_id: str) -> None:
+        """Have it told, at once and then `REPEATS_S` later, to stop `job_id`."""
+        self._tell(job_id, 0)
+
+    def _tell(self, job_id: str, times: int) -> None:
+        if not self._ended:
+            self._due[job_id] = times
+            self._news.set_result(None)
+            self._news = self._loop.create_future()
+
+    async def stops(self) -> list[str]:
+        """The jobs to stop, as soon as there are any; none after `hold_s`, or when it begins to leave."""
+        self._polls += 1
+        self._forget_expiry()
+        try:
+            deadline_s = self._loop.time() + self._hold_s
+            ends = () if self.leaving.done() else (self.leaving,)  # it may drain for long, and polls on
+            while not self._due and (left_s := deadline_s - self._loop.time()) > 0:
+                if any(end.done() for end in ends):
+                    break
+                await first(self._news, *ends, timeout_s=left_s)
+            due, self._due = self._due, {}
+            for job_id, times in due.items():
+                if times < len(REPEATS_S):
+                    self._repeat(job_id, times)
+            return list(due)
+        finally:
+            self._polls -= 1
+            self.begin()
+
+    def _repeat(self, job_id: str, times: int) -> None:
+        def again() -> None:
+            self._repeats.discard(timer)
+            self._tell(job_id, times + 1)
+
+        timer = self._loop.call_later(REPEATS_S[times], again)
+        self._repeats.add(timer)
+
+    def _forget_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None

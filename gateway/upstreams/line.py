@@ -1,0 +1,153 @@
+"""Jobs in order of arrival: each waits for a worker that takes it, then for what that says of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from gateway.metrics import Metrics
+from gateway.upstreams import WorkerLost
+from gateway.upstreams.job import Job
+from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
+
+RETRY_AFTER_S = 5
+"""When a full line may have room again: a guess, for nobody knows how long answers get."""
+
+
+class Line:
+    """Holds `limit` jobs at most, each for `queue_timeout_s`; once taken it has `execution_timeout_s`."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        limit: int,
+        queue_timeout_s: float,
+        execution_timeout_s: float,
+    ) -> None:
+        self._metrics = metrics
+        self._limit = limit
+        self._queue_timeout_s = queue_timeout_s
+        self._execution_timeout_s = execution_timeout_s
+        self._queued: dict[str, Job] = {}
+        self._handed: dict[str, Job] = {}
+        self._loop = asyncio.get_running_loop()
+        self.stop: Callable[[Job], object] = lambda _: None
+        """Told each job that a worker works on for nobody."""
+        self.wanted = 0
+        """How many jobs are asked for by now: those need not wait."""
+        self.arrival: asyncio.Future[None] = self._loop.create_future()
+        """Done once a job can be handed out; then there is another."""
+        metrics.jobs_queued.set_function(lambda: self.queued)
+        metrics.jobs_in_progress.set_function(lambda: self.in_progress)
+
+    @property
+    def queued(self) -> int:
+        """How many jobs no worker has taken yet."""
+        return len(self._queued)
+
+    @property
+    def in_progress(self) -> int:
+        """How many jobs workers hold."""
+        return len(self._handed)
+
+    def add(self, job: Job) -> None:
+        """Put `job` at the end. Raises `NotAdmitted` when the line is full."""
+        if self.queued >= self._limit + self.wanted:
+            raise NotAdmitted(f"{self.queued} requests already wait.", retry_after_s=RETRY_AFTER_S)
+        job.deadline_s = self._loop.time() + self._queue_timeout_s
+        self._queue(job)
+        self._arrived()
+
+    def hand_out(self, worker_id: str, most: int) -> list[Job]:
+        """The first jobs of the line, which are `worker_id`'s from now on."""
+        taken = list(self._queued.values())[:most]
+        for job in taken:
+            del self._queued[job.id]
+            job.worker_id = worker_id
+            self._handed[job.id] = job
+            self._set_timer(job, self._loop.time() + self._execution_timeout_s, self._expire)
+        self._count("handed_out", len(taken))
+        return taken
+
+    def give_back(self, jobs: Iterable[Job]) -> None:
+        """`jobs` were handed out and have not reached the worker: they are first in line again."""
+        back = [job for job in jobs if self._handed.pop(job.id, None)]
+        later, self._queued = self._queued, {}
+        for job in back:
+            job.worker_id = None
+            self._queue(job)
+        self._queued |= later
+        self._count("given_back", len(back))
+        if back:
+            self._arrived()
+
+    def find(self, worker_id: str, job_id: str) -> Job | None:
+        """The job `job_id` if `worker_id` holds it: whatever else a worker says is too late."""
+        job = self._handed.get(job_id)
+        return job if job is not None and job.worker_id == worker_id else None
+
+    def close(self, job: Job) -> None:
+        """The worker that held `job` is done with it."""
+        self._handed.pop(job.id, None)
+        job.end()
+
+    def leave(self, job: Job) -> None:
+        """The client of `job` has gone. The worker stops, unless all that is missing is its last word."""
+        if self._queued.pop(job.id, None):
+            job.end()
+        elif job.id in self._handed:
+            if job.complete:
+                job.release()
+            else:
+                self._drop(job)
+
+    def lose(self, worker_id: str) -> None:
+        """The worker `worker_id` has ended: what it held is asked of the next one, or has failed."""
+        for job in [job for job in self._handed.values() if job.worker_id == worker_id]:
+            del self._handed[job.id]
+            if job.begun:
+                job.fail(UpstreamFailed("The worker went away while it answered."))
+            else:
+                self._count("retried")
+                job.fail(WorkerLost("The worker went away before it answered."))
+
+    def refuse(self, refusal: RequestError) -> None:
+        """No worker comes for those in line."""
+        refused, self._queued = self._queued, {}
+        for job in refused.values():
+            job.fail(refusal)
+
+    def _queue(self, job: Job) -> None:
+        self._queued[job.id] = job
+        self._set_timer(job, job.deadline_s, self._give_up)
+
+    def _set_timer(self, job: Job, at_s: float, then: Callable[[Job], None]) -> None:
+        if job.timer is not None:
+            job.timer.cancel()
+        job.timer = self._loop.call_at(at_s, then, job)
+
+    def _give_up(self, job: Job) -> None:
+        del self._queued[job.id]
+        late = NotAdmitted("", retry_after_s=RETRY_AFTER_S).headers
+        job.fail(
+            DeadlineExceeded(f"No worker took the request within {self._queue_timeout_s:g} s.", headers=late)
+        )
+
+    def _expire(self, job: Job) -> None:
+        self._count("expired")
+        job.fail(DeadlineExceeded(f"The answer took longer than {self._execution_timeout_s:g} s."))
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        del self._handed[job.id]
+        self._count("stopped")
+        self.stop(job)
+        job.end()
+
+    def _arrived(self) -> None:
+        self.arrival.set_result(None)
+        self.arrival = self._loop.create_future()
+
+    def _count(self, what: str, number: int = 1) -> None:
+        self._metrics.jobs.labels(what).inc(number)
