@@ -16,8 +16,6 @@ from pathlib import Path
 
 import uvloop
 
-from gateway import early
-from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
@@ -31,7 +29,8 @@ from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
-from handler import logs
+from handler import early, logs
+from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 
@@ -97,11 +96,12 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
     admission = Admission(
         upstream,
-        metrics,
         queue_limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
+        tell_waiting=metrics.queue_depth.set,
+        tell_waited_s=metrics.held_s.observe,
     )
     gateway = Gateway(
         endpoint_id=settings.endpoint_id,

@@ -104,15 +104,16 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     open_log(settings)
     notifier = tell_parent(settings, phases)
     platform = platforms.load(name, settings)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, partial(_refuse_and_give_up, platform))
     prepared = fork.prepared_for(settings) if fork else None
     try:
         engine = Engine.start(settings, phases, environ, prepared, platform.fit)
         platform.prepare()
         engine.wait_open()
-    except Unfit:
-        raise
     except StartError as failure:
-        if not platforms.answers_failure(name, environ):
+        if isinstance(failure, Unfit) or not platforms.answers_failure(name, environ):
+            platform.refuse(failure)
             raise
         stay(platform, failure, notifier)
         return
@@ -253,6 +254,12 @@ def read_settings(environ: MutableMapping[str, str]) -> Settings:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]
         ) from None
+
+
+def _refuse_and_give_up(platform: platforms.Platform, *_: object) -> None:
+    """A signal while the model loads: who waits for it is told, and that is all."""
+    platform.refuse(None)
+    _give_up()
 
 
 def _give_up(*_: object) -> None:

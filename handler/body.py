@@ -1,6 +1,6 @@
-"""What a request's body can be refused for by itself: by its content type, and as JSON.
+"""What can be told from a request's body by itself, and what it can be refused for: as JSON, by its type.
 
-The gateway asks while no worker is there, the edge when vLLM has refused a request with a 400:
+`handler.early` asks while no model is loaded, the edge when vLLM has refused a request with a 400:
 so both answer the same, and in words instead of with the parser's own structures.
 """
 
@@ -36,3 +36,14 @@ def body_fault(request: Request) -> BadRequest | None:
         kind = _KINDS.get(type(body), "null")
         return BadRequest(f"The body of your request must be a JSON object, not {kind}.")
     return None
+
+
+def asks_for_stream(request: Request) -> bool:
+    """Whether the body of `request` has `"stream": true`."""
+    if b'"stream"' not in request.body:
+        return False
+    try:
+        body = json.loads(request.body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("stream") is True

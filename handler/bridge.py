@@ -111,10 +111,15 @@ class _Crossing:
     def _begin(self) -> None:
         self._room = asyncio.Event()
         self._task = asyncio.create_task(self._work())
-        self._task.add_done_callback(lambda _: self._tell_here(self._over.set))
+        self._task.add_done_callback(self._gone)
 
     def _cancel(self) -> None:
         self._task.cancel()
+
+    def _gone(self, _: asyncio.Task[None]) -> None:
+        if not self._complete:  # it was cancelled before its first step
+            self._end(_broken())
+        self._tell_here(self._over.set)
 
     async def _work(self) -> None:
         ended: RequestError | None = _broken()

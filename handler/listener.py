@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from handler.errors import BadSettings, NoResources
@@ -11,10 +12,11 @@ from handler.errors import BadSettings, NoResources
 BACKLOG = 2048
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, setting: str = "PORT") -> socket.socket:
     """A socket bound to `host` and `port`, so that a taken port is known before a worker starts.
 
-    Raises `NoResources` when it can't be bound and `BadSettings` when `host` is no address.
+    `setting` is where the port comes from. Raises `NoResources` when it can't be bound and
+    `BadSettings` when `host` is no address.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -28,7 +30,11 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         taken = error.errno == errno.EADDRINUSE
-        why = "is already in use; choose another with PORT" if taken else f"can't be bound: {error.strerror}"
+        why = (
+            f"is already in use; choose another with {setting}"
+            if taken
+            else f"can't be bound: {error.strerror}"
+        )
         raise NoResources(f"port {port} of {host} {why}") from error
     return listener
 
@@ -49,3 +55,22 @@ def listen_unix(path: Path) -> socket.socket:
         listener.close()
         raise NoResources(f"UDS={path} can't be bound: {error.strerror or error}") from error
     return listener
+
+
+def close_copies(listeners: Iterable[socket.socket], ports: Collection[int]) -> None:
+    """In a fork: close what it has of `listeners`, and of connections to these `ports`.
+
+    A copy would keep a port taken after the server is gone, and a connection open that the server
+    has closed.
+    """
+    for listener in listeners:
+        listener.close()
+    for path in Path("/proc/self/fd").iterdir():
+        try:
+            held = socket.socket(fileno=int(path.name))
+        except OSError:  # no socket, or the folder that is being read
+            continue
+        if held.family in {socket.AF_INET, socket.AF_INET6} and held.getsockname()[1] in ports:
+            held.close()
+        else:
+            held.detach()

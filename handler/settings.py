@@ -154,7 +154,8 @@ TABLE: Table = (
         "port_health",
         whole(0, 65_535),
         None,
-        "Another port, on which only the probes `/ping`, `/health` and `/ready` answer. RunPod sets it.",
+        "Another port, on which only the probes `/ping`, `/health` and `/ready` answer; not beside `UDS`. "
+        "RunPod sets it.",
     ),
     Setting("UDS", "uds", SOCKET, None, "Listen on this unix socket, and on no address."),
     Setting(

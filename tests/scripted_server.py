@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -23,12 +23,16 @@ from handler.asgi import call_app, serve
 from handler.engine import Engine
 from handler.listener import listen, listen_unix
 from handler.phases import Phases
-from handler.platforms.http import _Server
+from handler.platforms import http
+from handler.platforms.http import Http, _Server
+from handler.platforms.lobby import Lobby
 from handler.settings import Settings
 from handler.supervision import Notifier
+from tests.raw_http import ask
 from tests.scripted_app import ScriptedApp
 
 HOST = "127.0.0.1"
+COLD_START_S = 4.25
 
 
 class ScriptedEngine:
@@ -44,6 +48,10 @@ class ScriptedEngine:
     def is_dead(self) -> bool:
         """Whether the test has killed it."""
         return self.dead.done()
+
+    def submit(self, work: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None]:
+        """Run `work` on the engine's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def running(self) -> int:
         """How many calls of the application have not ended."""
@@ -83,6 +91,67 @@ async def worker(app: ScriptedApp, environ: Mapping[str, str] | None = None) -> 
     finally:
         server.stop()
         await serving
+
+
+@dataclass(slots=True)
+class StartingWorker:
+    """A worker whose engine comes when the test says so. It serves on `port`."""
+
+    app: ScriptedApp
+    settings: Settings
+    platform: Http
+    lobby: Lobby
+    port: int
+    engine: ScriptedEngine | None = None
+    server: _Server | None = None
+    serving: asyncio.Task[None] | None = None
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to it."""
+        return await asyncio.open_connection(HOST, self.port)
+
+    async def held(self, count: int) -> None:
+        """Return once `count` requests wait."""
+        while self.lobby.waiting != count:
+            await ask(self, "GET", "/health")  # a round trip through its loop
+
+    def become_ready(self) -> None:
+        """The model is loaded; the engine's loop is the test's."""
+        phases = Phases(0.0, clock=lambda: COLD_START_S)
+        phases.done()
+        engine = cast("Engine", ScriptedEngine(self.app, self.settings))
+        self.engine = cast("ScriptedEngine", engine)
+        self.server = _Server(self.settings, engine, phases, CollectorRegistry())
+        self.serving = asyncio.create_task(
+            asyncio.to_thread(self.platform._serve, self.server, engine, phases, Notifier(None))
+        )
+
+    async def close(self) -> None:
+        """End it, drained if it was ready."""
+        if self.server is None or self.serving is None:
+            await asyncio.to_thread(self.lobby.close, 0.0)
+        else:
+            self.server.stop()
+            await self.serving
+
+
+@asynccontextmanager
+async def starting(
+    app: ScriptedApp, environ: Mapping[str, str] | None = None
+) -> AsyncIterator[StartingWorker]:
+    """A worker on a port of its own that is about to load its model."""
+    settings = Settings.from_environ({"PORT": "0", "DRAIN_TIMEOUT_S": "0", **(environ or {})})
+    platform = http.open(settings)
+    platform.prepare()
+    assert platform._lobby is not None
+    assert platform._listener is not None
+    port = platform._listener.getsockname()[1]
+    worker = StartingWorker(app, settings, platform, platform._lobby, port)
+    try:
+        yield worker
+    finally:
+        await worker.close()
+        platform._listener.close()
 
 
 @asynccontextmanager

@@ -19,7 +19,10 @@ from handler.supervision import Notifier
 
 
 class Platform(Protocol):
-    """What brings requests to one worker. The methods are called in this order, each at most once."""
+    """What brings requests to one worker.
+
+    The methods are called in this order, each at most once; in place of `run` one of those after it.
+    """
 
     def fit(self) -> None:
         """Wait for what has to be known of the machine before the engine opens a device.
@@ -35,6 +38,13 @@ class Platform(Protocol):
 
     def fail(self, failure: StartError, notifier: Notifier) -> None:
         """Answer every request with `failure`, which kept the engine from starting, until SIGTERM."""
+
+    def refuse(self, failure: StartError | None) -> None:
+        """Answer what is held already: the process is about to end, without an engine.
+
+        `failure` is why; None after a signal, in whose handler this is called then. It may have been
+        called before, and `prepare` may not have been.
+        """
 
 
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (

@@ -1,6 +1,7 @@
 """Plain HTTP: the gateway's local workers, load balancers, Kubernetes, a machine of one's own.
 
-The server runs on the engine's loop, so a token crosses no thread on its way out.
+The server runs on the engine's loop, so a token crosses no thread on its way out. Until the engine
+is there, a `Lobby` has the port.
 """
 
 from __future__ import annotations
@@ -9,74 +10,117 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from handler import asgi, edge, metrics
-from handler.auth import Keyring
-from handler.drain import Drain
+from handler import edge, metrics, slots
+from handler.bridge import across
+from handler.drain import RETRY_AFTER_S, Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, StartError, json_reply
+from handler.errors import EngineFailed, NotAdmitted, StartError
 from handler.listener import listen, listen_unix
-from handler.messages import Call, Reply, Request
 from handler.phases import Phases
+from handler.platforms import door
+from handler.platforms.lobby import Lobby
 from handler.settings import Settings
 from handler.supervision import Notifier
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_TIMEOUT_S = 75
-"""Longer than proxies keep an idle connection (60 s is usual), so that theirs ends first."""
-
-PROBES = ("/health", "/ready", "/ping")
-"""Answered without a key; they say nothing but yes or no."""
-
-LINGER_S = 0.5
-"""What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
+FAILED_RETRY_AFTER_S = 60
+"""A worker that could not start never will: whoever asks again needs another one by then."""
 
 
 def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
-    """The platform. Raises `NoResources` for a port that is taken, before a model is loaded for it."""
-    if not settings.uds and settings.port:
-        listen(settings.host, settings.port).close()
-    return Http(settings)
+    """The platform, with its ports. Raises `NoResources` for one that is taken, before a model is loaded."""
+    if settings.uds:
+        return Http(settings)
+    listener = listen(settings.host, settings.port)
+    if settings.port_health is None or settings.port_health == settings.port:
+        return Http(settings, listener)
+    try:
+        health = listen(settings.host, settings.port_health, setting="PORT_HEALTH")
+    except StartError:
+        listener.close()
+        raise
+    return Http(settings, listener, health)
 
 
 class Http:
-    """One worker behind a port, or behind a unix socket."""
+    """One worker behind a port, or behind a unix socket.
 
-    def __init__(self, settings: Settings) -> None:
+    Who connects to the socket knows by `NOTIFY_SOCKET` when there is something to connect to, and
+    why there is nothing; on a port that is answered to whoever asks.
+    """
+
+    def __init__(
+        self, settings: Settings, listener: socket.socket | None = None, health: socket.socket | None = None
+    ) -> None:
         self._settings = settings
+        self._listener = listener
+        self._health = health
+        self._lobby: Lobby | None = None
 
     def fit(self) -> None:
         """Nothing is asked of the machine."""
 
     def prepare(self) -> None:
-        """Nothing takes time."""
+        """Answer the probes, and hold what comes."""
+        if self._listener is not None:
+            self._lobby = Lobby(self._settings, self._listener, self._health)
+            self._lobby.open()
+            log.info("listening", extra={"address": self._listener.getsockname()})
 
     def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
         """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
-        settings = self._settings
-        listener = listen_unix(Path(settings.uds)) if settings.uds else listen(settings.host, settings.port)
-        server = _Server(settings, engine, phases)
+        server = _Server(self._settings, engine, phases)
         engine.dead.add_done_callback(lambda _: server.stop())
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: server.stop())
-        serving = engine.submit(server.serve(listener, notifier))
-        notifier.ready(phases.report())
-        log.info("ready", extra={"address": listener.getsockname()})
-        serving.result()
+        _on_signal(server.stop)
+        self._serve(server, engine, phases, notifier)
         if engine.is_dead:
             raise EngineFailed("the engine died; what it held was answered with an error")
 
+    def _serve(self, server: _Server, engine: Engine, phases: Phases, notifier: Notifier) -> None:
+        listener = self._listener or listen_unix(Path(self._settings.uds or ""))
+        address = listener.getsockname()
+        serving = engine.submit(server.serve(listener, notifier))
+        if self._lobby is not None:
+            self._lobby.admit(
+                across(server.call, engine.loop),
+                cold_start_s=phases.total_s or 0.0,
+                dead=lambda: engine.is_dead,
+            )
+        notifier.ready(phases.report())
+        log.info("ready", extra={"address": address})
+        serving.result()
+        if self._lobby is not None:
+            self._lobby.close(door.LINGER_S)
+
     def fail(self, failure: StartError, notifier: Notifier) -> None:
-        """Answer every request with `failure`."""
-        raise failure
+        """Answer every request with `failure` until SIGTERM or SIGINT. Raises it on a unix socket."""
+        if self._lobby is None:
+            self.prepare()
+        if self._lobby is None:
+            raise failure
+        stop: SimpleQueue[None] = SimpleQueue()  # what a signal handler may use, whatever it interrupts
+        _on_signal(partial(stop.put, None))
+        self._lobby.refuse(partial(_start_failed, failure))
+        notifier.status(f"can't start: {failure}")
+        stop.get()
+        notifier.stopping()
+        self._lobby.close(door.LINGER_S)
+
+    def refuse(self, failure: StartError | None) -> None:
+        """Answer what is held with `failure`; None: that the worker is stopping."""
+        if self._lobby is not None and self._lobby.listens:
+            self._lobby.refuse(_stopping if failure is None else partial(_start_failed, failure))
+            self._lobby.emptied(door.LINGER_S)
 
 
 class _Server:
@@ -88,6 +132,10 @@ class _Server:
         self._engine = engine
         self._drain = Drain()
         self._stop = asyncio.Event()
+        call = engine.call
+        if settings.max_concurrency is not None:
+            call = slots.limit(call, settings.max_concurrency)
+        self.call = self._drain.wrap(edge.openai(call, engine_is_dead=lambda: engine.is_dead))
         metrics.register(
             phases, running=engine.running, in_flight=lambda: self._drain.in_flight, registry=registry
         )
@@ -99,20 +147,8 @@ class _Server:
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
-        server = uvicorn.Server(
-            uvicorn.Config(
-                self._app(),
-                loop="none",
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                proxy_headers=False,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
-            )
-        )
+        app = door.application(self.call, self._settings, self._state, self._registry)
+        server = uvicorn.Server(door.config(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
         deadline_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
@@ -122,41 +158,26 @@ class _Server:
         log.info("drained", extra={"ended_early": ended})
         # Whoever has sent half a body or reads no more is no request that could be finished.
         left_s = deadline_s - asyncio.get_running_loop().time()
-        server.config.timeout_graceful_shutdown = max(LINGER_S, left_s)  # type: ignore[assignment] # a float will do
-        server.should_exit = True
+        door.end(server, max(door.LINGER_S, left_s))
         await serving
 
-    def _app(self) -> asgi.App:
-        settings = self._settings
-        openai = edge.openai(self._engine.call, engine_is_dead=lambda: self._engine.is_dead)
-        guarded = settings.auth and settings.api_key and not settings.uds  # a unix socket has an owner
-        keys = Keyring.of(settings.api_key) if guarded and settings.api_key else None
-
-        def check(request: Request) -> None:
-            if keys is not None and request.path not in PROBES:
-                keys.check(request)
-
-        return asgi.serve(
-            _with_probes(self._drain.wrap(openai), self._engine, self._registry),
-            max_body_bytes=settings.max_body_bytes,
-            check=check,
-            front=partial(edge.front, cors_origins=settings.cors_origins),
-        )
+    def _state(self) -> str:
+        return "dead" if self._engine.is_dead else "ready"
 
 
-def _with_probes(call: Call, engine: Engine, registry: CollectorRegistry) -> Call:
-    @asynccontextmanager
-    async def probed(request: Request) -> AsyncIterator[Reply]:
-        if request.method in {"GET", "HEAD"} and request.path in PROBES:
-            yield (
-                json_reply(503, {"status": "dead"})
-                if engine.is_dead
-                else json_reply(200, {"status": "ready"})
-            )
-        elif request.method == "GET" and request.path == "/metrics":
-            yield metrics.exposition(registry)
-        else:
-            async with call(request) as reply:
-                yield reply
+def _start_failed(failure: StartError) -> NotAdmitted:
+    reason = " ".join(str(failure).split())
+    return NotAdmitted(
+        f"The worker could not start: {reason}.",
+        retry_after_s=FAILED_RETRY_AFTER_S,
+        code="worker_start_failed",
+    )
 
-    return probed
+
+def _stopping() -> NotAdmitted:
+    return NotAdmitted("The worker is stopping.", retry_after_s=RETRY_AFTER_S, code="worker_stopping")
+
+
+def _on_signal(what: Callable[[], object]) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: what())

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from gateway import early
-from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from handler import early
+from handler.admission import Admission
 from handler.asgi import call_app
 from handler.errors import NotAdmitted
 from handler.messages import Headers, Reply, Request, read
@@ -67,9 +67,7 @@ class NeverReady:
 async def said_early(path: str, body: bytes, content_type: str | None) -> tuple[int, str | None, Any]:
     """Status, content type and body of a gateway's answer that has no worker yet."""
     check = partial(early.check, model=MODEL)
-    admission = Admission(
-        NeverReady(), Metrics(), queue_limit=1, queue_timeout_s=60, keep_alive_s=60, check=check
-    )
+    admission = Admission(NeverReady(), queue_limit=1, queue_timeout_s=60, keep_alive_s=60, check=check)
     app = Gateway("local", admission.call, Keys.open(KEY), Metrics(), dict).app(
         max_body_bytes=2**20, cors_origins=()
     )

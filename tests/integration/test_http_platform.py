@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from handler import sse
+from tests.raw_http import ask, head, read_head
 from tests.scripted_app import EVENT_STREAM, Pause, Say, Script, ScriptedApp, answer, stream
 from tests.scripted_server import ServedWorker, worker
 
@@ -18,51 +18,6 @@ CHAT = "POST /v1/chat/completions"
 KEY = {"API_KEY": "secret-key"}
 PATIENCE_S = 30.0
 """What a test waits for something that takes milliseconds, before it fails."""
-
-
-async def ask(
-    served: ServedWorker, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes = b""
-) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of one request on a connection of its own."""
-    reader, writer = await served.connect()
-    try:
-        writer.write(
-            head(method, path, {**(headers or {}), "content-length": str(len(body)), "connection": "close"})
-        )
-        writer.write(body)
-        status, got = await read_head(reader)
-        raw = await reader.read()
-    finally:
-        writer.close()
-    return status, got, dechunked(raw) if got.get("transfer-encoding") == "chunked" else raw
-
-
-def head(method: str, path: str, headers: Mapping[str, str]) -> bytes:
-    """The first lines of a request."""
-    lines = [
-        f"{method} {path} HTTP/1.1",
-        "host: worker",
-        *(f"{name}: {value}" for name, value in headers.items()),
-    ]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status and headers of an answer."""
-    first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    return int(first.split()[1]), {
-        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
-    }
-
-
-def dechunked(raw: bytes) -> bytes:
-    """A chunked body without its frames."""
-    body = b""
-    while raw:
-        size, _, rest = raw.partition(b"\r\n")
-        body += rest[: int(size, 16)]
-        raw = rest[int(size, 16) + 2 :]
-    return body
 
 
 # --- who gets in --------------------------------------------------------------------------------

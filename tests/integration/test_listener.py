@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,36 @@ def test_a_path_that_can_not_be_bound_is_named(tmp_path: Path, name: str) -> Non
     """A folder that is not there, or a name that no socket address holds."""
     with pytest.raises(NoResources, match="UDS="):
         listen_unix(tmp_path / name)
+
+
+FORK = """
+import os, socket
+from handler.listener import close_copies, listen
+
+listener = listen("127.0.0.1", 0)
+port = listener.getsockname()[1]
+client = socket.create_connection(("127.0.0.1", port))
+accepted, _ = listener.accept()
+other = socket.create_server(("127.0.0.1", 0))
+os.register_at_fork(after_in_child=lambda: close_copies([listener], {port}))
+if pid := os.fork():
+    os.waitpid(pid, 0)
+    accepted.sendall(b"still open here")
+    print(client.recv(100).decode(), flush=True)
+else:
+    names = {fd: name for name, fd in (("listener", 3), ("client", 4), ("accepted", 5), ("other", 6))}
+    print(*(name for fd, name in names.items() if os.path.exists(f"/proc/self/fd/{fd}")), flush=True)
+os._exit(0)
+"""
+
+
+def test_a_fork_keeps_neither_port_nor_connection() -> None:
+    """What is not the server's it keeps, and the server has all of its own."""
+    said = subprocess.run(
+        [sys.executable, "-c", FORK],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert said.stdout == "client other\nstill open here\n"

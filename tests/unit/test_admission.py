@@ -9,10 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from gateway.admission import Admission
-from gateway.metrics import Metrics
-from gateway.upstreams import WorkerLost
 from handler import sse
+from handler.admission import Admission, WorkerLost
 from handler.asgi import call_app
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Reply, Request, read
@@ -93,7 +91,6 @@ def admission(
     """Admission in front of `upstream`, patient unless told otherwise."""
     return Admission(
         upstream,
-        Metrics(),
         queue_limit=queue_limit,
         queue_timeout_s=queue_timeout_s,
         keep_alive_s=keep_alive_s,

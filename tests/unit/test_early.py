@@ -1,4 +1,4 @@
-"""`gateway.early`: what is said of a request before there is a worker."""
+"""`handler.early`: what is said of a request before there is a worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.early import NAMED, check, only_model
+from handler.early import NAMED, check, only_model
 from handler.edge import ROUTES
 from handler.errors import BadRequest, NoSuchModel
 from handler.messages import Request
@@ -108,6 +108,6 @@ def test_one_name_is_served(environ: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("text", "name"), [("enable-lora: true\n", None), ("seed: 1\n", "mine")])
 def test_a_configuration_file_may_name_adapters(text: str, name: str | None, tmp_path: Path) -> None:
-    """It is read as text: the gateway has no parser for it."""
+    """It is read as text: vLLM's parser is not there yet."""
     (tmp_path / "vllm.yaml").write_text(text)
     assert only_model("mine", {"VLLM_CONFIG_FILE": str(tmp_path / "vllm.yaml")}) == name

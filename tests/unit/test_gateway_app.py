@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from gateway import early
-from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from handler import early
+from handler.admission import Admission
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Reply, Request, read
@@ -302,7 +302,6 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
     """Key, route, body, name of the model; the rest waits for the worker."""
     admission = Admission(
         _Starting(),
-        Metrics(),
         queue_limit=1,
         queue_timeout_s=0.001,
         keep_alive_s=0,

@@ -22,8 +22,10 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"edge"},
     {"asgi"},
     {
+        "admission",
         "caches",
         "drain",
+        "early",
         "explain",
         "flags",
         "freeze",

@@ -1,4 +1,4 @@
-"""What can be said of a request before a worker is there, so that nobody waits for a refusal.
+"""What can be said of a request before a model is loaded, so that nobody waits for a refusal.
 
 It is what the worker would say, in the same words. Who can't be sure says nothing: of two faults
 in one request the worker may name the other one.

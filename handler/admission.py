@@ -1,16 +1,19 @@
-"""Holds requests while no worker can take them: bounded, in order, with a deadline."""
+"""Holds requests while nothing can take them: bounded, in order, with a deadline.
+
+The gateway holds them while no worker is there, a worker while it loads its model.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
+from typing import Protocol
 
-from gateway.metrics import Metrics
-from gateway.upstreams import Upstream, WorkerLost
 from handler import sse
+from handler.body import asks_for_stream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Headers, Reply, Request, read
 
@@ -19,6 +22,45 @@ _EARLY_HEADERS: Headers = (
     ("cache-control", "no-cache"),
     ("x-accel-buffering", "no"),
 )
+
+
+class WorkerLost(UpstreamFailed):
+    """The worker went away before it said anything: another may be asked the same.
+
+    Raised while a call is entered and never from the frames of a reply.
+    """
+
+
+class Upstream(Protocol):
+    """Answers requests while it is `ready`; can be waited for while it is not."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be sent at once."""
+        ...
+
+    @property
+    def retry_after_s(self) -> float:
+        """About how long until it is ready."""
+        ...
+
+    @property
+    def cold_start_s(self) -> float:
+        """How long the last start took, from process to first token."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Return once it is ready, in order of arrival, and have it started if need be.
+
+        Raises `NotAdmitted` at once when it can't become ready; has no deadline of its own.
+        """
+
+    def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        """Answer `request` (a `handler.messages.Call`).
+
+        Raises `WorkerLost` when nothing was answered and another try is in order.
+        """
+        ...
 
 
 class Admission:
@@ -30,7 +72,8 @@ class Admission:
     error is then its last frame (0: never early). What waited says in `x-cold-start` for how many
     seconds the worker started. A request whose worker went away before it
     answered is given to the next one, once. `check` sees each request that would have to wait
-    and raises what the worker is sure to answer it with.
+    and raises what the worker is sure to answer it with. `tell_waiting` hears how many wait,
+    `tell_waited_s` how long each did.
 
     Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
     """
@@ -38,15 +81,17 @@ class Admission:
     def __init__(
         self,
         upstream: Upstream,
-        metrics: Metrics,
         *,
         queue_limit: int,
         queue_timeout_s: float,
         keep_alive_s: float,
         check: Callable[[Request], None] = lambda _: None,
+        tell_waiting: Callable[[int], None] = lambda _: None,
+        tell_waited_s: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._upstream = upstream
-        self._metrics = metrics
+        self._tell_waiting = tell_waiting
+        self._tell_waited_s = tell_waited_s
         self._queue_limit = queue_limit
         self._queue_timeout_s = queue_timeout_s
         self._keep_alive_s = keep_alive_s
@@ -78,7 +123,7 @@ class Admission:
 
     async def _soon(self, turn: asyncio.Task[None], request: Request) -> bool:
         """Whether its turn comes before an early answer is in order; raises why it never will."""
-        early = self._keep_alive_s > 0 and _asks_for_stream(request)
+        early = self._keep_alive_s > 0 and asks_for_stream(request)
         await asyncio.wait({turn}, timeout=self._keep_alive_s if early else None)
         if turn.done():
             turn.result()
@@ -118,7 +163,7 @@ class Admission:
         return turn
 
     async def _wait(self, deadline_s: float) -> None:
-        upstream, metrics = self._upstream, self._metrics
+        upstream = self._upstream
         if self.waiting >= self._queue_limit:
             raise NotAdmitted(
                 f"{self.waiting} requests already wait for the worker to start.",
@@ -126,7 +171,7 @@ class Admission:
             )
         began_s = asyncio.get_running_loop().time()
         self.waiting += 1
-        metrics.queue_depth.set(self.waiting)
+        self._tell_waiting(self.waiting)
         try:
             async with asyncio.timeout_at(deadline_s):
                 await upstream.wait_ready()
@@ -137,8 +182,8 @@ class Admission:
             ) from None
         finally:
             self.waiting -= 1
-            metrics.queue_depth.set(self.waiting)
-            metrics.held_s.observe(asyncio.get_running_loop().time() - began_s)
+            self._tell_waiting(self.waiting)
+            self._tell_waited_s(asyncio.get_running_loop().time() - began_s)
 
 
 def _with_cold_start(reply: Reply, cold_start_s: float) -> Reply:
@@ -148,16 +193,6 @@ def _with_cold_start(reply: Reply, cold_start_s: float) -> Reply:
 def _give_up(turn: asyncio.Task[None]) -> None:
     if not turn.cancel() and not turn.cancelled():
         turn.exception()  # so that asyncio does not complain that nobody heard it
-
-
-def _asks_for_stream(request: Request) -> bool:
-    if b'"stream"' not in request.body:
-        return False
-    try:
-        body = json.loads(request.body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(body, dict) and body.get("stream") is True
 
 
 async def _as_frames(reply: Reply) -> AsyncIterator[bytes]:

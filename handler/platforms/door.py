@@ -1,0 +1,110 @@
+"""What every server of a worker is made of: who gets in, what the probes say, how uvicorn is set."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from handler import asgi, edge, metrics
+from handler.auth import Keyring
+from handler.errors import NoSuchRoute, json_reply
+from handler.messages import Call, Reply, Request, once
+from handler.settings import Settings
+
+PROBES = ("/health", "/ready", "/ping")
+"""Answered without a key; they say nothing but yes or no."""
+
+KEEP_ALIVE_TIMEOUT_S = 75
+"""Longer than proxies keep an idle connection (60 s is usual), so that theirs ends first."""
+
+LINGER_S = 0.5
+"""What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
+
+State = Callable[[], str]
+"""`starting`, `ready`, `dead` or `failed`."""
+
+Front = Callable[[Call], Call]
+
+
+def application(
+    call: Call,
+    settings: Settings,
+    state: State,
+    registry: CollectorRegistry,
+    front: Front = lambda call: call,
+) -> asgi.App:
+    """`call` behind the key, with the probes and `/metrics`; `front` is outermost on every answer."""
+    guarded = settings.auth and settings.api_key and not settings.uds  # a unix socket has an owner
+    keys = Keyring.of(settings.api_key) if guarded and settings.api_key else None
+
+    def check(request: Request) -> None:
+        if keys is not None and request.path not in PROBES:
+            keys.check(request)
+
+    @asynccontextmanager
+    async def answered(request: Request) -> AsyncIterator[Reply]:
+        if _is_probe(request):
+            yield _probed(request, state())
+        elif request.method == "GET" and request.path == "/metrics":
+            yield metrics.exposition(registry)
+        else:
+            async with call(request) as reply:
+                yield reply
+
+    fronted = partial(edge.front, cors_origins=settings.cors_origins)
+    return asgi.serve(
+        answered,
+        max_body_bytes=settings.max_body_bytes,
+        check=check,
+        front=lambda inner: front(fronted(inner)),
+    )
+
+
+def probes(state: State, *, max_body_bytes: int) -> asgi.App:
+    """Nothing but the probes."""
+
+    def check(request: Request) -> None:
+        if not _is_probe(request):
+            raise NoSuchRoute(request.method, request.path)
+
+    @asynccontextmanager
+    async def answered(request: Request) -> AsyncIterator[Reply]:
+        yield _probed(request, state())
+
+    return asgi.serve(answered, max_body_bytes=max_body_bytes, check=check, front=edge.front)
+
+
+def _is_probe(request: Request) -> bool:
+    return request.method in {"GET", "HEAD"} and request.path in PROBES
+
+
+def _probed(request: Request, state: str) -> Reply:
+    if state == "starting" and request.path == "/ping":
+        return Reply(204, (), once(b""))  # so RunPod's load balancer tells a start from a fault
+    return json_reply(200 if state == "ready" else 503, {"status": state})
+
+
+def config(app: asgi.App) -> uvicorn.Config:
+    """How uvicorn serves `app` on the loop that runs."""
+    return uvicorn.Config(
+        app,
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
+    )
+
+
+def end(server: uvicorn.Server, within_s: float) -> None:
+    """Have `server`, on whose loop this runs, end: what is not answered `within_s` is cut off."""
+    server.config.timeout_graceful_shutdown = within_s  # type: ignore[assignment] # a float will do
+    server.should_exit = True
