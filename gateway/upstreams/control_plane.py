@@ -231,7 +231,7 @@ class ControlPlane:
 
     def _drop(self, worker_id: str, job_id: str) -> None:
         self._metrics.jobs.labels("dropped").inc()
-        log.info("post came too late", extra={"worker": worker_id, "job": job_id})
+        log.debug("post came too late", extra={"worker": worker_id, "job": job_id})
 
     async def _hold(self, for_s: float) -> None:
         await first(self._closing, timeout_s=for_s)
