@@ -29,16 +29,24 @@ class JobsClient:
         self._done_url = env["RUNPOD_WEBHOOK_POST_OUTPUT"].replace("$RUNPOD_POD_ID", self.worker_id)
         self._ping_url = env["RUNPOD_WEBHOOK_PING"].replace("$RUNPOD_POD_ID", self.worker_id)
         self._session = session
+        self.held: set[str] = set()
+        """The jobs that it has: the SDK tells with each request whether there are any."""
 
     async def take(self) -> dict[str, Any] | None:
         """One job; None if there was none."""
-        job: dict[str, Any] | None = await self._get(f"{self.take_url}&job_in_progress=0")
+        job: dict[str, Any] | None = await self._get(
+            f"{self.take_url}&job_in_progress={int(bool(self.held))}"
+        )
+        if job is not None:
+            self.held.add(job["id"])
         return job
 
     async def take_batch(self, most: int) -> list[dict[str, Any]]:
         """Up to `most` jobs."""
         url = self.take_url.replace("/job-take/", "/job-take-batch/")
-        return await self._get(f"{url}&batch_size={most}&job_in_progress=1") or []
+        jobs = await self._get(f"{url}&batch_size={most}&job_in_progress={int(bool(self.held))}") or []
+        self.held.update(job["id"] for job in jobs)
+        return list(jobs)
 
     async def stops(self) -> list[str]:
         """The jobs to stop."""
@@ -57,6 +65,7 @@ class JobsClient:
         """Post the result."""
         url = self._done_url.replace("$ID", job_id) + f"&isStream={str(generator).lower()}"
         await self._post(url, result)
+        self.held.discard(job_id)
 
     async def _get(self, url: str) -> Any:
         async with self._session.get(url) as response:

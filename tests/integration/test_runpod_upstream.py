@@ -369,6 +369,21 @@ async def test_take_whose_client_has_gone_takes_nothing(tmp_path: Path) -> None:
         assert await asking == b"1"
 
 
+async def test_job_that_its_worker_does_not_know_is_not_waited_for(tmp_path: Path) -> None:
+    """An answer to a take was lost, or a last word: the worker says that it has no job in progress."""
+    async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
+        _, reply = await begun(on, sdk, client)
+        unknown = on.ask()
+        assert await sdk.take() is not None
+        sdk.held.clear()
+        poll = asyncio.create_task(sdk.take())
+        with pytest.raises(WorkerLost, match="lost the job before it answered"):
+            await unknown
+        with pytest.raises(UpstreamFailed, match="lost the job while it answered"):
+            await anext(reply.frames)
+        poll.cancel()
+
+
 async def test_polls_without_news_are_held(tmp_path: Path) -> None:
     """An empty answer at once would be asked for again at once."""
     async with spoken(tmp_path, hold_s=0.2) as (_, sdk):

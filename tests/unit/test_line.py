@@ -158,10 +158,10 @@ async def test_a_lost_worker_fails_what_has_begun_and_the_rest_is_asked_again() 
     on.line.hand_out("w", 2)
     on.line.hand_out("v", 1)
     begun.put("data: 1\n\n", 9)
-    on.line.lose("w")
-    with pytest.raises(WorkerLost):
+    on.line.lose("w", "went away")
+    with pytest.raises(WorkerLost, match="The worker went away before it answered"):
         await fresh.reply()
-    with pytest.raises(UpstreamFailed) as failed:
+    with pytest.raises(UpstreamFailed, match="The worker went away while it answered") as failed:
         await read(await begun.reply())
     assert not isinstance(failed.value, WorkerLost)
     assert on.line.find("v", others.id) is others
