@@ -311,6 +311,9 @@ def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
             f"RunPod's SDK is not installed ({error.name} is missing): pip install 'firsttoken[runpod]' and "
             f"pip install --no-deps runpod=={TESTED}"
         ) from error
+    # A key in ~/.runpod/config.toml would win over RUNPOD_AI_API_KEY for jobs, and not for pings.
+    credentials: Any = importlib.import_module("runpod.cli.groups.config.functions")
+    credentials.CREDENTIAL_FILE = os.devnull
     if sdk.__version__ != TESTED:
         log.warning("this version of RunPod's SDK is not tested", extra={"found": sdk.__version__})
     return sdk
