@@ -124,17 +124,6 @@ def dump(request: Request) -> dict[str, Any]:
         ) from None
 
 
-def asks_for_stream(request: Request) -> bool:
-    """Whether the body of `request` has `"stream": true`."""
-    if b'"stream"' not in request.body:
-        return False
-    try:
-        body = json.loads(request.body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(body, dict) and body.get("stream") is True
-
-
 class _Output(dict[str, Any]):
     """A dict that the SDK passes on as it is, whatever it holds: it looks with `.get("error")`."""
 

@@ -16,6 +16,7 @@ from gateway.upstreams.keeper import Keep, Keeper
 from gateway.upstreams.launch import Launcher
 from gateway.upstreams.process import WorkerProcess
 from handler import jobs
+from handler.body import asks_for_stream
 from handler.messages import Reply, Request
 
 log = logging.getLogger("gateway")
@@ -50,7 +51,7 @@ class RunpodUpstream(Keeper):
         Raises `WorkerLost` while it has posted nothing, `BadRequest` for what no job can hold,
         and `NotAdmitted` and `DeadlineExceeded` of the line.
         """
-        job = Job(jobs.dump(request), streamed=jobs.asks_for_stream(request))
+        job = Job(jobs.dump(request), streamed=asks_for_stream(request))
         if refusal := self.refusal:
             raise refusal
         self._line.add(job)

@@ -18,6 +18,7 @@ import platform as machine
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -25,6 +26,7 @@ from typing import Any
 
 from handler import edge, jobs
 from handler.asgi import refuse
+from handler.body import asks_for_stream
 from handler.bridge import across
 from handler.drain import Drain
 from handler.engine import Engine
@@ -43,6 +45,10 @@ CHECKS_OFF = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 LOOK_S = 0.02
 FULL_LOOK_S = 1.0
 """How often a full worker looks for room without being told, as the SDK does by itself."""
+PACE_S = 0.1
+"""How often jobs are asked for at most where that is answered at once with none; the SDK knows no limit."""
+SCALER = ("current_occupancy", "handle_job", "job_progress", "jobs_fetcher", "jobs_queue", "jobs_tasks")
+"""What is used of the SDK's scaler."""
 LINGER_S = 5.0
 """What the SDK gets, after the drain's deadline, to post the errors that ended what was left."""
 REFUSALS = 64
@@ -105,7 +111,7 @@ class RunPod:
 
     def _take(self, call: Call, intake: Intake) -> None:
         config = {
-            "handler": make_handler(call, intake.job_ended),
+            "handler": make_handler(call),
             "concurrency_modifier": intake.scale,
             "return_aggregate_stream": True,  # so that a chunk whose post was lost is in the result
         }
@@ -117,25 +123,21 @@ class RunPod:
                 ping.kill()  # it would go on for ever: this process ends without Python's own end
 
 
-def make_handler(
-    call: Call, ended: Callable[[], None] = lambda: None
-) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
+def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
     """The SDK's handler: a job's outputs, as `handler.jobs.render` has them.
 
     An asynchronous generator function, and no callable object: the SDK asks `inspect`. On each
     pull it yields all whole frames that are ready. The work behind it ends with the SDK's task: a
-    stop may come while the SDK posts a chunk, and then nobody closes the generator. `ended` is
-    called when the SDK is done with a job.
+    stop may come while the SDK posts a chunk, and then nobody closes the generator.
     """
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         streamed = begun = False
         job_task = asyncio.current_task()
         assert job_task is not None, "the SDK runs each job in a task"
-        job_task.add_done_callback(lambda _: ended())
         try:
             request = jobs.parse(job["input"])
-            streamed = jobs.asks_for_stream(request)
+            streamed = asks_for_stream(request)
             request = replace(request, headers=(*request.headers, ("x-request-id", str(job["id"]))))
             async with AsyncExitStack() as work:
                 end_with(job_task, work)
@@ -174,9 +176,10 @@ class Intake:
     job, and the SDK's loop is ended once all are answered. After `drain_timeout_s` `expire` ends
     what is left with an error.
 
-    Its scaler counts a job that was just taken twice, so that after half its concurrency it takes
-    nothing for a second; and once it is full it looks again only each second. `_mend` gives this
-    one scaler another count and another way to wait.
+    Its scaler waits where there is nothing to wait for: a job that it has taken is begun at the next
+    tenth of a second, is counted twice until then, so that after half its concurrency it takes none
+    for a second, and can't be stopped; and once it is full it looks again only each second. `_mend`
+    has this one scaler begin its jobs as they come.
     """
 
     def __init__(
@@ -223,29 +226,47 @@ class Intake:
             self._end()
 
     def _mend(self, shutdown: Any) -> None:
-        """Change how the scaler counts and waits; `shutdown` is its own handler of SIGTERM."""
+        """Change how the scaler takes jobs; `shutdown` is its own handler of SIGTERM."""
         scaler: Any = getattr(shutdown, "__self__", None)
-        if not all(hasattr(scaler, name) for name in ("current_occupancy", "jobs_fetcher")):
-            log.warning("RunPod's SDK has no scaler where 1.12 has it: it may wait for a second now and then")
+        if not all(hasattr(scaler, name) for name in SCALER):
+            log.warning("RunPod's SDK has no scaler where 1.12 has it: jobs may wait for a second")
             return
         fetch = scaler.jobs_fetcher
 
-        async def fetch_for_room(session: Any, _: int) -> Any:
-            """Jobs for the room that there is; none, once there is some again."""
-            if (room := self._most - held()) > 0:
-                return await fetch(session, room)
-            self._room.clear()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._room.wait(), FULL_LOOK_S)
-            return None
+        async def take(session: Any, _: int) -> None:
+            """Begin what there is room for; if there is none, return once there is."""
+            if (room := self._most - held()) <= 0:
+                self._room.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._room.wait(), FULL_LOOK_S)
+                return
+            asked_s = time.monotonic()
+            taken = await fetch(session, room) or ()
+            for job in taken:
+                self._start(scaler, session, job)
+            if not taken and (left_s := asked_s + PACE_S - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)  # the platform answers at once that it has none
 
-        # Full is told by `fetch_for_room`, which waits for a job's end and not for a second.
+        # Never full, or the scaler would wait by itself.
         scaler.current_occupancy = lambda: held() if self._stopped else min(held(), self._most - 1)
-        scaler.jobs_fetcher = fetch_for_room
+        scaler.jobs_fetcher = take
 
-    def job_ended(self) -> None:
-        """The SDK is done with a job."""
+    def _start(self, scaler: Any, session: Any, job: Any) -> None:
+        """What the scaler's `run_jobs` does with a job of its queue, at once."""
+        if not isinstance(job, dict) or not {"id", "input"} <= job.keys():
+            log.error("the platform has sent something that is no job")  # which would end the SDK
+            return
+        scaler.job_progress.add(job)
+        scaler.jobs_queue.put_nowait(job)
+        scaler.jobs_queue.get_nowait()  # `handle_job` reports to the queue
+        task = asyncio.ensure_future(scaler.handle_job(session, job))
+        scaler.jobs_tasks[job["id"]] = task
+        task.add_done_callback(self._job_ended)
+
+    def _job_ended(self, task: asyncio.Task[Any]) -> None:
         self._room.set()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("the SDK could not report a job", exc_info=error)
 
     def stop(self) -> None:
         """Take no more; any thread may say so, and a signal handler."""

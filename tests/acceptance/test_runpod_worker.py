@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from handler import sse
@@ -40,9 +41,9 @@ async def worker(
     try:
         yield process
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        with suppress(ProcessLookupError):  # the SDK's heartbeat outlives a worker that was killed
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 async def drained(plane: Plane, process: asyncio.subprocess.Process) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ async def pod(
             yield Pod(plane, await director.worker(), process, said, stopping)
         finally:
             notify.close()
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            with suppress(ProcessLookupError):  # the SDK's heartbeat outlives a worker that was killed
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
 
 
 @pytest.fixture

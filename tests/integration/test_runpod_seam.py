@@ -57,52 +57,93 @@ def test_its_log_level_is_set_before_it_logs(sdk: Any) -> None:
     assert part("rp_logger").RunPodLogger.level == "ERROR"
 
 
-def test_the_loop_takes_the_scaler_from_the_handler_of_sigterm(sdk: Any) -> None:
-    """A job that was just taken is in the queue and in progress: counted twice, and then once."""
+class Scaler:
+    """The SDK's own scaler with our hand in it, and a platform that answers what it is told to."""
 
-    async def counted() -> tuple[int, int]:
-        scaler = part("rp_scale").JobScaler({"handler": None})
-        scaler.jobs_queue = asyncio.Queue()
-        await scaler.jobs_queue.put({"id": "a", "input": {}})
-        scaler.job_progress.add({"id": "a", "input": {}})
-        before = scaler.current_occupancy()
-        platform.Intake(8, 1.0)._mend(scaler.handle_shutdown)
-        after = scaler.current_occupancy()
-        scaler.job_progress.clear()
-        return before, after
+    def __init__(self, most: int, *answers: list[Any] | None) -> None:
+        self.scaler = part("rp_scale").JobScaler({"handler": platform.make_handler(self.call)})
+        self.asked: list[int] = []
+        self.begun: list[str] = []
+        self._answers = list(answers)
+        self.scaler.jobs_queue = asyncio.Queue(maxsize=most)
+        self.scaler.jobs_fetcher = self._fetch
+        self.scaler.jobs_handler = self._handle
+        self.go_on = asyncio.Event()
+        platform.Intake(most, 1.0)._mend(self.scaler.handle_shutdown)
 
-    assert asyncio.run(counted()) == (2, 1)
+    def call(self, _: Any) -> Any:
+        """No request gets this far."""
+        raise AssertionError
+
+    async def _fetch(self, _: Any, number: int) -> list[Any] | None:
+        self.asked.append(number)
+        return self._answers.pop(0)
+
+    async def _handle(self, _: Any, __: Any, job: Any) -> None:
+        self.begun.append(job["id"])
+        await self.go_on.wait()
+
+    async def take(self) -> Any:
+        """As the scaler's loop does it."""
+        return await self.scaler.jobs_fetcher(None, 1)
 
 
-def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
-    """And not for a second: the scaler always asks its fetcher, which asks the platform for the room."""
+def job(name: str) -> dict[str, Any]:
+    """A job."""
+    return {"id": name, "input": {}}
 
-    async def fetched() -> tuple[int, Any, list[int]]:
-        scaler = part("rp_scale").JobScaler({"handler": None})
-        asked: list[int] = []
 
-        async def get_job(_: Any, number: int) -> list[Any]:
-            asked.append(number)
-            return []
+async def test_a_job_begins_as_it_comes(sdk: Any) -> None:
+    """Not at the next tenth of a second; it is counted once, and can be stopped at once."""
+    on = Scaler(8, [job("a"), job("b")])
+    assert await on.take() is None
+    await asyncio.sleep(0)
+    assert on.begun == ["a", "b"]
+    assert on.scaler.current_occupancy() == platform.held() == 2
+    assert await on.scaler.stop_job("a")
+    await asyncio.sleep(0)
+    assert platform.held() == 1
+    on.go_on.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert platform.held() == 0
 
-        scaler.jobs_fetcher = get_job
-        intake = platform.Intake(2, 1.0)
-        intake._mend(scaler.handle_shutdown)
-        for job_id in ("a", "b"):
-            scaler.job_progress.add({"id": job_id, "input": {}})
-        needed = 2 - scaler.current_occupancy()
-        waiting = asyncio.ensure_future(scaler.jobs_fetcher(None, needed))
+
+async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
+    """And not for a second; then it asks for the room that there is."""
+    on = Scaler(2, [job("a"), job("b")], [job("c")])
+    await on.take()
+    assert on.scaler.current_occupancy() == 1, "the scaler believes that there is room"
+    waiting = asyncio.ensure_future(on.take())
+    await asyncio.sleep(0)
+    await on.scaler.stop_job("b")
+    await waiting
+    assert on.asked == [2]
+    await on.take()
+    assert on.asked == [2, 1]
+    on.go_on.set()
+    for _ in range(3):
         await asyncio.sleep(0)
-        scaler.job_progress.remove({"id": "a", "input": {}})
-        intake.job_ended()
-        none = await waiting
-        await scaler.jobs_fetcher(None, 1)
-        scaler.job_progress.clear()
-        return needed, none, asked
+    assert platform.held() == 0
 
-    assert asyncio.run(fetched()) == (1, None, [1])
-    source = inspect.getsource(part("rp_scale").JobScaler.start)
-    assert "signal.signal(signal.SIGTERM, self.handle_shutdown)" in source
+
+async def test_what_is_no_job_does_not_end_the_worker(sdk: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """By itself the SDK dies of it, with all that it holds."""
+    on = Scaler(8, [{"input": {}}, "a", job("b")])
+    on.go_on.set()
+    await on.take()
+    await asyncio.sleep(0)
+    assert on.begun == ["b"]
+    assert [record.message for record in caplog.records] == [
+        "the platform has sent something that is no job"
+    ] * 2
+
+
+def test_the_loop_takes_the_scaler_from_the_handler_of_sigterm(sdk: Any) -> None:
+    """There it is what runs."""
+    scaler = part("rp_scale").JobScaler
+    assert "signal.signal(signal.SIGTERM, self.handle_shutdown)" in inspect.getsource(scaler.start)
+    assert all(hasattr(scaler({"handler": None}), name) for name in platform.SCALER)
 
 
 def test_it_asks_how_many_before_each_request_for_jobs(sdk: Any) -> None:

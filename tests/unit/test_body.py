@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handler.body import body_fault
+from handler.body import asks_for_stream, body_fault
 from handler.messages import Headers, Request
 
 JSON: Headers = (("content-type", "application/json"),)
@@ -90,3 +90,23 @@ def test_forms_are_not_judged(path: str) -> None:
 def test_a_get_has_no_body() -> None:
     """Nothing is expected of it."""
     assert body_fault(Request("GET", "/v1/models")) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "asks"),
+    [
+        (b'{"stream": true}', True),
+        (b'{"stream": false}', False),
+        (b'{"stream": 1}', False),
+        (b'{"a": "\\"stream\\": true"}', False),
+        (b'["stream"]', False),
+        (b'{"stream": true', False),
+        (b"", False),
+    ],
+)
+def test_who_asks_for_a_stream(body: bytes, asks: bool) -> None:
+    """The body says it, and nothing that only looks so."""
+    assert (
+        asks_for_stream(Request("POST", "/v1/completions", (("content-type", "application/json"),), body))
+        is asks
+    )

@@ -238,20 +238,3 @@ async def test_an_error_without_a_shape_is_told_in_ours() -> None:
     assert json.loads(failed["error"]) == {**jobs.error_of(RequestError("", code="internal_error"))} | {
         "message": "The server had an internal error."
     }
-
-
-@pytest.mark.parametrize(
-    ("body", "asks"),
-    [
-        (b'{"stream": true}', True),
-        (b'{"stream": false}', False),
-        (b'{"stream": 1}', False),
-        (b'{"a": "\\"stream\\": true"}', False),
-        (b'["stream"]', False),
-        (b'{"stream": true', False),
-        (b"", False),
-    ],
-)
-def test_who_asks_for_a_stream(body: bytes, asks: bool) -> None:
-    """The body says it, and nothing that only looks so."""
-    assert jobs.asks_for_stream(Request("POST", "/v1/completions", JSON, body)) is asks

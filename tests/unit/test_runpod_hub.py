@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from handler import edge, jobs
+from handler.body import asks_for_stream
 from handler.errors import BadSettings
 from handler.flags import ALIASES
 from handler.settings import DEFAULT_MODEL, TABLE, Settings
@@ -128,6 +129,4 @@ def test_there_is_a_job_of_every_shape() -> None:
         assert shape in keys
     for shorthand in ("prompt", "messages"):
         assert {shorthand, "sampling_params"} in keys
-    assert [name for name, job in JOBS.items() if jobs.asks_for_stream(jobs.parse(job))] == [
-        "openai_chat_stream"
-    ]
+    assert [name for name, job in JOBS.items() if asks_for_stream(jobs.parse(job))] == ["openai_chat_stream"]
