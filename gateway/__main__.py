@@ -38,6 +38,8 @@ WORKER = (sys.executable, "-m", "handler")
 KEEP_ALIVE_S = 75
 """Longer than the idle timeout of the proxies people put in front (60 s), else they see sporadic 502s."""
 INTERRUPTED = 130
+HAND_OUT_S = 2.0
+"""How long a request may wait for the SDK, which now and then asks for jobs once a second, at least."""
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
@@ -163,7 +165,7 @@ def open_upstream(
     line = Line(
         metrics,
         limit=settings.queue_limit,
-        queue_timeout_s=settings.queue_timeout_s,
+        queue_timeout_s=max(settings.queue_timeout_s, HAND_OUT_S),
         execution_timeout_s=settings.execution_timeout_s,
     )
     return RunpodUpstream(launcher, environ, ControlPlane(settings.endpoint_id, line, metrics), **keep)

@@ -29,10 +29,16 @@ SOCKET_PATH_BYTES = 107
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a value may be: in words, and as a function that raises `ValueError` otherwise."""
+    """What a value may be: in words, and as a function that raises `ValueError` otherwise.
+
+    `names` are all there are of a choice, `low` and `high` the ends of a range: for forms.
+    """
 
     allowed: str
     parse: Callable[[str], object]
+    names: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +187,7 @@ def choice(*names: str) -> Kind:
     def parse(value: str) -> str:
         return names[[name.lower() for name in names].index(value.lower())]
 
-    return Kind(", ".join(f"`{name}`" for name in names), parse)
+    return Kind(", ".join(f"`{name}`" for name in names), parse, names)
 
 
 def some_of(*names: str) -> Kind:
@@ -203,7 +209,7 @@ def whole(low: int, high: int) -> Kind:
             raise ValueError(value)
         return number
 
-    return Kind(f"a whole number from {low} to {high}", parse)
+    return Kind(f"a whole number from {low} to {high}", parse, low=low, high=high)
 
 
 def seconds(low: float, high: float) -> Kind:
@@ -215,7 +221,7 @@ def seconds(low: float, high: float) -> Kind:
             raise ValueError(value)
         return number
 
-    return Kind(f"seconds from {low:g} to {high:g}", parse)
+    return Kind(f"seconds from {low:g} to {high:g}", parse, low=low, high=high)
 
 
 TRUE = frozenset({"true", "1", "yes", "on"})

@@ -31,6 +31,13 @@ def stack(tiny_model: Path) -> Iterator[servers.Stack]:
 
 
 @pytest.fixture(scope="session")
+def jobs_stack(tiny_model: Path) -> Iterator[servers.Stack]:
+    """The gateway with the small model, whose worker takes its requests as RunPod's jobs."""
+    with servers.jobs_stack(tiny_model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def gateway_url(stack: servers.Stack) -> str:
     """The gateway's URL, `http://127.0.0.1:PORT/v2/local/openai/v1`; its key is `servers.KEY`."""
     return stack.gateway.base_url

@@ -19,7 +19,7 @@ from gateway.metrics import Metrics
 from gateway.server import Server, config
 from gateway.settings import GatewaySettings
 from gateway.upstreams.proxy import SocketProxy
-from handler.asgi import call_app
+from handler.asgi import call_app, serve
 from handler.engine import Engine
 from handler.listener import listen, listen_unix
 from handler.phases import Phases
@@ -152,6 +152,18 @@ async def starting(
     finally:
         await worker.close()
         platform._listener.close()
+
+
+@asynccontextmanager
+async def application(app: ScriptedApp, uds: Path) -> AsyncIterator[None]:
+    """The application by itself at the socket `uds`: an engine for a worker in another process."""
+    server = Server(config(serve(call_app(app), max_body_bytes=1 << 30), keep_alive_s=5, shutdown_s=1))
+    serving = asyncio.create_task(server.serve(sockets=[listen_unix(uds)]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
 
 @asynccontextmanager

@@ -130,7 +130,7 @@ class Actor:
     """The worker itself: starts as its play says, serves its scripts, drains on SIGTERM."""
 
     def __init__(self, environ: Mapping[str, str], writer: asyncio.StreamWriter, scripts: Scripts) -> None:
-        self._uds = environ["UDS"]
+        self._uds = environ.get("UDS", "")
         self._writer = writer
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.connect(environ["NOTIFY_SOCKET"])
@@ -188,6 +188,11 @@ class Actor:
         process = await asyncio.create_subprocess_exec("sleep", "600")
         self._tell("child", str(process.pid))
 
+    async def takes_jobs(self) -> None:
+        """Be ready and do nothing: the test speaks for RunPod's SDK."""
+        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
+        await asyncio.Event().wait()
+
     async def ready(self) -> None:
         """Serve until told to stop."""
         listener = socket.socket(socket.AF_UNIX)
@@ -200,7 +205,7 @@ class Actor:
 
 async def work(environ: Mapping[str, str]) -> None:
     """Be a worker until SIGTERM, or until the gateway is gone."""
-    assert environ["PLATFORM"] == "http"
+    assert environ["PLATFORM"] == ("http" if "UDS" in environ else "runpod")
     reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())

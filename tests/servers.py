@@ -135,14 +135,34 @@ def first_line(process: subprocess.Popen[str], containing: str, errors: Path) ->
 def stack(model: Path) -> Iterator[Stack]:
     """`python -m gateway` with `model`, and the socket of its worker."""
     # Not pytest's folder: the path of a socket must be short.
-    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
-        own = {"PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
-        environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **engine_environ(model), **own}
-        with program("gateway", environ, Path(folder)) as (process, errors):
-            ready = first_line(process, "/openai/v1", errors)
-            url = next(word for word in ready.split() if word.startswith("http://"))
-            (uds,) = Path(folder).glob("firsttoken-*/worker-1.sock")
-            yield Stack(Server(url), Server("http://worker/v1", uds=uds))
+    with (
+        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
+        gateway(model, Path(folder)) as (server, _),
+    ):
+        (uds,) = Path(folder).glob("firsttoken-*/worker-1.sock")
+        yield Stack(server, Server("http://worker/v1", uds=uds))
+
+
+@contextmanager
+def gateway(
+    model: Path, folder: Path, *arguments: str, **settings: str
+) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
+    """`python -m gateway ARGUMENTS` with `model`, ready, and its process."""
+    own = {"PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder), **settings}
+    environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **engine_environ(model), **own}
+    with program("gateway", environ, folder, *arguments) as (process, errors):
+        ready = first_line(process, "/openai/v1", errors)
+        yield Server(next(word for word in ready.split() if word.startswith("http://"))), process
+
+
+@contextmanager
+def jobs_stack(model: Path) -> Iterator[Stack]:
+    """`python -m gateway serve --upstream runpod`: the worker has no socket of its own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
+        gateway(model, Path(folder), "serve", "--upstream", "runpod") as (server, _),
+    ):
+        yield Stack(server, server)
 
 
 @dataclass(frozen=True, slots=True)

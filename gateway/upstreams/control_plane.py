@@ -2,7 +2,7 @@
 
 Under `/v2/{endpoint_id}`, with the key as it is in `Authorization`:
 
-    GET  /job-take/{worker}                     a job, or 204 after a while
+    GET  /job-take/{worker}?job_in_progress=    a job, or 204 after a while; 0: the worker holds none
     GET  /job-take-batch/{worker}?batch_size=N  a list of up to N
     GET  /job-stop/{worker}                     {"jobsToStop": [...]}, or 204 after a while
     POST /job-stream/{worker}/{job}             {"output": one output}; answered when there is room
@@ -102,7 +102,7 @@ class ControlPlane:
         """The worker that was admitted has ended."""
         if self.lease is not None:
             self.lease.end()
-            self.line.lose(self.lease.worker_id)
+            self.line.lose(self.lease.worker_id, "went away")
             self.lease = None
 
     def environ(self, worker_id: str) -> dict[str, str]:
@@ -161,6 +161,8 @@ class ControlPlane:
             await self._hold(LEAVING_HOLD_S)
             yield _nothing()
             return
+        if "job_in_progress=0" in request.query:  # it has not received them, or its last word was lost
+            self.line.lose(worker_id, "lost the job")
         most = _number(request, "batch_size") if batch else 1
         self.line.wanted += most
         try:
@@ -231,7 +233,7 @@ class ControlPlane:
 
     def _drop(self, worker_id: str, job_id: str) -> None:
         self._metrics.jobs.labels("dropped").inc()
-        log.info("post came too late", extra={"worker": worker_id, "job": job_id})
+        log.debug("post came too late", extra={"worker": worker_id, "job": job_id})
 
     async def _hold(self, for_s: float) -> None:
         await first(self._closing, timeout_s=for_s)

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+STDERR = 2
+"""Where a worker's output goes: standard output is the gateway's own, for its address."""
 FORK_LINE_MAX_BYTES = 64 << 10
 PARENT_GRACE_S = 5.0
 """What a warm parent gets to end its last worker, which was told to end before it."""
@@ -180,6 +182,7 @@ async def _spawn(
             *command,
             env={**environ, "LIFELINE_FD": str(theirs)},
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=STDERR,
             pass_fds=(theirs,),
             start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from gateway.upstreams.keeper import first
 
@@ -22,16 +22,25 @@ class Lease:
     nothing: the SDK sends them from a process of their own, which outlives its worker.
     """
 
-    def __init__(self, worker_id: str, hung: Callable[[], None], *, lease_s: float, hold_s: float) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        hung: Callable[[], None],
+        *,
+        lease_s: float,
+        hold_s: float,
+        repeats_s: Sequence[float] = REPEATS_S,
+    ) -> None:
         self.worker_id = worker_id
         self.pinged_s: float | None = None
         self._hold_s = hold_s
         self._hung = hung
         self._lease_s = lease_s
+        self._repeats_s = repeats_s
         self._loop = asyncio.get_running_loop()
         self.leaving: asyncio.Future[None] = self._loop.create_future()
         """Done when the worker takes no more."""
-        self._ended = False
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self._polls = 0
         self._expiry: asyncio.TimerHandle | None = None
         self._due: dict[str, int] = {}
@@ -51,18 +60,18 @@ class Lease:
 
     def end(self) -> None:
         """It is gone."""
-        self._ended = True
+        self._ended.set_result(None)
         self.leave()
         self._due.clear()
         for timer in self._repeats:
             timer.cancel()
 
     def stop(self, job_id: str) -> None:
-        """Have it told, at once and then `REPEATS_S` later, to stop `job_id`."""
+        """Have it told, at once and then a few times again, to stop `job_id`."""
         self._tell(job_id, 0)
 
     def _tell(self, job_id: str, times: int) -> None:
-        if not self._ended:
+        if not self._ended.done():
             self._due[job_id] = times
             self._news.set_result(None)
             self._news = self._loop.create_future()
@@ -73,14 +82,16 @@ class Lease:
         self._forget_expiry()
         try:
             deadline_s = self._loop.time() + self._hold_s
-            ends = () if self.leaving.done() else (self.leaving,)  # it may drain for long, and polls on
+            ends = [self._ended]
+            if not self.leaving.done():  # else it drains, maybe for long, and polls on
+                ends.append(self.leaving)
             while not self._due and (left_s := deadline_s - self._loop.time()) > 0:
                 if any(end.done() for end in ends):
                     break
                 await first(self._news, *ends, timeout_s=left_s)
             due, self._due = self._due, {}
             for job_id, times in due.items():
-                if times < len(REPEATS_S):
+                if times < len(self._repeats_s):
                     self._repeat(job_id, times)
             return list(due)
         finally:
@@ -92,7 +103,7 @@ class Lease:
             self._repeats.discard(timer)
             self._tell(job_id, times + 1)
 
-        timer = self._loop.call_later(REPEATS_S[times], again)
+        timer = self._loop.call_later(self._repeats_s[times], again)
         self._repeats.add(timer)
 
     def _forget_expiry(self) -> None:

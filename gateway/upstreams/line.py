@@ -102,15 +102,15 @@ class Line:
             else:
                 self._drop(job)
 
-    def lose(self, worker_id: str) -> None:
-        """The worker `worker_id` has ended: what it held is asked of the next one, or has failed."""
+    def lose(self, worker_id: str, how: str) -> None:
+        """The worker `worker_id` holds nothing: what it held is asked of the next one, or has failed."""
         for job in [job for job in self._handed.values() if job.worker_id == worker_id]:
             del self._handed[job.id]
             if job.begun:
-                job.fail(UpstreamFailed("The worker went away while it answered."))
+                job.fail(UpstreamFailed(f"The worker {how} while it answered."))
             else:
                 self._count("retried")
-                job.fail(WorkerLost("The worker went away before it answered."))
+                job.fail(WorkerLost(f"The worker {how} before it answered."))
 
     def refuse(self, refusal: RequestError) -> None:
         """No worker comes for those in line."""

@@ -41,6 +41,8 @@ TESTED = "1.12.0"
 CHECKS_OFF = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 
 LOOK_S = 0.02
+FULL_LOOK_S = 1.0
+"""How often a full worker looks for room without being told, as the SDK does by itself."""
 LINGER_S = 5.0
 """What the SDK gets, after the drain's deadline, to post the errors that ended what was left."""
 REFUSALS = 64
@@ -103,7 +105,7 @@ class RunPod:
 
     def _take(self, call: Call, intake: Intake) -> None:
         config = {
-            "handler": make_handler(call),
+            "handler": make_handler(call, intake.job_ended),
             "concurrency_modifier": intake.scale,
             "return_aggregate_stream": True,  # so that a chunk whose post was lost is in the result
         }
@@ -115,18 +117,22 @@ class RunPod:
                 ping.kill()  # it would go on for ever: this process ends without Python's own end
 
 
-def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
+def make_handler(
+    call: Call, ended: Callable[[], None] = lambda: None
+) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
     """The SDK's handler: a job's outputs, as `handler.jobs.render` has them.
 
     An asynchronous generator function, and no callable object: the SDK asks `inspect`. On each
     pull it yields all whole frames that are ready. The work behind it ends with the SDK's task: a
-    stop may come while the SDK posts a chunk, and then nobody closes the generator.
+    stop may come while the SDK posts a chunk, and then nobody closes the generator. `ended` is
+    called when the SDK is done with a job.
     """
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         streamed = begun = False
         job_task = asyncio.current_task()
         assert job_task is not None, "the SDK runs each job in a task"
+        job_task.add_done_callback(lambda _: ended())
         try:
             request = jobs.parse(job["input"])
             streamed = jobs.asks_for_stream(request)
@@ -167,6 +173,10 @@ class Intake:
     heard here: no new request is made, what the outstanding one brings is served like any other
     job, and the SDK's loop is ended once all are answered. After `drain_timeout_s` `expire` ends
     what is left with an error.
+
+    Its scaler counts a job that was just taken twice, so that after half its concurrency it takes
+    nothing for a second; and once it is full it looks again only each second. `_mend` gives this
+    one scaler another count and another way to wait.
     """
 
     def __init__(
@@ -185,6 +195,7 @@ class Intake:
         self._taking: asyncio.Task[Any] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stopped = False
+        self._room = asyncio.Event()
         self._answered = False
         """Whether the request for jobs that was outstanding when the stop came has been answered."""
 
@@ -205,11 +216,36 @@ class Intake:
         """The SDK's first call: it has installed its signal handlers and runs its loop."""
         self._loop = asyncio.get_running_loop()
         self._taking = asyncio.current_task()
-        count_once(signal.getsignal(signal.SIGTERM))
+        self._mend(signal.getsignal(signal.SIGTERM))
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, lambda *_: self.stop())
         if self._stopped:
             self._end()
+
+    def _mend(self, shutdown: Any) -> None:
+        """Change how the scaler counts and waits; `shutdown` is its own handler of SIGTERM."""
+        scaler: Any = getattr(shutdown, "__self__", None)
+        if not all(hasattr(scaler, name) for name in ("current_occupancy", "jobs_fetcher")):
+            log.warning("RunPod's SDK has no scaler where 1.12 has it: it may wait for a second now and then")
+            return
+        fetch = scaler.jobs_fetcher
+
+        async def fetch_for_room(session: Any, _: int) -> Any:
+            """Jobs for the room that there is; none, once there is some again."""
+            if (room := self._most - held()) > 0:
+                return await fetch(session, room)
+            self._room.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._room.wait(), FULL_LOOK_S)
+            return None
+
+        # Full is told by `fetch_for_room`, which waits for a job's end and not for a second.
+        scaler.current_occupancy = lambda: held() if self._stopped else min(held(), self._most - 1)
+        scaler.jobs_fetcher = fetch_for_room
+
+    def job_ended(self) -> None:
+        """The SDK is done with a job."""
+        self._room.set()
 
     def stop(self) -> None:
         """Take no more; any thread may say so, and a signal handler."""
@@ -222,6 +258,7 @@ class Intake:
     def _end(self) -> None:
         if self._ending is not None:
             return
+        self._room.set()
         self._tell_stopping()
         self._ending = asyncio.ensure_future(self._finish())
 
@@ -253,26 +290,10 @@ def held() -> int:
     return int(state.JobsProgress().get_job_count())
 
 
-def count_once(shutdown: Any) -> None:
-    """Have the SDK count a job that it has just taken once.
-
-    Its scaler adds its queue to its list of jobs in progress, which has the queued ones already,
-    and then believes to be full: after a batch of half its concurrency it takes nothing for a
-    second. `shutdown` is the scaler's own handler of SIGTERM.
-    """
-    scaler = getattr(shutdown, "__self__", None)
-    if scaler is not None and hasattr(scaler, "current_occupancy"):
-        scaler.current_occupancy = held
-    else:  # another version: it works, and may wait for a second now and then
-        log.warning("RunPod's SDK has no scaler where 1.12 has it")
-
-
 def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
     """RunPod's SDK, which reads its settings from the environment as it is imported."""
-    # By default it logs at DEBUG, where it prints prompts and answers.
-    environ["RUNPOD_LOG_LEVEL"] = "INFO" if level in {"DEBUG", "INFO"} else level.replace("WARNING", "WARN")
-    if environ["RUNPOD_LOG_LEVEL"] == "CRITICAL":
-        environ["RUNPOD_LOG_LEVEL"] = "ERROR"
+    # By default it logs at DEBUG, where it prints prompts and answers; at INFO it prints five lines a job.
+    environ["RUNPOD_LOG_LEVEL"] = {"DEBUG": "INFO", "INFO": "WARN", "WARNING": "WARN"}.get(level, "ERROR")
     if environ.pop("RUNPOD_REALTIME_PORT", None):
         log.warning("RUNPOD_REALTIME_PORT does nothing here: it would serve every route without a key")
     environ.update(dict.fromkeys(CHECKS_OFF, "true"))  # they were made, see `fit`
@@ -290,6 +311,9 @@ def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
             f"RunPod's SDK is not installed ({error.name} is missing): pip install 'firsttoken[runpod]' and "
             f"pip install --no-deps runpod=={TESTED}"
         ) from error
+    # A key in ~/.runpod/config.toml would win over RUNPOD_AI_API_KEY for jobs, and not for pings.
+    credentials: Any = importlib.import_module("runpod.cli.groups.config.functions")
+    credentials.CREDENTIAL_FILE = os.devnull
     if sdk.__version__ != TESTED:
         log.warning("this version of RunPod's SDK is not tested", extra={"found": sdk.__version__})
     return sdk

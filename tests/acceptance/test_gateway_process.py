@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from tests.scripted_worker import READY, Director, Worker
 ROOT = Path(__file__).parents[2]
 WITH_SCRIPTED_WORKER = (
     "import sys; from gateway.__main__ import main; from tests.scripted_worker import COMMAND; "
-    "sys.exit(main([], COMMAND))"
+    "sys.exit(main(sys.argv[1:], COMMAND))"
 )
+WITH_RUNPODS_SDK = WITH_SCRIPTED_WORKER.replace("scripted_worker", "runpod_worker")
 """The command's own `main`; the worker is the one thing that differs."""
 
 CHAT = "POST /v1/chat/completions"
@@ -90,7 +91,11 @@ class Program:
 
 @asynccontextmanager
 async def gateway(
-    tmp_path: Path, *plays: tuple[object, object], environ: Mapping[str, str] | None = None
+    tmp_path: Path,
+    *plays: tuple[object, object],
+    environ: Mapping[str, str] | None = None,
+    program: str = WITH_SCRIPTED_WORKER,
+    arguments: Sequence[str] = (),
 ) -> AsyncIterator[Program]:
     """`python -m gateway` on a free port; its nth worker plays the nth of `plays`."""
     env = {
@@ -110,7 +115,7 @@ async def gateway(
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WITH_SCRIPTED_WORKER),
+            *(sys.executable, "-c", program, *arguments),
             env=env,
             cwd=ROOT,
             stdin=asyncio.subprocess.DEVNULL,
@@ -389,3 +394,41 @@ async def test_taken_port_is_one_clear_line() -> None:
         75,
         f"firsttoken: port {port} of 127.0.0.1 is already in use; choose another with PORT\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "upstream"),
+    [(["serve", "--upstream", "runpod"], "local"), (["serve"], "runpod"), ([], "runpod")],
+)
+async def test_same_url_through_jobs(tmp_path: Path, arguments: list[str], upstream: str) -> None:
+    """The option wins over `UPSTREAM`; a client sees no difference, and a stream finishes on SIGTERM."""
+    scripts = {CHAT: [completion("Hello!"), stream(chunk("a"), Pause("generating"), chunk("b"))]}
+    environ = {"UPSTREAM": upstream}
+    async with gateway(
+        tmp_path, ((), scripts), environ=environ, program=WITH_RUNPODS_SDK, arguments=arguments
+    ) as program:
+        worker = await started(program)
+        assert "RUNPOD_WEBHOOK_GET_JOB" in worker.env
+        assert await ask(program) == "Hello!"
+        async with program.client() as client:
+            reply = await client.chat.completions.create(
+                model="org/model", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            texts = [(await anext(reply)).choices[0].delta.content]
+            program.process.send_signal(signal.SIGTERM)
+            worker.open("generating")
+            texts += [part.choices[0].delta.content async for part in reply]
+        assert texts == ["a", "b"]
+        assert await program.end() == 0
+        await worker.saw("gone")
+        assert worker.env["RUNPOD_AI_API_KEY"] not in "".join(program.out) + await program.errors()
+        assert left_behind(tmp_path) == []
+
+
+async def test_option_wins_over_the_setting(tmp_path: Path) -> None:
+    """Also the other way round."""
+    arguments = ["serve", "--upstream", "local"]
+    environ = {"UPSTREAM": "runpod"}
+    async with gateway(tmp_path, (READY, {}), environ=environ, arguments=arguments) as program:
+        assert "UDS" in (await started(program)).env
+        assert await program.end(signal.SIGTERM) == 0

@@ -1,15 +1,42 @@
-"""The servers of the contract: both programs, around the scripted application and around vLLM's."""
+"""The servers of the contract: each path to an application, the scripted one and vLLM's.
+
+The paths: a worker by itself, a gateway and its worker, and a gateway whose worker is asked through
+jobs by RunPod's own SDK.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests import scripted_server
 from tests.scripted_app import ScriptedApp
-from tests.servers import KEY, Server
+from tests.servers import KEY, ROOT, Server, engine_environ, first_line, program
+
+
+@dataclass(frozen=True)
+class ScriptedJobs:
+    """A gateway that asks an application through RunPod's SDK: where it is asked, and where it asks."""
+
+    server: Server
+    engine_socket: Path
+
+
+@pytest.fixture(scope="session")
+def scripted_jobs() -> Iterator[ScriptedJobs]:
+    """One gateway and one worker for all tests; each test serves its own application."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        socket = Path(folder) / "engine.sock"
+        environ = {**engine_environ(ROOT), "PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
+        environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(socket)}
+        with program("tests.jobs_worker", environ, Path(folder), "gateway") as (process, errors):
+            ready = first_line(process, "/openai/v1", errors)
+            url = next(word for word in ready.split() if word.startswith("http://"))
+            yield ScriptedJobs(Server(url), socket)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,12 +54,17 @@ def scripted(request: pytest.FixtureRequest) -> ScriptedApp:
     return ScriptedApp(*mark.args)
 
 
-@pytest.fixture(params=["scripted-worker", "scripted-gateway", "vllm-worker", "vllm-gateway"])
+@pytest.fixture(
+    params=[
+        *("scripted-worker", "scripted-gateway", "scripted-runpod"),
+        *("vllm-worker", "vllm-gateway", "vllm-runpod"),
+    ]
+)
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
     """Each program around each application; of the scripted one every script must be played."""
     app, _, program = request.param.partition("-")
     if app == "vllm":
-        stack = request.getfixturevalue("stack")
+        stack = request.getfixturevalue("jobs_stack" if program == "runpod" else "stack")
         yield stack.worker if program == "worker" else stack.gateway
         return
     scripted = request.getfixturevalue("scripted")
@@ -40,6 +72,10 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     if program == "worker":
         async with scripted_server.worker(scripted, {"UDS": str(uds)}):
             yield Server("http://worker/v1", uds=uds)
+    elif program == "runpod":
+        jobs = request.getfixturevalue("scripted_jobs")
+        async with scripted_server.application(scripted, jobs.engine_socket):
+            yield jobs.server
     else:
         async with scripted_server.gateway(scripted, KEY, uds) as port:
             yield Server(f"http://127.0.0.1:{port}/v2/local/openai/v1")

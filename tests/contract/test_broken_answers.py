@@ -13,7 +13,11 @@ from tests.contract import recorded
 from tests.scripted_app import EVENT_STREAM, JSON, Fail, Pause, Say, Script, stream
 from tests.servers import MODEL, Server
 
-pytestmark = pytest.mark.parametrize("server", ["scripted-worker", "scripted-gateway"], indirect=True)
+CONNECTED = pytest.mark.parametrize("server", ["scripted-worker", "scripted-gateway"], indirect=True)
+JOBS = pytest.mark.parametrize("server", ["scripted-runpod"], indirect=True)
+EVERY = pytest.mark.parametrize(
+    "server", ["scripted-worker", "scripted-gateway", "scripted-runpod"], indirect=True
+)
 
 CHAT = "POST /v1/chat/completions"
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -25,6 +29,7 @@ OVERLOADED = recorded.error("The queue is full.", 503, "Service Unavailable")
 FAILED = recorded.error("oops", 500, "InternalServerError")
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: stream(recorded.ROLE, *recorded.DELTAS, DIED, recorded.LAST)})
 async def test_an_error_in_mid_stream_is_raised_after_the_words(server: Server) -> None:
     """The client has what was said and an `APIError` without a status, which it does not try again."""
@@ -43,6 +48,7 @@ async def test_an_error_in_mid_stream_is_raised_after_the_words(server: Server) 
     }
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: Script((Say(f"data: {recorded.ROLE}\n\ndata: cut"), Fail()), 200, EVENT_STREAM)})
 async def test_a_stream_that_breaks_off_says_so(server: Server) -> None:
     """Its bytes end with one whole error frame, without `[DONE]` and without the half frame."""
@@ -53,6 +59,7 @@ async def test_a_stream_that_breaks_off_says_so(server: Server) -> None:
     assert sse.data(last)["error"]["code"] == "internal_error"
 
 
+@CONNECTED
 @pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
 async def test_an_answer_that_breaks_off_is_no_answer(server: Server, scripted: Any) -> None:
     """Half a JSON body under a 200 would be taken for a whole one: the connection is cut instead."""
@@ -62,6 +69,18 @@ async def test_an_answer_that_breaks_off_is_no_answer(server: Server, scripted: 
             await client.chat.completions.create(**BODY)
 
 
+@JOBS
+@pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
+async def test_a_job_that_breaks_off_is_a_502(server: Server, scripted: Any) -> None:
+    """A job is answered whole or not at all, so that there is still a status to say it with."""
+    scripted.gate("a").opened.set()
+    async with server.client() as client:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await client.chat.completions.create(**BODY)
+    assert (raised.value.status_code, raised.value.code) == (502, "upstream_failed")
+
+
+@EVERY
 @pytest.mark.scripts({CHAT: Script((Fail(),))})
 async def test_a_failure_is_a_500_in_openais_shape(server: Server) -> None:
     """With a request id to find it by in the log, and without its details."""
@@ -77,6 +96,7 @@ async def test_a_failure_is_a_500_in_openais_shape(server: Server) -> None:
     assert raised.value.request_id
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: OVERLOADED})
 async def test_a_full_queue_is_a_503_that_says_when(server: Server) -> None:
     """The client's own retries wait that long."""
@@ -87,6 +107,7 @@ async def test_a_full_queue_is_a_503_that_says_when(server: Server) -> None:
     assert raised.value.response.headers["retry-after"] == "5"
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: [FAILED, recorded.chat()]})
 async def test_the_client_tries_again_after_a_500(server: Server) -> None:
     """As it does with OpenAI: the second answer is what the program sees."""
@@ -95,6 +116,7 @@ async def test_the_client_tries_again_after_a_500(server: Server) -> None:
     assert reply.choices[0].message.content == "".join(recorded.WORDS)
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: stream(MANY)})
 async def test_characters_of_many_bytes_arrive_whole(server: Server) -> None:
     """However large a frame is, and through however many reads it comes."""
@@ -103,6 +125,7 @@ async def test_characters_of_many_bytes_arrive_whole(server: Server) -> None:
     assert reply.content == f"data: {MANY}\n\ndata: [DONE]\n\n".encode()
 
 
+@EVERY
 @pytest.mark.scripts({CHAT: Script((Pause("never"),))})
 async def test_a_client_that_leaves_is_noticed_by_the_application(server: Server, scripted: Any) -> None:
     """Through every hop, before anything was answered."""

@@ -28,8 +28,12 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_node_client_understands_every_answer(stack: servers.Stack, node_folder: Path) -> None:
+@pytest.mark.parametrize("path", ["stack", "jobs_stack"], ids=["gateway", "runpod"])
+def test_the_node_client_understands_every_answer(
+    path: str, node_folder: Path, request: pytest.FixtureRequest
+) -> None:
     """Objects, streams and errors arrive as the client's own types, through the gateway."""
+    stack: servers.Stack = request.getfixturevalue(path)
     environ = {
         "PATH": os.environ["PATH"],
         "OPENAI_BASE_URL": stack.gateway.base_url,

@@ -254,6 +254,14 @@ async def test_the_worker_alone_answers_the_same(case: Case, stack: Stack) -> No
 
 
 @pytest.mark.parametrize(
+    "case", [case for case in CASES if case.expected != NO_KEY], ids=lambda case: case.name
+)
+async def test_a_job_is_answered_the_same(case: Case, stack: Stack, jobs_stack: Stack) -> None:
+    """To the letter of vLLM's message: RunPod's way through two more processes changes nothing."""
+    assert (await answered(jobs_stack.gateway, case))[:2] == (await answered(stack.gateway, case))[:2]
+
+
+@pytest.mark.parametrize(
     ("url", "code"),
     [
         ("/v2/other/openai/v1/models", "endpoint_not_found"),

@@ -66,12 +66,41 @@ def test_the_loop_takes_the_scaler_from_the_handler_of_sigterm(sdk: Any) -> None
         await scaler.jobs_queue.put({"id": "a", "input": {}})
         scaler.job_progress.add({"id": "a", "input": {}})
         before = scaler.current_occupancy()
-        platform.count_once(scaler.handle_shutdown)
+        platform.Intake(8, 1.0)._mend(scaler.handle_shutdown)
         after = scaler.current_occupancy()
         scaler.job_progress.clear()
         return before, after
 
     assert asyncio.run(counted()) == (2, 1)
+
+
+def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
+    """And not for a second: the scaler always asks its fetcher, which asks the platform for the room."""
+
+    async def fetched() -> tuple[int, Any, list[int]]:
+        scaler = part("rp_scale").JobScaler({"handler": None})
+        asked: list[int] = []
+
+        async def get_job(_: Any, number: int) -> list[Any]:
+            asked.append(number)
+            return []
+
+        scaler.jobs_fetcher = get_job
+        intake = platform.Intake(2, 1.0)
+        intake._mend(scaler.handle_shutdown)
+        for job_id in ("a", "b"):
+            scaler.job_progress.add({"id": job_id, "input": {}})
+        needed = 2 - scaler.current_occupancy()
+        waiting = asyncio.ensure_future(scaler.jobs_fetcher(None, needed))
+        await asyncio.sleep(0)
+        scaler.job_progress.remove({"id": "a", "input": {}})
+        intake.job_ended()
+        none = await waiting
+        await scaler.jobs_fetcher(None, 1)
+        scaler.job_progress.clear()
+        return needed, none, asked
+
+    assert asyncio.run(fetched()) == (1, None, [1])
     source = inspect.getsource(part("rp_scale").JobScaler.start)
     assert "signal.signal(signal.SIGTERM, self.handle_shutdown)" in source
 

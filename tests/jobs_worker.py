@@ -1,0 +1,77 @@
+"""A RunPod worker with the real SDK whose engine is an application in the test's own process.
+
+`python -m tests.jobs_worker` is that worker and asks the HTTP server at the socket `ENGINE_SOCKET`.
+`python -m tests.jobs_worker gateway` is a gateway in front of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from gateway.__main__ import main as gateway_main
+from gateway.upstreams.proxy import SocketProxy
+from handler.__main__ import end, exit_code
+from handler.engine import Engine
+from handler.messages import Reply, Request
+from handler.phases import Phases
+from handler.platforms import runpod
+from handler.settings import Settings
+from handler.supervision import Notifier, watch_lifeline
+
+COMMAND = (sys.executable, "-m", "tests.jobs_worker")
+
+
+class SocketEngine:
+    """What the platform asks of an engine, asked of the server at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.dead: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.is_dead = False
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    @asynccontextmanager
+    async def call(self, request: Request) -> AsyncIterator[Reply]:
+        """Ask on a connection of its own: each test has a server of its own."""
+        proxy = SocketProxy(self._path)
+        try:
+            async with proxy.call(request) as reply:
+                yield reply
+        finally:
+            await proxy.close()
+
+    def capacity(self) -> int:
+        """How many requests it works on at once."""
+        return int(os.environ.get("CAPACITY", "8"))
+
+    def submit(self, work: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        """Run `work` on the engine's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+
+def work() -> None:
+    """Take jobs until told to stop."""
+    settings = Settings.from_environ(os.environ)
+    if settings.lifeline_fd is not None:
+        watch_lifeline(settings.lifeline_fd)
+    platform = runpod.open(settings)
+    platform.prepare()
+    phases = Phases(0.0)
+    phases.done()
+    engine = cast("Engine", SocketEngine(Path(os.environ["ENGINE_SOCKET"])))
+    platform.run(engine, phases, Notifier(settings.notify_socket))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["gateway"]:
+        sys.exit(gateway_main(["serve", "--upstream", "runpod"], COMMAND))
+    end(exit_code(work))
