@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.admission import Admission
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.control_plane import ControlPlane
@@ -25,6 +24,7 @@ from gateway.upstreams.job import HIGH_WATER_BYTES
 from gateway.upstreams.launch import Fresh
 from gateway.upstreams.line import Line
 from gateway.upstreams.runpod import RunpodUpstream
+from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
 from tests import runpod_worker, scripted_worker
@@ -427,7 +427,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
     """What was not begun is asked again, what was not taken stays in line, and late words are dropped."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
         job_id, reply = await begun(on, sdk, client)
-        admission = Admission(on.upstream, on.metrics, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
 
         async def retried() -> bytes:
             async with admission.call(PLAIN) as answered:
@@ -585,7 +585,7 @@ async def test_real_sdk_that_dies_is_replaced_silently(tmp_path: Path) -> None:
     """The client's answer comes from the next worker, which is one of its own."""
     plays = [real({ROUTE: Script((Crash(),))}), real({ROUTE: answer({"id": "b"})})]
     async with stage(tmp_path, *plays, command=runpod_worker.COMMAND) as on:
-        admission = Admission(on.upstream, on.metrics, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
         async with admission.call(PLAIN) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
         assert on.upstream.starts == 2
