@@ -16,6 +16,7 @@ FirstTokenError
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
+│   │   └── StartFailed     503  worker_start_failed
 │   └── DeadlineExceeded    504  deadline_exceeded
 └── StartError              ends the process with an exit code from sysexits.h
     ├── UsageError          64
@@ -38,6 +39,9 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from handler.messages import Headers, Reply, once
+
+START_FAILED_RETRY_AFTER_S = 60
+"""A worker that could not start never will: whoever asks again needs another one by then."""
 
 MAX_RETRY_AFTER_S = 120
 """openai-python does not retry at all when `Retry-After` is longer than this."""
@@ -207,6 +211,18 @@ class NotAdmitted(_RetryLater):
 
     status = 503
     code = "not_admitted"
+
+
+class StartFailed(NotAdmitted):
+    """The worker could not start and never will, for the reason that `failure` has."""
+
+    def __init__(self, failure: StartError) -> None:
+        reason = " ".join(str(failure).split()).rstrip(".")
+        super().__init__(
+            f"The worker could not start: {reason}.",
+            retry_after_s=START_FAILED_RETRY_AFTER_S,
+            code="worker_start_failed",
+        )
 
 
 class DeadlineExceeded(RequestError):

@@ -23,7 +23,7 @@ from handler import edge, metrics, slots
 from handler.bridge import across
 from handler.drain import RETRY_AFTER_S, Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, NotAdmitted, StartError
+from handler.errors import EngineFailed, NotAdmitted, StartError, StartFailed
 from handler.listener import listen, listen_unix
 from handler.phases import Phases
 from handler.platforms import door
@@ -32,9 +32,6 @@ from handler.settings import Settings
 from handler.supervision import Notifier
 
 log = logging.getLogger(__name__)
-
-FAILED_RETRY_AFTER_S = 60
-"""A worker that could not start never will: whoever asks again needs another one by then."""
 
 
 def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
@@ -110,7 +107,7 @@ class Http:
             raise failure
         stop: SimpleQueue[None] = SimpleQueue()  # what a signal handler may use, whatever it interrupts
         _on_signal(partial(stop.put, None))
-        self._lobby.refuse(partial(_start_failed, failure))
+        self._lobby.refuse(partial(StartFailed, failure))
         notifier.status(f"can't start: {failure}")
         stop.get()
         notifier.stopping()
@@ -119,7 +116,7 @@ class Http:
     def refuse(self, failure: StartError | None) -> None:
         """Answer what is held with `failure`; None: that the worker is stopping."""
         if self._lobby is not None and self._lobby.listens:
-            self._lobby.refuse(_stopping if failure is None else partial(_start_failed, failure))
+            self._lobby.refuse(_stopping if failure is None else partial(StartFailed, failure))
             self._lobby.emptied(door.LINGER_S)
 
 
@@ -163,15 +160,6 @@ class _Server:
 
     def _state(self) -> str:
         return "dead" if self._engine.is_dead else "ready"
-
-
-def _start_failed(failure: StartError) -> NotAdmitted:
-    reason = " ".join(str(failure).split())
-    return NotAdmitted(
-        f"The worker could not start: {reason}.",
-        retry_after_s=FAILED_RETRY_AFTER_S,
-        code="worker_start_failed",
-    )
 
 
 def _stopping() -> NotAdmitted:

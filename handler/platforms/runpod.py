@@ -28,7 +28,7 @@ from handler.asgi import refuse
 from handler.bridge import across
 from handler.drain import Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, NoResources, NotAdmitted, RequestError, StartError, Unfit
+from handler.errors import EngineFailed, NoResources, RequestError, StartError, StartFailed, Unfit
 from handler.messages import Call
 from handler.phases import Phases
 from handler.settings import Settings
@@ -47,7 +47,6 @@ LINGER_S = 5.0
 """What the SDK gets, after the drain's deadline, to post the errors that ended what was left."""
 REFUSALS = 64
 """How many jobs at once a worker takes that can only say why it did not start."""
-RETRY_AFTER_S = 60
 
 
 def open(settings: Settings) -> RunPod:  # noqa: A001 - each platform has one
@@ -95,13 +94,14 @@ class RunPod:
         """Answer every job with `failure` until SIGTERM."""
         if self._sdk is None:
             self._sdk = import_sdk(self._settings.log_level, os.environ)
-        reason = " ".join(str(failure).split()).rstrip(".")
-        answer = NotAdmitted(
-            f"The worker could not start: {reason}.", retry_after_s=RETRY_AFTER_S, code="worker_start_failed"
-        )
         intake = Intake(REFUSALS, self._settings.drain_timeout_s, stopping=notifier.stopping)
         notifier.ready({})
-        self._take(refuse(answer), intake)
+        self._take(refuse(StartFailed(failure)), intake)
+
+    def refuse(self, failure: StartError | None) -> None:  # noqa: ARG002 - of the protocol
+        """No job was taken yet: there is nobody to tell."""
+        if self._checks is not None:
+            self._checks.kill()
 
     def _take(self, call: Call, intake: Intake) -> None:
         config = {
