@@ -16,7 +16,7 @@ FirstTokenError
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
-│   │   └── StartFailed     503  worker_start_failed
+│   │   └── StartFailed     503  worker_start_failed, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
 └── StartError              ends the process with an exit code from sysexits.h
     ├── UsageError          64

@@ -28,6 +28,7 @@ EXAMPLES: tuple[RequestError, ...] = (
     errors.EngineDead(),
     errors.UpstreamFailed("why"),
     errors.NotAdmitted("why", retry_after_s=3),
+    errors.StartFailed(errors.EngineFailed("why")),
     errors.DeadlineExceeded("why"),
 )
 
@@ -48,6 +49,7 @@ EXPECTED = {
     "EngineDead": (500, "server_error", None, "engine_dead", {}),
     "UpstreamFailed": (502, "server_error", None, "upstream_failed", {}),
     "NotAdmitted": (503, "server_error", None, "not_admitted", {"retry-after": "3"}),
+    "StartFailed": (503, "server_error", None, "worker_start_failed", {"retry-after": "60"}),
     "DeadlineExceeded": (504, "server_error", None, "deadline_exceeded", {}),
 }
 
