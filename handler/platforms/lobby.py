@@ -118,8 +118,8 @@ class Lobby:
 
     @property
     def listens(self) -> bool:
-        """Whether it has begun to."""
-        return self._listening.is_set()
+        """Whether it has begun to, and goes on."""
+        return self._listening.is_set() and self._thread.is_alive()
 
     def _do(self, what: Callable[[], None]) -> None:
         self._listening.wait()
