@@ -2,6 +2,7 @@
 
     worker      our platforms around it, as `PLATFORM` says
     per-token   RunPod's SDK with a handler that yields each frame by itself
+    gateway-worker, gateway-per-token   a gateway whose worker it is, asked through jobs
 
 `PACE_TOKENS_PER_S` is the rate, `PACE_LINK_MS` the delay of the line to RunPod's side, each way.
 """
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Coroutine, MutableMapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+from gateway.__main__ import main as gateway_main
 from handler import platforms, sse
 from handler.__main__ import end, exit_code
 from handler.asgi import Message, Receive, Send, call_app
@@ -147,4 +149,8 @@ def per_token(per_s: float, environ: MutableMapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    end(exit_code(lambda: work(sys.argv[1], os.environ)))
+    mode = sys.argv[1]
+    if mode.startswith("gateway-"):
+        command = (sys.executable, "-m", "bench.paced", mode.removeprefix("gateway-"))
+        sys.exit(gateway_main(["serve", "--upstream", "runpod"], command))
+    end(exit_code(lambda: work(mode, os.environ)))

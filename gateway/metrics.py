@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_JOB_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _HELD_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 
 
@@ -55,6 +56,18 @@ class Metrics:
         )
         self.jobs_in_progress = Gauge(
             "firsttoken_gateway_jobs_in_progress", "Jobs that workers hold.", registry=registry
+        )
+        self.job_queued_s = Histogram(
+            "firsttoken_gateway_job_queued_seconds",
+            "How long jobs waited until a worker took them.",
+            buckets=_JOB_BUCKETS_S,
+            registry=registry,
+        )
+        self.job_first_output_s = Histogram(
+            "firsttoken_gateway_job_first_output_seconds",
+            "From a job's hand-out to the first output that its worker posted.",
+            buckets=_JOB_BUCKETS_S,
+            registry=registry,
         )
         self.jobs = Counter(
             "firsttoken_gateway_jobs",

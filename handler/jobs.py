@@ -39,6 +39,9 @@ SHAPES = (
     '{"messages": [...], "sampling_params": {...}, "stream": false} or the same with "prompt"'
 )
 
+ANSWER_MAX_BYTES = 20_000_000
+"""What RunPod takes as a job's result; it refuses a larger one, and the SDK gives up."""
+
 _OF_WORKER_VLLM = frozenset(
     {
         "sampling_params",
@@ -134,7 +137,8 @@ class _Output(dict[str, Any]):
 async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
     """The outputs of a job that is answered with `reply`, in order; see the top of this file.
 
-    `streamed` is whether the request asked for a stream.
+    `streamed` is whether the request asked for a stream. Raises `RequestError` for an answer that
+    RunPod would not take: its job would hang.
     """
     if reply.status >= 400:
         error = {**_error(await read(reply)), "status": reply.status}
@@ -152,7 +156,13 @@ async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
             text = broken[broken.index(_ERROR_FRAME) + len("data: ") :]
             yield {"error": json.dumps(_error(text.partition("\n\n")[0]))}
     else:
-        yield _value(await read(reply), reply.header("content-type") or "")
+        raw = await read(reply)
+        if len(raw) > ANSWER_MAX_BYTES:
+            raise RequestError(
+                f"The answer has {len(raw)} bytes, and a job can't hold more than {ANSWER_MAX_BYTES}.",
+                code="answer_too_large",
+            )
+        yield _value(raw, reply.header("content-type") or "")
 
 
 def render_error(error: Mapping[str, Any], *, streamed: bool, begun: bool = False) -> list[Any]:

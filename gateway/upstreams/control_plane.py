@@ -209,7 +209,7 @@ class ControlPlane:
         if job is None:
             self._drop(worker_id, job_id)
         elif "output" in posted:
-            job.put(posted["output"], len(request.body))
+            self.line.put(job, posted["output"], len(request.body))
             await job.room()
         yield json_reply(200, {})
 

@@ -38,6 +38,8 @@ class Job:
         self.input = job_input
         self.streamed = streamed
         self.worker_id: str | None = None
+        self.since_s = 0.0
+        """When it was lined up, and once a worker has it, when that took it."""
         self.deadline_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
         self.begun = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
@@ -55,7 +56,8 @@ class Line:
         """Put `job` at the end. Raises `NotAdmitted` when the line is full."""
         if self.queued >= self._limit + self.wanted:
             raise NotAdmitted(f"{self.queued} requests already wait.", retry_after_s=RETRY_AFTER_S)
-        job.deadline_s = self._loop.time() + self._queue_timeout_s
+        job.since_s = self._loop.time()
+        job.deadline_s = job.since_s + self._queue_timeout_s
         self._queue(job)
         self._arrived()
 
@@ -66,7 +68,10 @@ class Line:
             del self._queued[job.id]
             job.worker_id = worker_id
             self._handed[job.id] = job
-            self._set_timer(job, self._loop.time() + self._execution_timeout_s, self._expire)
+            now_s = self._loop.time()
+            self._metrics.job_queued_s.observe(now_s - job.since_s)
+            job.since_s = now_s
+            self._set_timer(job, now_s + self._execution_timeout_s, self._expire)
         self._count("handed_out", len(taken))
         return taken
 
@@ -86,6 +91,12 @@ class Line:
         """The job `job_id` if `worker_id` holds it: whatever else a worker says is too late."""
         job = self._handed.get(job_id)
         return job if job is not None and job.worker_id == worker_id else None
+
+    def put(self, job: Job, output: Any, size_bytes: int) -> None:
+        """The worker that holds `job` has posted `output`."""
+        if not job.begun:
+            self._metrics.job_first_output_s.observe(self._loop.time() - job.since_s)
+        job.put(output, size_bytes)
 
     def close(self, job: Job) -> None:
         """The worker that held `job` is done with it."""

@@ -149,6 +149,14 @@ async def test_a_plain_answer_there_and_back() -> None:
         assert (status, json.loads(got)) == (200, body)
 
 
+async def test_an_answer_that_runpod_would_refuse_is_an_error() -> None:
+    """The result would be lost, and the job would hang until its deadline."""
+    whole = reply(200, JSON, b'"', b"x" * jobs.ANSWER_MAX_BYTES, b'"')
+    with pytest.raises(RequestError, match=f"{jobs.ANSWER_MAX_BYTES + 2} bytes") as raised:
+        await rendered(whole)
+    assert (raised.value.status, raised.value.code) == (500, "answer_too_large")
+
+
 async def test_a_text_there_and_back() -> None:
     """What is no JSON, as a transcription may be."""
     outputs = await rendered(reply(200, (("content-type", "text/plain"),), "é".encode()))

@@ -19,7 +19,7 @@ PAGE = (Path(__file__).parent.parent.parent / "docs" / "runpod.md").read_text()
 OURS = {name for row in TABLE for name in row.names} | {flag.name for flag in FLAGS}
 THEIRS = {*WORKER_VLLM, *ALIASES, "MODEL"}
 OF_OTHERS = {"HF_HOME", "RUNPOD_INIT_TIMEOUT", "RUNPOD_REALTIME_PORT", "RUNPOD_SECRET_name"}
-WORDS = {"GET", "POST", "DEBUG", "INFO", "UPPER_SNAKE"}
+WORDS = {"GET", "POST", "DEBUG", "INFO", "WARN", "UPPER_SNAKE"}
 
 
 def names(text: str) -> set[str]:
