@@ -25,16 +25,20 @@ async def _connect(
     host: str, port: int, delay_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     there, out = await asyncio.open_connection(host, port)
-    ways = (_pass(reader, out, delay_s), _pass(there, writer, delay_s))
-    with suppress(OSError):
-        await asyncio.gather(*ways)
+    try:
+        with suppress(OSError):
+            await asyncio.gather(_pass(reader, out, delay_s), _pass(there, writer, delay_s))
+    finally:
+        out.close()
+        writer.close()
 
 
 async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
     loop = asyncio.get_running_loop()
     while data := await reader.read(READ_BYTES):
         loop.call_later(delay_s, writer.write, data)
-    loop.call_later(delay_s, writer.close)
+    await asyncio.sleep(delay_s)
+    writer.write_eof()  # one way has ended, the other may go on
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -46,16 +47,21 @@ async def test_the_line_delays_each_way_and_keeps_the_order() -> None:
         assert loop.time() - begun_s >= 0.08
         assert sent[1:] == await reader.read()
         writer.close()
+        await writer.wait_closed()
     finally:
         line.kill()
         await line.wait()
+        await line.stdout.read()
         server.close()
+        await server.wait_closed()
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while data := await reader.read(1 << 16):
         writer.write(data)
     writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 def test_the_benchmark_runs_and_ends_with_its_line() -> None:
