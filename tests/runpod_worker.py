@@ -50,7 +50,7 @@ class RemoteEngine:
         def tell(what: str, name: str) -> None:
             writer.write(json.dumps([what, name]).encode() + b"\n")
 
-        app = ScriptedApp(scripts, repeat="repeat" in play["start"], tell=tell)
+        app = ScriptedApp(scripts, repeat=["repeat"] in play["start"], tell=tell)
         self.call = call_app(app, keep_alive_s=0)
         self._opened.set_result(None)
         while line := await reader.readline():

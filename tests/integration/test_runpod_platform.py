@@ -299,6 +299,25 @@ async def test_a_job_that_comes_after_sigterm_is_served(folder: Path) -> None:
         assert on.plane.polls == 2
 
 
+async def test_sigterm_under_load_loses_nothing_that_was_taken(folder: Path) -> None:
+    """Every second job is a stream; what was not taken stays in the platform's line."""
+    whole, streamed = answer({"ok": 1}), stream("1", "2")
+    scripts = {CHAT: whole, "POST /v1/completions": streamed}
+    text = {"openai_route": "/v1/completions", "openai_input": {"prompt": "Hi", "stream": True}}
+    async with pod(folder, scripts, repeat=True) as on:
+        given = await on.plane.submit(*[PLAIN, text] * 500)
+        await given[100].result()
+        on.process.send_signal(signal.SIGTERM)
+        assert await on.process.wait() == 0
+        taken = sum(count for _, count in on.plane.takes)
+    assert 100 < taken < len(given)
+    assert [job.done for job in given[:taken:2] if job.done != [{"output": [{"ok": 1}]}]] == []
+    for job in given[1:taken:2]:
+        (result,) = job.done
+        assert "".join(result["output"]) == f"data: 1\n\ndata: 2\n\n{DONE}"
+    assert all(job.done == [] and job.streamed == [] for job in given[taken:])
+
+
 async def test_the_drains_deadline_ends_what_is_left_with_an_error(folder: Path) -> None:
     """Whole or streamed, and the exit code is that of a drain."""
     scripts = {CHAT: [stream("1", Pause("never")), Script((Pause("never"),))]}
