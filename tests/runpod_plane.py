@@ -128,6 +128,11 @@ class Plane:
         async with self._news:
             await self._news.wait_for(lambda: self.polls >= count)
 
+    async def taken(self, job: Job) -> None:
+        """Return once a worker has taken `job`."""
+        async with self._news:
+            await self._news.wait_for(lambda: job not in self._line)
+
     async def release(self) -> None:
         """Answer every long poll, now and from now on."""
         async with self._news:
@@ -149,7 +154,9 @@ class Plane:
             self.polls += 1
             self._news.notify_all()
         await self._held(self._line)
-        given, self._line = self._line[:most], self._line[most:]
+        async with self._news:
+            given, self._line = self._line[:most], self._line[most:]
+            self._news.notify_all()
         self.takes.append((most, len(given)))
         if not given:
             if self.closed_polls:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from handler import sse
 from tests.runpod_plane import Plane
-from tests.servers import MODEL, ROOT, engine_environ
+from tests.servers import MAX_MODEL_LEN, MODEL, ROOT, engine_environ
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "temperature": 0}
 
@@ -77,6 +77,27 @@ async def test_a_worker_of_the_platform(tiny_model: Path, tmp_path: Path) -> Non
     log = (tmp_path / "said").read_text()
     assert "cold start {" in log
     assert "Traceback" not in log
+
+
+async def test_a_stopped_job_stops_in_the_engine(tiny_model: Path, tmp_path: Path) -> None:
+    """The next job, for which there was no room, begins; of the stopped one nothing more is said."""
+    long = {**ASK, "max_tokens": MAX_MODEL_LEN - 64, "ignore_eos": True, "temperature": 1, "n": 2}
+    chat = {"openai_route": "/v1/chat/completions"}
+    async with (
+        Plane().open() as plane,
+        worker(plane, tiny_model, tmp_path, {"MAX_CONCURRENCY": "1"}) as process,
+    ):
+        for stream in (True, False):
+            stopped, after = await plane.submit(
+                {**chat, "openai_input": {**long, "stream": stream}}, {**chat, "openai_input": ASK}
+            )
+            await plane.taken(stopped)
+            if stream:
+                await stopped.said(1)
+            await plane.cancel(stopped)
+            assert (await after.result())["output"][0]["object"] == "chat.completion"
+            assert stopped.done == []
+        assert await drained(plane, process) == 0
 
 
 async def test_a_worker_that_can_not_start_says_so_to_every_job(tmp_path: Path) -> None:
