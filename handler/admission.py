@@ -15,13 +15,7 @@ from typing import Protocol
 from handler import sse
 from handler.body import asks_for_stream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
-from handler.messages import Headers, Reply, Request, read
-
-_EARLY_HEADERS: Headers = (
-    ("content-type", "text/event-stream; charset=utf-8"),
-    ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),
-)
+from handler.messages import Reply, Request, read
 
 
 class WorkerLost(UpstreamFailed):
@@ -110,7 +104,7 @@ class Admission:
                     turn = self._line_up(deadline_s, stack)
                     if not await self._soon(turn, request):
                         frames = self._held(request, turn, deadline_s, stack, last=last)
-                        yield Reply(200, _EARLY_HEADERS, await stack.enter_async_context(aclosing(frames)))
+                        yield Reply(200, sse.HEADERS, await stack.enter_async_context(aclosing(frames)))
                         return
                     waited = True
                 try:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from handler import edge, metrics, slots
@@ -28,6 +27,7 @@ from handler.listener import listen, listen_unix
 from handler.phases import Phases
 from handler.platforms import door
 from handler.platforms.lobby import Lobby
+from handler.server import Server, config, end
 from handler.settings import Settings
 from handler.supervision import Notifier
 
@@ -145,7 +145,7 @@ class _Server:
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
         app = door.application(self.call, self._settings, self._state, self._registry)
-        server = uvicorn.Server(door.config(app))
+        server = Server(config(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
         deadline_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
@@ -155,7 +155,7 @@ class _Server:
         log.info("drained", extra={"ended_early": ended})
         # Whoever has sent half a body or reads no more is no request that could be finished.
         left_s = deadline_s - asyncio.get_running_loop().time()
-        door.end(server, max(door.LINGER_S, left_s))
+        end(server, max(door.LINGER_S, left_s))
         await serving
 
     def _state(self) -> str:

@@ -27,6 +27,7 @@ from handler.errors import NotAdmitted
 from handler.listener import close_copies
 from handler.messages import Call, Reply, Request
 from handler.platforms import door
+from handler.server import Server, config, end
 from handler.settings import Settings
 
 HELD_MAX = 1000
@@ -71,12 +72,12 @@ class Lobby:
         # A descriptor of its own: the engine's server goes on with the other one.
         self._sockets = [listener.dup()]
         app = door.application(self._admission.call, settings, self._state, REGISTRY, _last)
-        self._door = _Door(door.config(app), self._listening.set)
-        self._servers: list[uvicorn.Server] = [self._door]
+        self._door = _Door(config(app), self._listening.set)
+        self._servers: list[Server] = [self._door]
         if health is not None:
             self._sockets.append(health)
             asked = door.probes(self._state, max_body_bytes=settings.max_body_bytes)
-            self._servers.append(uvicorn.Server(door.config(asked)))
+            self._servers.append(Server(config(asked)))
         self._inherited = [listener, *self._sockets]
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="lobby", daemon=True)
@@ -148,7 +149,7 @@ class Lobby:
 
     def _end(self, within_s: float) -> None:
         for server in self._servers:
-            door.end(server, within_s)
+            end(server, within_s)
 
     def _state(self) -> str:
         if self._coming.failure is not None:
@@ -206,7 +207,7 @@ class _Coming:
         self._news.set()
 
 
-class _Door(uvicorn.Server):
+class _Door(Server):
     """A server that can let nobody else in, and ends once all who had come in are answered."""
 
     def __init__(self, config: uvicorn.Config, began: Callable[[], None]) -> None:

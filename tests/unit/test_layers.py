@@ -19,7 +19,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"__main__"},
     {"freezable", "platforms", "warm"},
     {"engine"},
-    {"edge"},
+    {"edge", "server"},
     {"asgi"},
     {
         "admission",
