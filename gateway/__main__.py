@@ -33,6 +33,7 @@ from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 from handler.server import Server, config
+from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
@@ -96,12 +97,14 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
     admission = Admission(
         upstream,
-        queue_limit=settings.queue_limit,
+        room=Room(
+            limit=settings.queue_limit,
+            tell_waiting=metrics.queue_depth.set,
+            tell_waited_s=metrics.held_s.observe,
+        ),
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
-        tell_waiting=metrics.queue_depth.set,
-        tell_waited_s=metrics.held_s.observe,
     )
     gateway = Gateway(
         endpoint_id=settings.endpoint_id,

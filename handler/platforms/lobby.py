@@ -25,16 +25,11 @@ from handler import early, edge
 from handler.admission import Admission
 from handler.errors import NotAdmitted
 from handler.listener import close_copies
-from handler.messages import Call, Reply, Request
+from handler.messages import PATIENCE_S, Call, Reply, Request
 from handler.platforms import door
 from handler.server import Server, config, end
 from handler.settings import Settings
-
-HELD_MAX = 1000
-"""How many requests wait at most; a load balancer that has more needs to hear it."""
-
-HELD_S = 590.0
-"""How long one waits at most: clients of OpenAI's give up after 600 s."""
+from handler.waiting import WAITING_MAX, WAITING_MAX_BYTES, Room
 
 COLD_START_GUESS_S = 30.0
 """What is told in `Retry-After`: nobody knows how long this start will take."""
@@ -55,15 +50,16 @@ class Lobby:
         listener: socket.socket,
         health: socket.socket | None = None,
         *,
-        held_max: int = HELD_MAX,
-        held_s: float = HELD_S,
+        held_max: int = WAITING_MAX,
+        held_max_bytes: int = WAITING_MAX_BYTES,
+        held_s: float = PATIENCE_S,
     ) -> None:
         self._model = _only_model(settings)
         self._dead: Callable[[], bool] = lambda: False
         self._coming = _Coming()
         self._admission = Admission(
             self._coming,
-            queue_limit=held_max,
+            room=Room(limit=held_max, limit_bytes=held_max_bytes),
             queue_timeout_s=held_s,
             keep_alive_s=settings.keep_alive_s,
             check=self._check,

@@ -293,6 +293,22 @@ async def test_no_more_wait_than_may_and_none_too_long() -> None:
         await asyncio.to_thread(lobby.close, 0.0)
 
 
+async def test_no_more_bytes_wait_than_may() -> None:
+    """Beside a model that loads there is no room for a thousand images."""
+    settings = Settings.from_environ(MODEL)
+    with listen(HOST, 0) as listener:
+        lobby = Lobby(settings, listener, held_max_bytes=1000)
+        lobby.open()
+        served = At(listener.getsockname()[1])
+        first = asyncio.create_task(chat(served, {"user": "x" * 900}))
+        while lobby.waiting != 1:
+            await ask(served, "GET", "/health")
+        status, headers, body = await chat(served, {"user": "x" * 100})
+        assert (status, code(body), "retry-after" in headers) == (503, "not_admitted", True)
+        first.cancel()
+        await asyncio.to_thread(lobby.close, 0.0)
+
+
 # --- the engine takes over ----------------------------------------------------------------------
 
 

@@ -21,8 +21,8 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"engine"},
     {"edge", "server"},
     {"asgi"},
+    {"admission", "slots"},
     {
-        "admission",
         "caches",
         "drain",
         "early",
@@ -36,6 +36,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "metrics",
         "model",
         "prerequisites",
+        "waiting",
     },
     {
         "auth",
@@ -46,7 +47,6 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "machine",
         "readahead",
         "settings",
-        "slots",
         "sse",
         "structure",
         "supervision",
