@@ -30,6 +30,7 @@ from handler.platforms.lobby import Lobby
 from handler.server import Server, config, end
 from handler.settings import Settings
 from handler.supervision import Notifier
+from handler.waiting import kept_alive
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +130,12 @@ class _Server:
         self._engine = engine
         self._drain = Drain()
         self._stop = asyncio.Event()
-        call = engine.call
-        if settings.max_concurrency is not None:
-            call = slots.limit(call, settings.max_concurrency)
-        self.call = self._drain.wrap(edge.openai(call, engine_is_dead=lambda: engine.is_dead))
+        limited = settings.max_concurrency
+        call = engine.call if limited is None else slots.limit(engine.call, limited)
+        call = edge.openai(call, engine_is_dead=lambda: engine.is_dead)
+        if limited is not None:
+            call = kept_alive(call, settings.keep_alive_s)
+        self.call = self._drain.wrap(call)
         metrics.register(
             phases, running=engine.running, in_flight=lambda: self._drain.in_flight, registry=registry
         )

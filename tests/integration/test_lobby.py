@@ -479,3 +479,19 @@ async def test_no_more_run_at_once_than_may() -> None:
         app.gate("decode").opened.set()
         assert [(await asking)[0] for asking in (first, second, third)] == [200, 200, 200]
     app.finish()
+
+
+async def test_a_stream_that_waits_for_its_turn_is_kept_alive() -> None:
+    """It gets its status early and comments, then what the engine says."""
+    app = ScriptedApp({CHAT: [stream("1", Pause("decode")), stream("2")]})
+    async with starting(app, {"MAX_CONCURRENCY": "1", "KEEP_ALIVE_S": "0.01", **MODEL}) as worker:
+        worker.become_ready()
+        async with stream_asked(worker) as running:
+            await running.readuntil(b"data: 1\n\n")
+            async with stream_asked(worker) as waiting:
+                assert (await read_head(waiting))[0] == 200
+                for _ in range(3):
+                    await waiting.readuntil(sse.KEEP_ALIVE)
+                app.gate("decode").opened.set()
+                await waiting.readuntil(b"data: 2\n\n")
+                assert b"data: [DONE]" in await waiting.readuntil(b"0\r\n\r\n")
