@@ -37,8 +37,6 @@ from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
-HAND_OUT_S = 2.0
-"""How long a request may wait for the SDK, which now and then asks for jobs once a second, at least."""
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
@@ -99,6 +97,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         upstream,
         room=Room(
             limit=settings.queue_limit,
+            others=lambda: upstream.in_line,
             tell_waiting=metrics.queue_depth.set,
             tell_waited_s=metrics.held_s.observe,
         ),
@@ -166,7 +165,7 @@ def open_upstream(
     line = Line(
         metrics,
         limit=settings.queue_limit,
-        queue_timeout_s=max(settings.queue_timeout_s, HAND_OUT_S),
+        queue_timeout_s=settings.queue_timeout_s,
         execution_timeout_s=settings.execution_timeout_s,
     )
     return RunpodUpstream(launcher, environ, ControlPlane(settings.endpoint_id, line, metrics), **keep)

@@ -79,16 +79,19 @@ TABLE: Table = (
     Setting(
         "QUEUE_TIMEOUT_S",
         "queue_timeout_s",
-        seconds(0, 599),
+        seconds(1, 599),
         "300",
-        "How long a request may wait. Below 600, where OpenAI's clients give up.",
+        "How long a request may wait in all, for a worker to start and then to take it: a 504 after that. "
+        "Below 600, where OpenAI's clients give up.",
     ),
     Setting(
         "EXECUTION_TIMEOUT_S",
         "execution_timeout_s",
         seconds(1, 86_400),
         "590",
-        "With `UPSTREAM=runpod`, how long a job may run. Below 600, where OpenAI's clients give up.",
+        "With `UPSTREAM=runpod`, how long a job may run. Until its client hears something, be it a comment, "
+        "its waits count too: it is a 504 this long after it came, or 590 s if that is longer. Below 600, "
+        "where OpenAI's clients give up.",
     ),
     *rows("KEEP_ALIVE_S"),
     replace(

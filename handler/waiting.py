@@ -23,7 +23,8 @@ WAITING_MAX_BYTES = 256 << 20
 class Room:
     """Where at most `limit` requests wait, their bodies at most `limit_bytes` together, but one always may.
 
-    Who leaves frees its place at once. `tell_waiting` hears how many wait, `tell_waited_s` how long each did.
+    Who leaves frees its place at once. `others` says how many wait elsewhere, and count. `tell_waiting`
+    hears how many wait, `tell_waited_s` how long each did.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class Room:
         *,
         limit: int,
         limit_bytes: float = math.inf,
+        others: Callable[[], int] = lambda: 0,
         tell_waiting: Callable[[int], None] = lambda _: None,
         tell_waited_s: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._limit = limit
         self._limit_bytes = limit_bytes
+        self._others = others
         self._tell_waiting = tell_waiting
         self._tell_waited_s = tell_waited_s
         self._held_bytes = 0
@@ -74,8 +77,9 @@ class Room:
 
     def _find_place(self, size_bytes: int, retry_after_s: Callable[[], float]) -> None:
         too_large = self._held_bytes > 0 and self._held_bytes + size_bytes > self._limit_bytes
-        if self.waiting >= self._limit or too_large:
-            raise NotAdmitted(f"{self.waiting} requests already wait.", retry_after_s=retry_after_s())
+        waiting = self.waiting + self._others()
+        if waiting >= self._limit or too_large:
+            raise NotAdmitted(f"{waiting} requests already wait.", retry_after_s=retry_after_s())
 
     def _count(self, number: int, size_bytes: int) -> None:
         self.waiting += number

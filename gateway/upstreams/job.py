@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from handler import jobs, sse
 from handler.errors import RequestError, UpstreamFailed
-from handler.messages import Reply, read
+from handler.messages import Reply, Visit, read
 
 HIGH_WATER_BYTES = 256 * 1024
 """The worker's post is answered late once this much is unread: a slow client slows its own job only."""
@@ -26,14 +26,14 @@ class Job:
     client's side reads `reply`, which iterates over the outputs.
     """
 
-    def __init__(self, job_input: Mapping[str, Any], *, streamed: bool) -> None:
+    def __init__(self, job_input: Mapping[str, Any], *, streamed: bool, visit: Visit | None = None) -> None:
         self.id = str(uuid4())
         self.input = job_input
         self.streamed = streamed
+        self.visit = visit or Visit()
         self.worker_id: str | None = None
         self.since_s = 0.0
         """When it was lined up, and once a worker has it, when that took it."""
-        self.deadline_s = 0.0
         self.timer: asyncio.TimerHandle | None = None
         self.begun = False
         """Whether an output has come."""

@@ -149,6 +149,11 @@ class Keeper(ABC):
             self._wanted.set()
             await self._news.wait()
 
+    @property
+    def in_line(self) -> int:
+        """How many requests wait here until a worker takes them."""
+        return 0
+
     @abstractmethod
     def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
         """Ask the worker (a `handler.messages.Call`)."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.job import Job
-from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
+from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed, retry_after
+from handler.messages import PATIENCE_S
 
 RETRY_AFTER_S = 5
 """When a full line may have room again: a guess, for nobody knows how long answers get."""
 
 
 class Line:
-    """Holds `limit` jobs at most, each for `queue_timeout_s`; once taken it has `execution_timeout_s`."""
+    """Holds `limit` new jobs at most, in the order in which their requests came.
+
+    A request waits `queue_timeout_s` from its arrival, wherever it does. Once taken it has
+    `execution_timeout_s`; but a client that hears nothing gives up when it has waited for about as long.
+    """
 
     def __init__(
         self,
@@ -53,13 +58,11 @@ class Line:
         return len(self._handed)
 
     def add(self, job: Job) -> None:
-        """Put `job` at the end. Raises `NotAdmitted` when the line is full."""
-        if self.queued >= self._limit + self.wanted:
+        """Line `job` up. Raises `NotAdmitted` when the line is full and its request was never admitted."""
+        if not job.visit.admitted and self.queued >= self._limit + self.wanted:
             raise NotAdmitted(f"{self.queued} requests already wait.", retry_after_s=RETRY_AFTER_S)
         job.since_s = self._loop.time()
-        job.deadline_s = job.since_s + self._queue_timeout_s
-        self._queue(job)
-        self._arrived()
+        self._queue([job])
 
     def hand_out(self, worker_id: str, most: int) -> list[Job]:
         """The first jobs of the line, which are `worker_id`'s from now on."""
@@ -71,21 +74,17 @@ class Line:
             now_s = self._loop.time()
             self._metrics.job_queued_s.observe(now_s - job.since_s)
             job.since_s = now_s
-            self._set_timer(job, now_s + self._execution_timeout_s, self._expire)
+            self._set_timer(job, self._answer_by_s(job), self._expire)
         self._count("handed_out", len(taken))
         return taken
 
     def give_back(self, jobs: Iterable[Job]) -> None:
-        """`jobs` were handed out and have not reached the worker: they are first in line again."""
+        """`jobs` were handed out and have not reached the worker: they have their old places again."""
         back = [job for job in jobs if self._handed.pop(job.id, None)]
-        later, self._queued = self._queued, {}
         for job in back:
             job.worker_id = None
-            self._queue(job)
-        self._queued |= later
         self._count("given_back", len(back))
-        if back:
-            self._arrived()
+        self._queue(back)
 
     def find(self, worker_id: str, job_id: str) -> Job | None:
         """The job `job_id` if `worker_id` holds it: whatever else a worker says is too late."""
@@ -96,6 +95,7 @@ class Line:
         """The worker that holds `job` has posted `output`."""
         if not job.begun:
             self._metrics.job_first_output_s.observe(self._loop.time() - job.since_s)
+            self._set_timer(job, job.since_s + self._execution_timeout_s, self._expire)
         job.put(output, size_bytes)
 
     def close(self, job: Job) -> None:
@@ -121,7 +121,8 @@ class Line:
                 job.fail(UpstreamFailed(f"The worker {how} while it answered."))
             else:
                 self._count("retried")
-                job.fail(WorkerLost(f"The worker {how} before it answered."))
+                worked_s = self._loop.time() - job.since_s
+                job.fail(WorkerLost(f"The worker {how} before it answered.", worked_s=worked_s))
 
     def refuse(self, refusal: RequestError) -> None:
         """No worker comes for those in line."""
@@ -129,9 +130,25 @@ class Line:
         for job in refused.values():
             job.fail(refusal)
 
-    def _queue(self, job: Job) -> None:
-        self._queued[job.id] = job
-        self._set_timer(job, job.deadline_s, self._give_up)
+    def _queue(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        last = next(reversed(self._queued.values()), jobs[0])
+        for job in jobs:
+            self._queued[job.id] = job
+            self._set_timer(job, job.visit.deadline_s(self._queue_timeout_s), self._give_up)
+        if jobs[0].visit.arrived_s < last.visit.arrived_s:  # their worker was lost, or did not get them
+            in_order = sorted(self._queued.values(), key=lambda job: job.visit.arrived_s)
+            self._queued = {job.id: job for job in in_order}
+        self.arrival.set_result(None)
+        self.arrival = self._loop.create_future()
+
+    def _answer_by_s(self, job: Job) -> float:
+        """When its client or `execution_timeout_s` gives up on `job`, which is handed out."""
+        by_s = job.since_s + self._execution_timeout_s
+        if job.streamed and job.visit.kept_alive:
+            return by_s
+        return min(by_s, job.visit.arrived_s + max(self._execution_timeout_s, PATIENCE_S))
 
     def _set_timer(self, job: Job, at_s: float, then: Callable[[Job], None]) -> None:
         if job.timer is not None:
@@ -140,14 +157,17 @@ class Line:
 
     def _give_up(self, job: Job) -> None:
         del self._queued[job.id]
-        late = NotAdmitted("", retry_after_s=RETRY_AFTER_S).headers
         job.fail(
-            DeadlineExceeded(f"No worker took the request within {self._queue_timeout_s:g} s.", headers=late)
+            DeadlineExceeded(
+                f"No worker took the request within {self._queue_timeout_s:g} s.",
+                headers=retry_after(RETRY_AFTER_S),
+            )
         )
 
     def _expire(self, job: Job) -> None:
         self._count("expired")
-        job.fail(DeadlineExceeded(f"The answer took longer than {self._execution_timeout_s:g} s."))
+        late_s = self._loop.time() - job.since_s
+        job.fail(DeadlineExceeded(f"The answer took longer than {late_s:.0f} s."))
         self._drop(job)
 
     def _drop(self, job: Job) -> None:
@@ -155,10 +175,6 @@ class Line:
         self._count("stopped")
         self.stop(job)
         job.end()
-
-    def _arrived(self) -> None:
-        self.arrival.set_result(None)
-        self.arrival = self._loop.create_future()
 
     def _count(self, what: str, number: int = 1) -> None:
         self._metrics.jobs.labels(what).inc(number)

@@ -35,13 +35,16 @@ class LocalUpstream(Keeper):
         worker, proxy = self._worker, self._proxy
         if worker is None or proxy is None:
             raise WorkerLost("There is no worker.")
+        loop = asyncio.get_running_loop()
+        asked_s = loop.time()
         async with AsyncExitStack() as stack:
             try:
                 reply = await stack.enter_async_context(proxy.call(request))
             except Refused:
                 worker.leave()  # it may live on and finish what it holds
                 raise
-            except WorkerLost:
+            except WorkerLost as lost:
+                lost.worked_s = loop.time() - asked_s
                 # Its connections may end before the news of its death: don't ask the dead again.
                 await asyncio.wait({worker.exited}, timeout=NOTICE_S)
                 if worker.exited.done():

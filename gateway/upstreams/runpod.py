@@ -51,7 +51,7 @@ class RunpodUpstream(Keeper):
         Raises `WorkerLost` while it has posted nothing, `BadRequest` for what no job can hold,
         and `NotAdmitted` and `DeadlineExceeded` of the line.
         """
-        job = Job(jobs.dump(request), streamed=asks_for_stream(request))
+        job = Job(jobs.dump(request), streamed=asks_for_stream(request), visit=request.visit)
         if refusal := self.refusal:
             raise refusal
         self._line.add(job)
@@ -61,6 +61,11 @@ class RunpodUpstream(Keeper):
             yield await job.reply()
         finally:
             self._line.leave(job)
+
+    @property
+    def in_line(self) -> int:
+        """How many jobs no worker has taken yet."""
+        return self._line.queued
 
     @property
     def health(self) -> Mapping[str, Any]:

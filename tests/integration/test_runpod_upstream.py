@@ -24,6 +24,7 @@ from gateway.upstreams.job import HIGH_WATER_BYTES
 from gateway.upstreams.launch import Fresh
 from gateway.upstreams.line import Line
 from gateway.upstreams.runpod import RunpodUpstream
+from handler import sse
 from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
@@ -140,6 +141,23 @@ async def begun(on: Stage, sdk: JobsClient, stack: AsyncExitStack) -> tuple[str,
     reply = await entering
     assert await anext(reply.frames) == b"data: 1\n\n"
     return job["id"], reply
+
+
+def in_front(on: Stage, keep_alive_s: float = 0) -> Admission:
+    """The gateway's queue, as long as the line."""
+    room = Room(limit=on.upstream._line._limit, others=lambda: on.upstream.in_line)
+    return Admission(on.upstream, room=room, queue_timeout_s=NEVER, keep_alive_s=keep_alive_s)
+
+
+async def answered(front: Admission, request: Request) -> bytes:
+    """The whole answer to `request`, which may be asked of two workers."""
+    async with front.call(request) as reply:
+        return await read(reply)
+
+
+def numbered(n: int) -> Request:
+    """A request that can be told from others."""
+    return Request("POST", "/v1/completions", JSON, json.dumps({"n": n}).encode())
 
 
 async def test_worker_is_told_where_the_control_plane_is(tmp_path: Path) -> None:
@@ -395,20 +413,25 @@ async def test_polls_without_news_are_held(tmp_path: Path) -> None:
 
 async def test_full_line_turns_away_and_waiting_has_an_end(tmp_path: Path) -> None:
     """503 with a hint, and 504."""
-    async with spoken(tmp_path, queue_limit=1, queue_timeout_s=0.2) as (on, _):
+    async with spoken(tmp_path, queue_limit=1) as (on, _):
         waiting = on.ask()
         while not on.upstream.health["jobs"]["in_queue"]:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
         with pytest.raises(NotAdmitted):
             await on.ask()
+        line = on.upstream._line
+        (job,) = line._queued.values()
+        line._give_up(job)  # its time is over
         with pytest.raises(DeadlineExceeded):
             await waiting
 
 
 async def test_job_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     """Its client is told, the worker too, and what that still says is dropped."""
-    async with spoken(tmp_path, execution_timeout_s=0.5) as (on, sdk), AsyncExitStack() as client:
+    async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
         job_id, reply = await begun(on, sdk, client)
+        line = on.upstream._line
+        line._expire(line._handed[job_id])  # its time is over
         with pytest.raises(DeadlineExceeded):
             await anext(reply.frames)
         assert await sdk.stops() == [job_id]
@@ -428,13 +451,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
     """What was not begun is asked again, what was not taken stays in line, and late words are dropped."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
         job_id, reply = await begun(on, sdk, client)
-        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
-
-        async def retried() -> bytes:
-            async with admission.call(PLAIN) as answered:
-                return await read(answered)
-
-        asking = asyncio.create_task(retried())
+        asking = asyncio.create_task(answered(in_front(on), PLAIN))
         taken = await sdk.take()
         assert taken is not None
         queued = on.ask(Request("GET", "/v1/models"))
@@ -462,6 +479,52 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
             await successor.done(again["id"], {"output": ["alive"]})
         assert [await queued, await asking] == [b"models", b"alive"]
         assert (on.counted("retried"), on.counted("dropped")) == (1, 2)
+
+
+async def test_dead_worker_turns_nobody_away(tmp_path: Path) -> None:
+    """What it held is first in line again, which was full and is longer now."""
+    async with spoken(tmp_path, queue_limit=2) as (on, sdk), AsyncExitStack() as clients:
+        front = in_front(on)
+        asking = [asyncio.create_task(answered(front, numbered(n))) for n in range(2)]
+        held = await sdk.take_batch(1) + await sdk.take_batch(1)
+        assert [job["input"]["openai_input"]["n"] for job in held] == [0, 1]
+        asking += [asyncio.create_task(answered(front, numbered(n))) for n in (2, 3)]
+        while on.upstream.in_line < 2:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(0)
+        with pytest.raises(NotAdmitted):
+            await answered(front, numbered(4))
+        os.kill(on.upstream._worker._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        await on.ended()
+        with pytest.raises(NotAdmitted, match="already wait"):
+            await answered(front, numbered(5))
+        successor = await clients.enter_async_context(speaking_for(await on.director.worker()))
+        while on.upstream.in_line < 4:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
+        taken = await successor.take_batch(9)
+        assert [job["input"]["openai_input"]["n"] for job in taken] == [0, 1, 2, 3]
+        for job in taken:
+            await successor.done(job["id"], {"output": [job["input"]["openai_input"]]})
+        assert [json.loads(await asked) for asked in asking] == [{"n": n} for n in range(4)]
+
+
+async def test_stream_in_line_is_kept_alive(tmp_path: Path) -> None:
+    """It is answered early and hears comments; then comes what the worker posts, or its error."""
+    async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as clients:
+        front = in_front(on, keep_alive_s=0.01)
+        first, second = [await clients.enter_async_context(front.call(CHAT)) for _ in range(2)]
+        for reply in (first, second):
+            assert (reply.status, reply.headers) == (200, sse.HEADERS)
+            assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3
+        assert on.upstream.in_line == 2
+        job = await sdk.take()
+        assert job is not None
+        await sdk.stream(job["id"], "data: 1\n\n")
+        await sdk.done(job["id"], {"output": ["data: 1\n\n", DONE]})
+        assert (await read(first)).replace(sse.KEEP_ALIVE, b"") == f"data: 1\n\n{DONE}".encode()
+        (waiting,) = on.upstream._line._queued.values()
+        on.upstream._line._give_up(waiting)
+        with pytest.raises(DeadlineExceeded):
+            await read(second)
 
 
 async def test_hung_worker_is_killed_and_replaced(tmp_path: Path) -> None:
@@ -586,8 +649,7 @@ async def test_real_sdk_that_dies_is_replaced_silently(tmp_path: Path) -> None:
     """The client's answer comes from the next worker, which is one of its own."""
     plays = [real({ROUTE: Script((Crash(),))}), real({ROUTE: answer({"id": "b"})})]
     async with stage(tmp_path, *plays, command=runpod_worker.COMMAND) as on:
-        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
-        async with admission.call(PLAIN) as reply:
+        async with in_front(on).call(PLAIN) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
         assert on.upstream.starts == 2
 

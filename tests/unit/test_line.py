@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 
 from gateway.metrics import Metrics
@@ -9,7 +12,8 @@ from gateway.upstreams import WorkerLost
 from gateway.upstreams.job import Job
 from gateway.upstreams.line import Line
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
-from handler.messages import read
+from handler.messages import Visit, read
+from tests.asgi_client import turns
 
 NEVER = 3600.0
 
@@ -76,6 +80,69 @@ async def test_full_line_turns_away() -> None:
     on.add(2)
     with pytest.raises(NotAdmitted):
         on.add()
+
+
+async def test_who_was_admitted_before_is_not_turned_away() -> None:
+    """Whether it waited for a worker elsewhere, or was with one that was lost; places go by arrival."""
+    on = Stage(limit=2)
+    came_s = [time.monotonic() - ago_s for ago_s in (9, 8, 7, 6, 5)]
+    retried, also_retried, second, waited, last = (
+        Job({}, streamed=False, visit=Visit(at_s, admitted=number not in {2, 4}))
+        for number, at_s in enumerate(came_s)
+    )
+    for job in (second, last, retried, waited, also_retried):
+        on.line.add(job)
+    with pytest.raises(NotAdmitted):
+        on.add()
+    assert on.line.hand_out("w", 9) == [retried, also_retried, second, waited, last]
+
+
+async def test_the_wait_counts_from_the_arrival() -> None:
+    """What it has waited for a worker to start is over; what a lost worker had of it does not count."""
+    on = Stage(queue_timeout_s=300)
+    long_ago_s = time.monotonic() - 400
+    late = Job({}, streamed=False, visit=Visit(long_ago_s))
+    retried = Job({}, streamed=False, visit=Visit(long_ago_s, admitted=True, worked_s=200))
+    on.line.add(late)
+    on.line.add(retried)
+    with pytest.raises(DeadlineExceeded, match="No worker took the request within 300 s"):
+        await late.reply()
+    assert on.line.hand_out("w", 9) == [retried]
+
+
+@pytest.mark.parametrize(
+    ("visit", "streamed", "execution_timeout_s", "ends"),
+    [
+        (Visit(time.monotonic() - 600), False, 590, True),
+        (Visit(time.monotonic() - 600), True, 590, True),
+        (Visit(time.monotonic() - 600), True, 30, True),
+        (Visit(time.monotonic() - 600, kept_alive=True), False, 590, True),
+        (Visit(time.monotonic() - 600, kept_alive=True), True, 590, False),
+        (Visit(time.monotonic() - 600), False, 3600, False),
+        (Visit(), False, 590, False),
+    ],
+)
+async def test_an_answer_begins_while_its_client_waits(
+    visit: Visit, streamed: bool, execution_timeout_s: float, ends: bool
+) -> None:
+    """Of a request that has waited, less is left to run, unless its client hears comments."""
+    on = Stage(execution_timeout_s=execution_timeout_s)
+    job = Job({}, streamed=streamed, visit=replace(visit, worked_s=NEVER))
+    on.line.add(job)
+    on.line.hand_out("w", 1)
+    await turns()
+    assert (on.stopped == [job]) is ends
+
+
+async def test_an_answer_that_has_begun_has_its_time() -> None:
+    """The client hears of it."""
+    on = Stage(execution_timeout_s=590)
+    job = Job({}, streamed=True, visit=Visit(time.monotonic() - 600))
+    on.line.add(job)
+    on.line.hand_out("w", 1)
+    on.line.put(job, "data: 1\n\n", 9)
+    await turns()
+    assert on.line.find("w", job.id) is job
 
 
 async def test_a_job_waits_no_longer_than_its_deadline() -> None:
@@ -159,7 +226,7 @@ async def test_a_lost_worker_fails_what_has_begun_and_the_rest_is_asked_again() 
     on.line.hand_out("v", 1)
     begun.put("data: 1\n\n", 9)
     on.line.lose("w", "went away")
-    with pytest.raises(WorkerLost, match="The worker went away before it answered"):
+    with pytest.raises(WorkerLost, match="The worker went away before it answered") as lost:
         await fresh.reply()
     with pytest.raises(UpstreamFailed, match="The worker went away while it answered") as failed:
         await read(await begun.reply())
@@ -167,6 +234,7 @@ async def test_a_lost_worker_fails_what_has_begun_and_the_rest_is_asked_again() 
     assert on.line.find("v", others.id) is others
     assert on.line.hand_out("u", 9) == [queued]
     assert on.counted("retried") == 1
+    assert lost.value.worked_s > 0
 
 
 async def test_those_in_line_are_refused_when_no_worker_comes() -> None:

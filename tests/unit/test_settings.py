@@ -433,7 +433,7 @@ def test_endpoint_id_stands_in_a_url(endpoint_id: str) -> None:
 def test_queue_timeout_is_below_the_clients() -> None:
     """The gateway answers before openai's clients give up after 600 s."""
     assert gateway_faults({"QUEUE_TIMEOUT_S": "600"}) == (
-        "QUEUE_TIMEOUT_S='600' is not allowed; allowed: seconds from 0 to 599",
+        "QUEUE_TIMEOUT_S='600' is not allowed; allowed: seconds from 1 to 599",
     )
 
 
