@@ -45,14 +45,15 @@ class Echo:
     at_once: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """A stream says its first frame, and the rest once this is set."""
-    half_said: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-    """Released by each stream that has said its first frame."""
+    taken: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Released by each job that has begun."""
 
     async def __call__(self, _: Message, receive: Receive, send: Send) -> None:
         """Answer one job."""
         body = json.loads((await receive())["body"])
         name = body["messages"][0]["content"]
         self.begun[name] += 1
+        self.taken.release()
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -80,7 +81,6 @@ class Echo:
         for number in range(FRAMES):
             frame = sse.event({"said": name, "number": number})
             await send({"type": "http.response.body", "body": frame, "more_body": True})
-            self.half_said.release()
             await self.gate.wait()
         await send({"type": "http.response.body", "body": sse.DONE})
 
@@ -94,7 +94,7 @@ class Asked:
     status: int = 0
     body: bytes = b""
     heard: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once something of the body has come."""
+    """Set once something of the answer has come."""
 
     async def ask(self, http: httpx.AsyncClient) -> None:
         """Ask, and keep what is answered as it comes."""
@@ -103,20 +103,26 @@ class Asked:
             self.status = reply.status_code
             async for chunk in reply.aiter_bytes():
                 self.body += chunk
-                self.heard.set()
+                if self.said:
+                    self.heard.set()
+
+    @property
+    def said(self) -> bytes:
+        """The body without the comments that a stream hears while it waits."""
+        return self.body.replace(sse.KEEP_ALIVE, b"")
 
     @property
     def whole(self) -> bool:
         """Whether this is all of the right answer and nothing else."""
         if not self.streamed:
-            return self.status == 200 and json.loads(self.body) == {"said": self.name}
+            return self.status == 200 and json.loads(self.said) == {"said": self.name}
         frames = [sse.event({"said": self.name, "number": number}) for number in range(FRAMES)]
-        return (self.status, self.body) == (200, b"".join([*frames, sse.DONE]))
+        return (self.status, self.said) == (200, b"".join([*frames, sse.DONE]))
 
     @property
     def broken(self) -> bool:
         """Whether this is the beginning of the right answer and then one error frame."""
-        *frames, last = sse.split(self.body)
+        *frames, last = sse.split(self.said)
         said = [sse.event({"said": self.name, "number": number}) for number in range(len(frames))]
         return bool(frames) and frames == said and sse.data(last)["error"]["code"] == "upstream_failed"
 
@@ -136,6 +142,11 @@ class Path_:  # noqa: N801 - `Path` is pathlib's
             limits=httpx.Limits(max_connections=None),
             timeout=LEASE_S,
         )
+
+    @property
+    def health_url(self) -> str:
+        """What tells how many jobs are in line."""
+        return str(httpx.URL(self.server.base_url).join("/health"))
 
     def worker_pid(self) -> int:
         """The worker's process, which is the gateway's only child."""
@@ -157,11 +168,11 @@ def _parent(pid: int) -> int:
 
 
 @contextmanager
-def path(folder: Path) -> Iterator[Path_]:
+def path(folder: Path, *, queue_limit: int = JOBS) -> Iterator[Path_]:
     """The gateway, ready."""
     environ = {**engine_environ(ROOT), "PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder)}
     environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(folder / "engine.sock")}
-    environ |= {"CAPACITY": str(AT_ONCE), "QUEUE_LIMIT": str(JOBS)}
+    environ |= {"CAPACITY": str(AT_ONCE), "QUEUE_LIMIT": str(queue_limit)}
     with program("tests.jobs_worker", environ, folder, "gateway") as (process, errors):
         ready = first_line(process, "/openai/v1", errors)
         url = next(word for word in ready.split() if word.startswith("http://"))
@@ -206,13 +217,20 @@ async def test_a_thousand_jobs_are_answered_once_each(folder: Path) -> None:
 
 
 async def test_a_worker_that_is_killed_loses_no_job(folder: Path) -> None:
-    """What had no first byte is asked of the next worker, a stream that had one ends with an error frame."""
+    """What had no first byte is asked of the next worker, a stream that had one ends with an error frame.
+
+    The line is exactly full when it happens.
+    """
     app, asked = Echo(), jobs()
-    with path(folder) as gateway:
+    in_line = JOBS - AT_ONCE
+    with path(folder, queue_limit=in_line) as gateway:
         async with engine(app, folder), asyncio.timeout(LEASE_S), gateway.http() as http:
-            asking = [asyncio.create_task(one.ask(http)) for one in asked]
-            for _ in range(AT_ONCE // 2):  # the streams among those that are worked on
-                await app.half_said.acquire()
+            asking = [asyncio.create_task(one.ask(http)) for one in asked[:AT_ONCE]]
+            for _ in range(AT_ONCE):
+                await app.taken.acquire()
+            asking += [asyncio.create_task(one.ask(http)) for one in asked[AT_ONCE:]]
+            while (await http.get(gateway.health_url)).json()["jobs"]["in_queue"] < in_line:
+                pass
             begun = [one for one in asked if app.begun[one.name]]
             await asyncio.gather(*(one.heard.wait() for one in begun if one.streamed))
             os.kill(gateway.worker_pid(), signal.SIGKILL)
