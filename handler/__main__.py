@@ -113,6 +113,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         engine.wait_open()
     except StartError as failure:
         if isinstance(failure, Unfit) or not platforms.answers_failure(name, environ):
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_IGN)  # it is ending
             platform.refuse(failure)
             raise
         stay(platform, failure, notifier)
@@ -161,9 +163,15 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
         platform = platforms.load(platforms.chosen(environ), settings)
-        platform.fit()
-        platform.prepare()
-        freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, partial(_refuse_and_give_up, platform))
+        try:
+            platform.fit()
+            platform.prepare()
+            freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
+        except StartError as failure:
+            platform.refuse(failure)
+            raise
         barrier.tell(frozen, phases.report())
         log.info("cold start %s", json.dumps(phases.report()))
         platform.run(engine, phases, notifier)

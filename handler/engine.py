@@ -86,6 +86,8 @@ LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
+CLOSE_GRACE_S = 10.0
+"""What vLLM gets to end beyond the drain's deadline; then the process ends without it."""
 TYPICAL_TOKENS = 4096
 """What a long prompt and its answer take of the KV cache."""
 
@@ -209,7 +211,7 @@ class Engine:
             return  # nothing can interrupt vLLM while it loads
         if self._thread.is_alive() and self._opened.exception() is None:
             self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self._thread.join(self._settings.drain_timeout_s + CLOSE_GRACE_S)  # it may hang in a device
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,8 +1,9 @@
 """RunPod serverless: jobs in, outputs out, through RunPod's own SDK, which only this file imports.
 
 The SDK takes jobs, posts what the handler yields and listens for stops, on a loop of its own in the
-main thread. What it is told, it is told through its public `start`: the handler, a constant
-concurrency, `return_aggregate_stream`. docs/runpod.md lists what it does by itself.
+main thread. It is started through its public `start`, with a handler, a concurrency and
+`return_aggregate_stream`; what is changed beyond that, while it runs, is in `Intake._mend` and
+`import_sdk`. docs/runpod.md lists what it does by itself.
 
 `python -m handler.platforms.runpod` makes the SDK's fitness checks and exits: `fit` waits for it.
 """
@@ -22,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from handler import edge, jobs
@@ -45,8 +47,9 @@ CHECKS_OFF = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 LOOK_S = 0.02
 FULL_LOOK_S = 1.0
 """How often a full worker looks for room without being told, as the SDK does by itself."""
-PACE_S = 0.1
-"""How often jobs are asked for at most where that is answered at once with none; the SDK knows no limit."""
+PACE_S, FAILED_PACE_S = 0.1, 1.0
+"""How often jobs are asked for at most, where that is answered at once with none, and where it fails."""
+CHECKS_TIMEOUT_S = 300.0
 SCALER = ("current_occupancy", "handle_job", "job_progress", "jobs_fetcher", "jobs_queue", "jobs_tasks")
 """What is used of the SDK's scaler."""
 LINGER_S = 5.0
@@ -70,7 +73,14 @@ class RunPod:
 
     def fit(self) -> None:
         """Wait for the fitness checks: they open the GPU, and memory that they free would confuse vLLM."""
-        if self._checks is not None and (code := self._checks.wait()):
+        if self._checks is None:
+            return
+        try:
+            code = self._checks.wait(CHECKS_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:  # a driver that hangs
+            self._checks.kill()
+            raise Unfit(f"RunPod's fitness checks have not ended within {CHECKS_TIMEOUT_S:g} s") from error
+        if code:
             raise Unfit(f"RunPod's fitness checks failed with exit code {code}; their log is above")
 
     def prepare(self) -> None:
@@ -89,7 +99,7 @@ class RunPod:
             stopping=notifier.stopping,
             expire=lambda: asyncio.wrap_future(engine.submit(drain.finish(0))),
         )
-        engine.dead.add_done_callback(lambda _: intake.stop())
+        engine.dead.add_done_callback(lambda _: intake.stop(at_once=True))
         notifier.ready(phases.report())
         log.info("ready", extra={"jobs_at_once": most})
         self._take(call, intake)
@@ -101,7 +111,7 @@ class RunPod:
         if self._sdk is None:
             self._sdk = import_sdk(self._settings.log_level, os.environ)
         intake = Intake(REFUSALS, self._settings.drain_timeout_s, stopping=notifier.stopping)
-        notifier.ready({})
+        notifier.status(f"can't start: {failure}")
         self._take(refuse(StartFailed(failure)), intake)
 
     def refuse(self, failure: StartError | None) -> None:  # noqa: ARG002 - of the protocol
@@ -115,11 +125,12 @@ class RunPod:
             "concurrency_modifier": intake.scale,
             "return_aggregate_stream": True,  # so that a chunk whose post was lost is in the result
         }
+        engines = set(multiprocessing.active_children())
         try:
             with suppress(asyncio.CancelledError):  # how `Intake` ends the SDK's loop
                 self._sdk.serverless.start(config)
         finally:
-            for ping in multiprocessing.active_children():
+            for ping in set(multiprocessing.active_children()) - engines:
                 ping.kill()  # it would go on for ever: this process ends without Python's own end
 
 
@@ -130,6 +141,18 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
     pull it yields all whole frames that are ready. The work behind it ends with the SDK's task: a
     stop may come while the SDK posts a chunk, and then nobody closes the generator.
     """
+    closing: set[asyncio.Task[None]] = set()
+
+    def end_with(task: asyncio.Task[Any], work: AsyncExitStack) -> None:
+        """Close `work` when `task` has failed or was stopped: it may still be open then."""
+
+        def close(ended: asyncio.Task[Any]) -> None:
+            if ended.cancelled() or ended.exception() is not None:
+                task = asyncio.ensure_future(work.aclose())
+                closing.add(task)
+                task.add_done_callback(closing.discard)
+
+        task.add_done_callback(close)
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         streamed = begun = False
@@ -155,17 +178,6 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
                 yield output
 
     return handler
-
-
-def end_with(task: asyncio.Task[Any], work: AsyncExitStack) -> None:
-    """Close `work` when `task` has ended, if it is still open then."""
-    closing: set[asyncio.Task[None]] = set()
-
-    def close(ended: asyncio.Task[Any]) -> None:
-        if ended.cancelled() or ended.exception() is not None:
-            closing.add(asyncio.ensure_future(work.aclose()))
-
-    task.add_done_callback(close)
 
 
 class Intake:
@@ -198,6 +210,7 @@ class Intake:
         self._taking: asyncio.Task[Any] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._stopped = False
+        self._at_once = False
         self._room = asyncio.Event()
         self._answered = False
         """Whether the request for jobs that was outstanding when the stop came has been answered."""
@@ -240,12 +253,14 @@ class Intake:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._room.wait(), FULL_LOOK_S)
                 return
-            asked_s = time.monotonic()
-            taken = await fetch(session, room) or ()
-            for job in taken:
-                self._start(scaler, session, job)
-            if not taken and (left_s := asked_s + PACE_S - time.monotonic()) > 0:
-                await asyncio.sleep(left_s)  # the platform answers at once that it has none
+            asked_s, pace_s = time.monotonic(), FAILED_PACE_S
+            try:
+                taken = await fetch(session, room) or ()
+                pace_s = 0.0 if taken else PACE_S
+                for job in taken:
+                    self._start(scaler, session, job)
+            finally:  # the SDK knows no pause, whatever it is answered
+                await asyncio.sleep(max(0.0, asked_s + pace_s - time.monotonic()))
 
         # Never full, or the scaler would wait by itself.
         scaler.current_occupancy = lambda: held() if self._stopped else min(held(), self._most - 1)
@@ -256,20 +271,31 @@ class Intake:
         if not isinstance(job, dict) or not {"id", "input"} <= job.keys():
             log.error("the platform has sent something that is no job")  # which would end the SDK
             return
+        if job["id"] in scaler.jobs_tasks:
+            log.error("the platform has sent a job twice", extra={"job": job["id"]})
+            return
         scaler.job_progress.add(job)
         scaler.jobs_queue.put_nowait(job)
         scaler.jobs_queue.get_nowait()  # `handle_job` reports to the queue
         task = asyncio.ensure_future(scaler.handle_job(session, job))
         scaler.jobs_tasks[job["id"]] = task
-        task.add_done_callback(self._job_ended)
+        task.add_done_callback(partial(self._job_ended, scaler, job))
 
-    def _job_ended(self, task: asyncio.Task[Any]) -> None:
+    def _job_ended(self, scaler: Any, job: Any, task: asyncio.Task[Any]) -> None:
+        # Once more: a job that was stopped before its first step has not done it itself.
+        scaler.job_progress.remove(job)
+        scaler.jobs_tasks.pop(job["id"], None)
         self._room.set()
         if not task.cancelled() and (error := task.exception()):
             log.error("the SDK could not report a job", exc_info=error)
 
-    def stop(self) -> None:
-        """Take no more; any thread may say so, and a signal handler."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Take no more; any thread may say so, and a signal handler.
+
+        `at_once`: what the outstanding request would bring is not waited for, because nothing
+        could be done with it.
+        """
+        self._at_once |= at_once
         if not self._stopped:
             self._stopped = True
             if self._loop is not None:
@@ -284,21 +310,25 @@ class Intake:
         self._ending = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
+        assert self._taking is not None, "the SDK has begun"
         loop = asyncio.get_running_loop()
         log.info("draining", extra={"jobs": held()})
-        if not await self._idle(loop.time() + self._drain_timeout_s):
-            log.warning("the drain's deadline has passed", extra={"jobs": held()})
-            if self._expire is not None:
-                await self._expire()
-            self._answered = True
-            await self._idle(loop.time() + LINGER_S)
-        assert self._taking is not None, "the SDK has begun"
-        self._taking.cancel()
+        try:
+            if not await self._idle(loop.time() + self._drain_timeout_s):
+                log.warning("the drain's deadline has passed", extra={"jobs": held()})
+                self._at_once = True
+                if self._expire is not None:
+                    await asyncio.wait_for(self._expire(), LINGER_S)
+                await self._idle(loop.time() + LINGER_S)
+        except (TimeoutError, RuntimeError):  # the engine's loop hangs, or has ended
+            log.exception("what was left could not be ended", extra={"jobs": held()})
+        finally:
+            self._taking.cancel()
 
     async def _idle(self, deadline_s: float) -> bool:
         """Whether by the deadline nothing is held and nothing can come."""
         loop = asyncio.get_running_loop()
-        while not (self._answered and held() == 0):
+        while held() or not (self._answered or self._at_once):
             if loop.time() >= deadline_s:
                 return False
             await asyncio.sleep(LOOK_S)
