@@ -28,7 +28,19 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 
-from handler import asgi, caches, loader, machine, model, prerequisites, readahead, structure, tracing
+from handler import (
+    asgi,
+    caches,
+    generated,
+    loader,
+    machine,
+    model,
+    prerequisites,
+    readahead,
+    shortcuts,
+    structure,
+    tracing,
+)
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -115,6 +127,8 @@ class Prepared:
     weights: loader.Choice
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
+    texts: generated.Texts | None = None
+    """What was compiled of what Python itself has written, to be kept for the next start."""
 
 
 class Engine:
@@ -242,6 +256,8 @@ class Engine:
         if heard is not None:
             heard()
         phases.done()
+        if ready.texts is not None:
+            ready.texts.close()
         phases.facts |= facts(ready, phases)
 
 
@@ -321,6 +337,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
 
     Raises `StartError`, or what vLLM raises for a configuration that it refuses.
     """
+    texts = generated.keep(environ) if pulled("generated", environ) else None
     with phases.span("import vllm"):
         before_import(environ, settings)
         parser = make_parser()
@@ -346,7 +363,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
         vllm_config = configure(args, mode)
-    return Prepared(settings, args, vllm_config, mode, weights)
+    return Prepared(settings, args, vllm_config, mode, weights, texts=texts)
 
 
 def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
@@ -371,6 +388,12 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     """Set what vLLM and torch read from the environment as they load, where the user has not."""
     if pulled("structure", environ):
         structure.keep(environ)
+    if pulled("inductor", environ):
+        shortcuts.import_inductor_later()
+    if pulled("sources", environ):
+        shortcuts.name_sources_by_frame()
+    if pulled("distributions", environ):
+        shortcuts.keep_distributions(environ)
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # vLLM warns of a dozen things at each start that are as they should be here.

@@ -27,12 +27,15 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "explain",
         "flags",
         "freeze",
+        "generated",
         "listener",
         "loader",
         "manifest",
         "metrics",
         "model",
         "prerequisites",
+        "shortcuts",
+        "structure",
     },
     {
         "auth",
@@ -43,13 +46,12 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "readahead",
         "settings",
         "sse",
-        "structure",
         "supervision",
         "tracing",
     },
     {"phases", "zygote"},
     {"errors", "table"},
-    {"levers", "messages", "ties", "unread"},
+    {"imports", "kept", "levers", "messages", "ties", "unread"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
