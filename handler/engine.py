@@ -17,6 +17,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,9 +33,11 @@ from handler import (
     asgi,
     caches,
     generated,
+    kept,
     loader,
     machine,
     model,
+    pack,
     prerequisites,
     readahead,
     shortcuts,
@@ -127,8 +130,8 @@ class Prepared:
     weights: loader.Choice
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
-    texts: generated.Texts | None = None
-    """What was compiled of what Python itself has written, to be kept for the next start."""
+    memories: tuple[kept.Memory, ...] = ()
+    """What was taken from the last start, and is noted for the next."""
 
 
 class Engine:
@@ -156,6 +159,7 @@ class Engine:
         self.mode = settings.engine_mode
         self.call: Call
         self._tasks: tuple[str, ...] = ()
+        self._memories: tuple[kept.Memory, ...] = ()
         self.dead: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -180,6 +184,11 @@ class Engine:
     def wait_open(self) -> None:
         """Wait until a first token was made. Raises `StartError` if none can be."""
         self._opened.result()
+
+    def save(self) -> None:
+        """Write down what the next start can take from this one."""
+        for memory in self._memories:
+            memory.save()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run `work` on the engine's loop."""
@@ -256,8 +265,9 @@ class Engine:
         if heard is not None:
             heard()
         phases.done()
-        if ready.texts is not None:
-            ready.texts.close()
+        self._memories = ready.memories
+        for memory in self._memories:
+            memory.end()
         phases.facts |= facts(ready, phases)
 
 
@@ -337,7 +347,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
 
     Raises `StartError`, or what vLLM raises for a configuration that it refuses.
     """
-    texts = generated.keep(environ) if pulled("generated", environ) else None
+    memories = tuple(remember(environ))
     with phases.span("import vllm"):
         before_import(environ, settings)
         parser = make_parser()
@@ -363,7 +373,17 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
         vllm_config = configure(args, mode)
-    return Prepared(settings, args, vllm_config, mode, weights, texts=texts)
+    return Prepared(settings, args, vllm_config, mode, weights, memories=memories)
+
+
+def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
+    """Take from the last start what Python would look for and compile again, from now on."""
+    if pulled("pack", environ):
+        modules = pack.Pack(pack.place(environ), time.time())
+        modules.begin()
+        yield modules
+    if pulled("generated", environ):
+        yield generated.keep(environ)
 
 
 def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:

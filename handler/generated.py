@@ -38,15 +38,15 @@ class Texts:
         self._kept = _parse(kept.read(file))
         self._used: dict[str, bytes] = {}
         self._new = 0
-        self._closed = False
+        self._ended = False
 
     def compiled(self, text: str, mode: str) -> CodeType:
         """What `text` compiles to; `mode` is that of `compile`."""
         key = f"{mode} {text}"
-        data = self._kept.get(key)
+        data = None if self._ended else self._kept.get(key)
         if data is None:
             code: CodeType = compile(text, "<string>", mode, dont_inherit=True)
-            if not self._closed:
+            if not self._ended:
                 self._used[key] = marshal.dumps(code)
                 self._new += 1
             return code
@@ -54,21 +54,20 @@ class Texts:
         loaded: CodeType = marshal.loads(data)  # noqa: S302 - `kept` has looked who wrote it
         return loaded
 
-    def save(self) -> None:
-        """Write down what was compiled since, if it is worth it."""
-        if self._new < WORTH_TEXTS:
-            return
-        self._new = 0
-        whole = {**self._kept, **self._used}
-        self._kept = whole if len(whole) <= MOST_TEXTS else dict(self._used)
-        kept.write(self._file, marshal.dumps(self._kept))
+    def end(self) -> None:
+        """The start is over: have Python compile what is written from now on."""
+        self._ended = True
 
-    def close(self) -> None:
-        """Save, and have Python compile what is written from now on: the start is over."""
-        self.save()
-        self._closed = True
-        self._kept = {}
-        self._used = {}
+    def save(self) -> None:
+        """Write down what was compiled since the last time, if it is worth it."""
+        if self._new >= WORTH_TEXTS:
+            self._new = 0
+            whole = {**self._kept, **self._used}
+            self._kept = whole if len(whole) <= MOST_TEXTS else dict(self._used)
+            kept.write(self._file, marshal.dumps(self._kept))
+        if self._ended:
+            self._kept = {}
+            self._used = {}
 
 
 def keep(environ: Mapping[str, str]) -> Texts:

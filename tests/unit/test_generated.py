@@ -37,7 +37,8 @@ def test_the_second_start_compiles_nothing(environ: dict[str, str], monkeypatch:
     """And its classes do the same."""
     first = generated.keep(environ)
     classes(30)
-    first.close()
+    first.end()
+    first.save()
     second = generated.keep(environ)
     monkeypatch.setattr(generated, "compile", None, raising=False)
     made = classes(30)
@@ -46,7 +47,8 @@ def test_the_second_start_compiles_nothing(environ: dict[str, str], monkeypatch:
     assert repr(last(2)) == "C29(a29=2, b=3)"
     assert last(2) < last(3)
     assert last(2) == last(2)
-    second.close()
+    second.end()
+    second.save()
 
 
 def test_a_class_is_as_python_makes_it(environ: dict[str, str]) -> None:
@@ -62,21 +64,23 @@ def test_a_class_is_as_python_makes_it(environ: dict[str, str]) -> None:
             assert function.__globals__ is by_python.__globals__
             assert function.__code__ == by_python.__code__
             assert function.__code__ is not vars(other)[name].__code__
-        texts.close()
+        texts.end()
+        texts.save()
 
 
 def test_few_new_texts_are_not_written(environ: dict[str, str]) -> None:
     """A start with another model makes a few classes more, and no file."""
     texts = generated.keep(environ)
     classes(1)
-    texts.close()
+    texts.end()
+    texts.save()
     assert not generated.place(environ).exists()
 
 
 def test_nothing_is_remembered_after_the_start(environ: dict[str, str]) -> None:
     """A process that makes classes for years holds no more for it."""
     texts = generated.keep(environ)
-    texts.close()
+    texts.end()
     classes(50)
     texts.save()
     assert not generated.place(environ).exists()
@@ -87,7 +91,8 @@ def test_a_file_of_something_else_is_not_used(environ: dict[str, str]) -> None:
     kept.write(generated.place(environ), b"no marshal")
     texts = generated.keep(environ)
     assert classes(50)[-1](1) == (1, 7)
-    texts.close()
+    texts.end()
+    texts.save()
     assert kept.read(generated.place(environ)) != b"no marshal"
 
 
@@ -99,4 +104,5 @@ def test_code_without_a_namespace_runs_where_it_is_called(environ: dict[str, str
     run("seen.append(__name__)")
     run("seen.append(__name__)", {"seen": seen, "__name__": "given"})
     assert seen == [__name__, "given"]
-    texts.close()
+    texts.end()
+    texts.save()
