@@ -236,6 +236,10 @@ class Engine:
             await self._stop.wait()
         self._llm.shutdown(timeout=self._settings.drain_timeout_s)
 
+    def _end_start(self) -> None:
+        for memory in self._memories:
+            memory.end()
+
     def _died(self, _: asyncio.Task[None]) -> None:
         # vLLM's output task ends when the engine is dead, in every mode, and in no other case.
         if not self._closing:
@@ -246,6 +250,8 @@ class Engine:
         phases = self._phases
         ready = self._prepared or prepare(self._settings, phases, self._environ)
         args, self.mode = ready.args, ready.mode
+        self._memories = ready.memories
+        os.register_at_fork(after_in_child=self._end_start)  # a core in a process of its own lives on
         heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
@@ -265,9 +271,7 @@ class Engine:
         if heard is not None:
             heard()
         phases.done()
-        self._memories = ready.memories
-        for memory in self._memories:
-            memory.end()
+        self._end_start()
         phases.facts |= facts(ready, phases)
 
 

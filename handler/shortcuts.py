@@ -128,16 +128,18 @@ class _Inspect:
 
 
 def keep_distributions(environ: Mapping[str, str]) -> None:
-    """Have Python keep which distribution a package is from.
+    """Have Python keep what it has read of the metadata of packages.
 
-    transformers asks for it as it is imported, and the lists of files of all that is installed are
-    read: 0.1 s. The answer is kept as long as the same folders of metadata are there.
+    transformers asks which distribution each package is from as it is imported, and the lists of files
+    of all that is installed are read: 0.1 s. vLLM asks for entry points, several times. The answers are
+    kept as long as the same folders of metadata are there.
     """
     file = kept.folder(environ, "distributions") / "packages.marshal"
-    theirs = importlib.metadata.packages_distributions
+    theirs, entry_points = importlib.metadata.packages_distributions, importlib.metadata.entry_points
+    last: list[Any] = [None, None]
 
     def packages_distributions() -> Mapping[str, list[str]]:
-        installed = [sys.version, *map(_metadata, sys.path)]
+        installed = _installed()
         with suppress(EOFError, ValueError, TypeError):  # of another kind
             if (data := kept.read(file)) is not None:
                 was, found = marshal.loads(data)  # noqa: S302 - `kept` has looked who wrote it
@@ -147,7 +149,19 @@ def keep_distributions(environ: Mapping[str, str]) -> None:
         kept.write(file, marshal.dumps((installed, {name: list(of) for name, of in found.items()})))
         return found
 
+    def kept_entry_points(**asked: Any) -> Any:
+        installed = _installed()
+        if last[0] != installed:
+            last[:] = installed, entry_points()
+        return last[1].select(**asked) if asked else entry_points()
+
     importlib.metadata.packages_distributions = packages_distributions
+    importlib.metadata.entry_points = kept_entry_points
+
+
+def _installed() -> list[Any]:
+    """Something else when another distribution is installed, or one of them again."""
+    return [sys.version, *map(_metadata, sys.path)]
 
 
 def _metadata(folder: str) -> Any:

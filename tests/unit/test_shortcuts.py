@@ -151,6 +151,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (site / "one-1.0.dist-info" / "METADATA").write_text("Name: one\nVersion: 1.0\n")
     (site / "one-1.0.dist-info" / "top_level.txt").write_text("one\n")
     monkeypatch.setattr(sys, "path", [str(site), str(tmp_path / "gone")])
+    for name in ("packages_distributions", "entry_points"):  # they are put back as the test ends
+        monkeypatch.setattr(importlib.metadata, name, getattr(importlib.metadata, name))
     return site
 
 
@@ -177,3 +179,20 @@ def test_distributions_are_read_once(packages: Path, tmp_path: Path, monkeypatch
     os.utime(other, ns=(1, 1))
     importlib.metadata.packages_distributions()
     assert len(looks) == 3
+
+
+def test_entry_points_are_those_of_what_is_installed(packages: Path, tmp_path: Path) -> None:
+    """Also of what is installed later, by the same questions."""
+    plain = importlib.metadata.entry_points
+    shortcuts.keep_distributions({"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    keeping: Any = importlib.metadata.entry_points
+    assert keeping is not plain
+    assert list(keeping(group="plugins")) == []
+    other = packages / "two-2.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Name: two\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text("[plugins]\none = two:one\n[others]\none = two:three\n")
+    assert [point.value for point in keeping(group="plugins")] == ["two:one"]
+    for asked in ({"group": "plugins"}, {"name": "one"}, {"group": "none"}):
+        assert sorted(keeping(**asked)) == sorted(plain(**asked))
+        assert all(point.dist.name == "two" for point in keeping(**asked))
