@@ -13,13 +13,11 @@ import _imp
 import hashlib
 import importlib.util
 import marshal
-import mmap
 import os
 import struct
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -63,16 +61,32 @@ class Entry(NamedTuple):
         return self.source.rpartition("/")[0]
 
 
-@dataclass(frozen=True, slots=True)
 class Contents:
-    """What is in a file: modules, and when each of their folders was written to."""
+    """What is in a file: modules, and when each of their folders was written to.
 
-    entries: Mapping[str, Entry]
-    folders: Mapping[str, int]
-    data: memoryview
+    Each module is read when it is asked for. A file that is mapped would count as memory of the
+    start, and could not be cut short by anybody while it is.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Entry], folders: Mapping[str, int], descriptor: int | None
+    ) -> None:
+        self.entries = entries
+        self.folders = folders
+        self._descriptor = descriptor
+
+    def code(self, entry: Entry) -> bytes:
+        """The code of one of the modules. Raises `OSError`."""
+        if self._descriptor is None:
+            return b""
+        return os.pread(self._descriptor, entry.end - entry.begin, entry.begin)
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:  # not before the last thread has read what it found
+            os.close(self._descriptor)
 
 
-NOTHING = Contents({}, {}, memoryview(b""))
+NOTHING = Contents({}, {}, None)
 
 
 class Pack(MetaPathFinder):
@@ -127,6 +141,7 @@ class Pack(MetaPathFinder):
         """The start is over: what is imported from now on Python finds."""
         with suppress(ValueError):
             sys.meta_path.remove(self)
+        self._contents = NOTHING
 
     def save(self) -> None:
         """Write down the modules of this start, if enough of them were not in the file."""
@@ -134,10 +149,8 @@ class Pack(MetaPathFinder):
         found = {name: entry for name in others if (entry := _imported(name, self._started_s)) is not None}
         if len(found) >= WORTH_MODULES:
             with suppress(OSError):  # no place for it
-                _write(self._file, found, self._contents, self._started_s)
+                _write(self._file, found, self._started_s)
             self._taken |= found.keys()
-        if self not in sys.meta_path:  # nothing is read from it any more
-            self._contents = NOTHING
 
     def _is_fresh(self, folder: str) -> bool:
         """Whether the same files are in `folder`."""
@@ -148,8 +161,8 @@ class Pack(MetaPathFinder):
 
     def _code(self, loader: SourceFileLoader, entry: Entry, fullname: str) -> CodeType | None:
         del loader.get_code
-        with suppress(EOFError, ValueError, TypeError):
-            code = marshal.loads(self._contents.data[entry.begin : entry.end])  # noqa: S302 - `kept` has looked
+        with suppress(OSError, EOFError, ValueError, TypeError):
+            code = marshal.loads(self._contents.code(entry))  # noqa: S302 - `kept` has looked who wrote it
             if isinstance(code, CodeType):
                 _imp._fix_co_filename(code, entry.source)  # type: ignore[attr-defined]  # noqa: SLF001 - as Python
                 return code
@@ -165,18 +178,22 @@ def place(environ: Mapping[str, str]) -> Path:
 
 def opened(file: Path) -> Contents:
     """What is in `file`; nothing if it is not there, not whole, or not to be trusted."""
-    with suppress(OSError, EOFError, ValueError, TypeError):
-        with os.fdopen(kept.open_own(file), "rb") as reader:
-            data = memoryview(mmap.mmap(reader.fileno(), 0, access=mmap.ACCESS_READ))
-        index = data[int.from_bytes(data[:8], "little") :]
-        if data[8:HEADER_BYTES] == _check(index):
-            entries, folders = marshal.loads(index)  # noqa: S302 - `kept` has looked who wrote it
-            return Contents({name: Entry(*entry) for name, entry in entries.items()}, folders, data)
+    with suppress(OSError, EOFError, ValueError, TypeError, OverflowError):
+        descriptor = kept.open_own(file)
+        contents = Contents({}, {}, descriptor)  # which closes it
+        header = os.pread(descriptor, HEADER_BYTES, 0)
+        begin, total_bytes = int.from_bytes(header[:8], "little"), os.fstat(descriptor).st_size
+        index = os.pread(descriptor, max(0, total_bytes - begin), begin)
+        if header[8:] == _check(index):
+            entries, contents.folders = marshal.loads(index)  # noqa: S302 - as above
+            contents.entries = {name: Entry(*entry) for name, entry in entries.items()}
+            return contents
     return NOTHING
 
 
-def _write(file: Path, found: Mapping[str, Entry], before: Contents, started_s: float) -> None:
-    """Write `found` to `file`, and what is still true of `before`."""
+def _write(file: Path, found: Mapping[str, Entry], started_s: float) -> None:
+    """Write `found` to `file`, beside what is there and still true."""
+    before = opened(file)
     entries: dict[str, tuple[object, ...]] = {}
     folders: dict[str, int] = {}
 
@@ -209,25 +226,25 @@ def _compiled(entry: Entry) -> bytes | None:
     """The code in the .pyc of a module, if it is that of its source."""
     try:
         data = Path(entry.compiled).read_bytes()
-    except OSError:
+        flags, mtime_s, size_bytes = struct.unpack("<3I", data[4:PYC_HEADER_BYTES])
+    except (OSError, struct.error):  # gone, or cut short
         return None
-    flags, mtime_s, size_bytes = struct.unpack("<3I", data[4:PYC_HEADER_BYTES])
     right = data[:4] == importlib.util.MAGIC_NUMBER and flags == 0
     same = (mtime_s, size_bytes) == (entry.mtime_s & 0xFFFFFFFF, entry.size_bytes & 0xFFFFFFFF)
     return data[PYC_HEADER_BYTES:] if right and same else None
 
 
-def _code_before(entry: Entry, before: Contents) -> memoryview | None:
+def _code_before(entry: Entry, before: Contents) -> bytes | None:
     same = _times(entry.source) == (entry.mtime_s, entry.size_bytes)
-    return before.data[entry.begin : entry.end] if same else None
+    return before.code(entry) if same else None
 
 
 def _imported(name: str, started_s: float) -> Entry | None:
     """The module `name` of this process, if it was found in the usual way and is as it was then."""
     parent, _, tail = name.rpartition(".")
-    # Not `getattr`: a lazy module would load itself to answer.
-    spec = vars(sys.modules[name]).get("__spec__") if name in sys.modules else None
-    path = vars(sys.modules[parent]).get("__path__") if parent in sys.modules else None
+    # Not `getattr` for the names: a lazy module would load itself to answer.
+    spec = getattr(sys.modules.get(name), "__dict__", {}).get("__spec__")
+    path = getattr(sys.modules.get(parent), "__dict__", {}).get("__path__")
     if not isinstance(spec, ModuleSpec) or spec.name != name or type(spec.loader) is not SourceFileLoader:
         return None
     source, compiled = spec.origin, spec.cached
@@ -250,5 +267,5 @@ def _times(file: str) -> tuple[int, int] | None:
     return int(found.st_mtime), found.st_size
 
 
-def _check(index: memoryview | bytes) -> bytes:
+def _check(index: bytes) -> bytes:
     return hashlib.blake2b(index, digest_size=8).digest()
