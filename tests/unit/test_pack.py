@@ -23,7 +23,7 @@ from handler import kept, pack
 
 TOP = "packed"
 NAMES = (TOP, f"{TOP}.one", f"{TOP}.inner", f"{TOP}.inner.two", f"{TOP}.inner.three")
-AGO_S = 60.0
+A_MINUTE_AGO_S = int(time.time()) - 60
 TAKEN = {f"{TOP}.one", f"{TOP}.inner", f"{TOP}.inner.two", f"{TOP}.inner.three"}
 ATTRIBUTES = ("__name__", "__file__", "__cached__", "__path__", "__package__", "__doc__")
 
@@ -46,12 +46,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def age(site: Path) -> None:
     """Have all in `site` be a minute old, and compiled, as pip leaves it."""
-    then = time.time() - AGO_S
     for file in site.rglob("*.py"):
-        os.utime(file, (then, then))
-    compileall.compile_dir(site, quiet=1)
+        os.utime(file, (A_MINUTE_AGO_S, A_MINUTE_AGO_S))
+    compileall.compile_dir(site, quiet=1, force=True)  # it looks at times and not at sizes
     for folder in site.rglob("*/"):
-        os.utime(folder, (then, then))
+        os.utime(folder, (A_MINUTE_AGO_S, A_MINUTE_AGO_S))
 
 
 @contextmanager
