@@ -121,7 +121,7 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         return
     try:
         log.info("cold start %s", json.dumps(phases.report()))
-        remember = fork.teach if fork else partial(remember_files, environ)
+        remember = fork.teach if fork else partial(remember_start, engine, environ)
         threading.Thread(target=remember, name="remember", daemon=True).start()
         platform.run(engine, phases, notifier)
     finally:
@@ -149,7 +149,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         platforms.find(platforms.chosen(environ))  # so that a copy need not import it
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
-        remember_files(environ)
+        remember_start(engine, environ)
         frozen = freeze.freeze(engine, environ)
         barrier.announce(frozen, settings.model_id, phases.report())
         log.info("frozen", extra={"slept": frozen.slept, "barrier": str(folder)})
@@ -224,8 +224,9 @@ def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> 
     return zygote.serve(listener, None if lifeline is None else int(lifeline))
 
 
-def remember_files(environ: MutableMapping[str, str]) -> None:
-    """Write down what this start has read, for the next one."""
+def remember_start(engine: Engine, environ: MutableMapping[str, str]) -> None:
+    """Write down what this start has read and found out, for the next one."""
+    engine.save()
     try:
         readahead.record(readahead.place(environ))
     except OSError as error:
