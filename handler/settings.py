@@ -334,6 +334,7 @@ def readable(environ: Mapping[str, str]) -> Settings:
 def rest(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without the settings of the worker and without what is not ours."""
     taken = {name for row in TABLE for name in row.names}
+    taken.add("LC_CTYPE")  # Python sets it, in a process that was given no locale (PEP 538)
     return {name: value.strip() for name, value in ours(environ).items() if name not in taken}
 
 
