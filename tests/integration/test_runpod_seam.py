@@ -1,6 +1,6 @@
 """What is used of RunPod's SDK beyond `start`, and what of its behaviour is relied on.
 
-Red after an upgrade? Each test says what was expected; handler/platforms/runpod.py says what for.
+Red after an upgrade? Each test says what was expected; runpod.py and intake.py in handler/platforms, what for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from handler import jobs
+from handler.platforms import intake
 from handler.platforms import runpod as platform
 from scripts.install import RUNPOD
 
@@ -70,7 +71,7 @@ class Scaler:
         self.scaler.jobs_fetcher = self._fetch
         self.scaler.jobs_handler = self._handle
         self.go_on = asyncio.Event()
-        self.intake = platform.Intake(most, 1.0)
+        self.intake = intake.Intake(most, 1.0)
         self.intake._mend(self.scaler.handle_shutdown)
 
     def call(self, _: Any) -> Any:
@@ -104,14 +105,14 @@ async def test_a_job_begins_as_it_comes(sdk: Any) -> None:
     assert await on.take() is None
     await asyncio.sleep(0)
     assert on.begun == ["a", "b"]
-    assert on.scaler.current_occupancy() == platform.held() == 2
+    assert on.scaler.current_occupancy() == intake.held() == 2
     assert await on.scaler.stop_job("a")
     await asyncio.sleep(0)
-    assert platform.held() == 1
+    assert intake.held() == 1
     on.go_on.set()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert platform.held() == 0
+    assert intake.held() == 0
 
 
 async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
@@ -129,7 +130,7 @@ async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
     on.go_on.set()
     for _ in range(3):
         await asyncio.sleep(0)
-    assert platform.held() == 0
+    assert intake.held() == 0
 
 
 async def test_what_is_no_job_does_not_end_the_worker(sdk: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,7 +153,7 @@ async def test_a_stop_before_the_first_step_leaves_nothing_held(sdk: Any) -> Non
     begun.cancel()
     await asyncio.wait({begun})
     await asyncio.sleep(0)
-    assert (on.begun, platform.held(), on.scaler.jobs_tasks) == ([], 0, {})
+    assert (on.begun, intake.held(), on.scaler.jobs_tasks) == ([], 0, {})
 
 
 async def test_a_job_that_comes_twice_is_begun_once(sdk: Any) -> None:
@@ -164,7 +165,7 @@ async def test_a_job_that_comes_twice_is_begun_once(sdk: Any) -> None:
     on.go_on.set()
     for _ in range(3):
         await asyncio.sleep(0)
-    assert platform.held() == 0
+    assert intake.held() == 0
 
 
 @pytest.mark.parametrize("answer", [None, [], RuntimeError("500")])
@@ -172,8 +173,8 @@ async def test_the_platform_is_not_asked_without_a_pause(
     answer: Any, sdk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it answers at once; by itself the SDK asks 2,000 times a second."""
-    monkeypatch.setattr(platform, "PACE_S", 0.05)
-    monkeypatch.setattr(platform, "FAILED_PACE_S", 0.05)
+    monkeypatch.setattr(intake, "PACE_S", 0.05)
+    monkeypatch.setattr(intake, "FAILED_PACE_S", 0.05)
     on = Scaler(8, answer)
     begun_s = asyncio.get_running_loop().time()
     with suppress(RuntimeError):
@@ -186,7 +187,7 @@ async def test_a_drain_ends_whatever_the_engine_does(
     expire: str, sdk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loop may be stuck in a device, or have ended."""
-    monkeypatch.setattr(platform, "LINGER_S", 0.05)
+    monkeypatch.setattr(intake, "LINGER_S", 0.05)
 
     def failing() -> Any:
         if expire == "raises":
@@ -195,11 +196,11 @@ async def test_a_drain_ends_whatever_the_engine_does(
 
     on = Scaler(8, [job("a")])
     await on.take()
-    intake = platform.Intake(8, 0.0, expire=failing)
-    intake._taking = asyncio.ensure_future(asyncio.Event().wait())
-    intake._end()
-    await asyncio.wait({intake._taking}, timeout=10)
-    assert intake._taking.cancelled()
+    ending = intake.Intake(8, 0.0, expire=failing)
+    ending._taking = asyncio.ensure_future(asyncio.Event().wait())
+    ending._end()
+    await asyncio.wait({ending._taking}, timeout=10)
+    assert ending._taking.cancelled()
     on.go_on.set()
     for _ in range(3):
         await asyncio.sleep(0)
@@ -209,7 +210,7 @@ def test_the_loop_takes_the_scaler_from_the_handler_of_sigterm(sdk: Any) -> None
     """There it is what runs."""
     scaler = part("rp_scale").JobScaler
     assert "signal.signal(signal.SIGTERM, self.handle_shutdown)" in inspect.getsource(scaler.start)
-    assert all(hasattr(scaler({"handler": None}), name) for name in platform.SCALER)
+    assert all(hasattr(scaler({"handler": None}), name) for name in intake.SCALER)
 
 
 def test_it_asks_how_many_before_each_request_for_jobs(sdk: Any) -> None:
