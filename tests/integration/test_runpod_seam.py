@@ -1,6 +1,6 @@
 """What is used of RunPod's SDK beyond `start`, and what of its behaviour is relied on.
 
-Red after an upgrade? Each test says what was expected; runpod.py and intake.py in handler/platforms, what for.
+Red after an upgrade? Each test says what was expected; handler/platforms/{runpod,intake}.py say what for.
 """
 
 from __future__ import annotations
