@@ -20,7 +20,6 @@ from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.server import Server, config
 from gateway.settings import UPSTREAMS, GatewaySettings
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Event, Ready, StartFailed
@@ -33,10 +32,10 @@ from handler import early, logs
 from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
+from handler.server import Server, config
+from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
-KEEP_ALIVE_S = 75
-"""Longer than the idle timeout of the proxies people put in front (60 s), else they see sporadic 502s."""
 INTERRUPTED = 130
 HAND_OUT_S = 2.0
 """How long a request may wait for the SDK, which now and then asks for jobs once a second, at least."""
@@ -98,12 +97,14 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
     admission = Admission(
         upstream,
-        queue_limit=settings.queue_limit,
+        room=Room(
+            limit=settings.queue_limit,
+            tell_waiting=metrics.queue_depth.set,
+            tell_waited_s=metrics.held_s.observe,
+        ),
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
-        tell_waiting=metrics.queue_depth.set,
-        tell_waited_s=metrics.held_s.observe,
     )
     gateway = Gateway(
         endpoint_id=settings.endpoint_id,
@@ -119,7 +120,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     )
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
-    server = Server(config(app, keep_alive_s=KEEP_ALIVE_S, shutdown_s=shutdown_s))
+    server = Server(config(app, shutdown_s=shutdown_s))
 
     def stop() -> None:
         server.should_exit = True

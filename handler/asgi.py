@@ -16,7 +16,7 @@ from typing import Any
 
 from handler import sse
 from handler.errors import BodyTooLarge, RequestError
-from handler.messages import Call, Headers, Reply, Request, read
+from handler.messages import Call, Headers, Reply, Request, Visit, read
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -233,7 +233,8 @@ def serve(
         try:
             if check is not None:
                 check(head)
-            request = replace(head, body=await _body(head, receive, max_body_bytes))
+            body = await _body(head, receive, max_body_bytes)
+            request = replace(head, body=body, visit=Visit())  # a client begins to wait when it has said all
         except RequestError as refusal:
             await _answer(wrap(refuse(refusal)), head, receive, send)
         except _ClientLeft:

@@ -64,7 +64,6 @@ _NOT_FOR_THE_ENGINE = (
     "x-priority",  # vLLM's: who may go first, and on which rank, is not the client's to say
     "x-data-parallel-rank",
 )
-_STREAM_HEADERS = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 
 OVERLOADED_RETRY_AFTER_S = 5
 """vLLM's 503 says only that its queue is full; this is about how long one takes to move."""
@@ -195,10 +194,6 @@ async def _error(reply: Reply, path: str, request: Request) -> Reply:
     return json_reply(reply.status, body, headers)
 
 
-# Quotes inside JSON strings are escaped, so no text that a model makes looks like this.
-_ERROR_FRAME = b'data: {"error"'
-
-
 async def _stream(reply: Reply, path: str, engine_is_dead: Callable[[], bool]) -> Reply:
     """The event stream of `reply`, or its error if it fails before it says anything.
 
@@ -209,18 +204,18 @@ async def _stream(reply: Reply, path: str, engine_is_dead: Callable[[], bool]) -
     def fault(frame: bytes) -> tuple[int, dict[str, Any]]:
         if engine_is_dead():
             return EngineDead.status, EngineDead().body()
-        raw = frame[frame.index(_ERROR_FRAME) + len(b"data: ") :]
+        raw = frame[frame.index(sse.ERROR_FRAME) + len(b"data: ") :]
         code = _fault(raw).get("code")
         status = code if isinstance(code, int) and 400 <= code < 600 else 500
         return status, openai_error(status, raw, path=path)
 
     begun = await anext(reply.frames, b"")
-    if _ERROR_FRAME in begun:
+    if sse.ERROR_FRAME in begun:
         first = next(frame for frame in sse.split(begun) if not frame.startswith(b":"))
-        if _ERROR_FRAME in first:
+        if sse.ERROR_FRAME in first:
             return json_reply(*fault(first))
-    headers = without(reply.headers, ("content-length", *(name for name, _ in _STREAM_HEADERS)))
-    return Reply(reply.status, (*headers, *_STREAM_HEADERS), _until_error(begun, reply.frames, fault))
+    headers = without(reply.headers, ("content-length", *(name for name, _ in sse.UNBUFFERED)))
+    return Reply(reply.status, (*headers, *sse.UNBUFFERED), _until_error(begun, reply.frames, fault))
 
 
 async def _until_error(
@@ -230,16 +225,16 @@ async def _until_error(
 
     def ended(chunk: bytes) -> bytes:
         frames = sse.split(chunk)
-        at = next(index for index, frame in enumerate(frames) if _ERROR_FRAME in frame)
+        at = next(index for index, frame in enumerate(frames) if sse.ERROR_FRAME in frame)
         _, body = fault(frames[at])
         return b"".join(frames[:at]) + sse.event(body)
 
     if begun:
-        yield ended(begun) if _ERROR_FRAME in begun else begun
-    if _ERROR_FRAME in begun:
+        yield ended(begun) if sse.ERROR_FRAME in begun else begun
+    if sse.ERROR_FRAME in begun:
         return
     async for chunk in rest:
-        if _ERROR_FRAME in chunk:
+        if sse.ERROR_FRAME in chunk:
             yield ended(chunk)
             return
         yield chunk

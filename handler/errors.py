@@ -178,8 +178,7 @@ class BodyTooLarge(RequestError):
 
 class _RetryLater(RequestError):
     def __init__(self, message: str, *, retry_after_s: float, code: str | None = None) -> None:
-        seconds = str(max(1, min(MAX_RETRY_AFTER_S, round(retry_after_s))))
-        super().__init__(message, code=code, headers=(("retry-after", seconds),))
+        super().__init__(message, code=code, headers=retry_after(retry_after_s))
 
 
 class RateLimited(_RetryLater):
@@ -286,6 +285,11 @@ class BadSettings(StartError):
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("bad settings:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+
+def retry_after(seconds: float) -> Headers:
+    """When to come again, in a form that openai-python heeds."""
+    return (("retry-after", str(max(1, min(MAX_RETRY_AFTER_S, round(seconds))))),)
 
 
 def error_body(

@@ -7,12 +7,34 @@ worker behind a socket, a remote endpoint. Platform adapters translate an event 
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
+
+
+PATIENCE_S = 590.0
+"""How long a client waits that hears nothing: OpenAI's give up after 600 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """What is known of a request's waits, for whoever lets it wait next. The clock is `time.monotonic`."""
+
+    arrived_s: float = field(default_factory=time.monotonic)
+    admitted: bool = False
+    """It has waited, or was with a worker, before: no bound turns it away any more."""
+    worked_s: float = 0.0
+    """How long it was with workers that were lost, which is no waiting."""
+    kept_alive: bool = False
+    """If it asks for a stream, its client hears comments while it waits."""
+
+    def deadline_s(self, timeout_s: float) -> float:
+        """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
+        return self.arrived_s + min(timeout_s + self.worked_s, max(timeout_s, PATIENCE_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +50,7 @@ class Request:
     headers: Headers = ()
     body: bytes = b""
     query: str = ""
+    visit: Visit = field(default_factory=Visit, compare=False, repr=False)
 
     def header(self, name: str) -> str | None:
         """The first value of `name` (lower case), or None."""

@@ -11,7 +11,16 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+from handler.messages import Headers
+
+UNBUFFERED: Headers = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
+"""So that no cache and no proxy collects a stream; the second is for nginx."""
+HEADERS: Headers = (("content-type", "text/event-stream; charset=utf-8"), *UNBUFFERED)
+"""Of a stream that is ours."""
+
 DONE = b"data: [DONE]\n\n"
+ERROR_FRAME = b'data: {"error"'
+"""How a frame that is an error begins. Quotes inside JSON strings are escaped: no text looks like this."""
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment frame: every client ignores it, every proxy counts it as traffic."""
 

@@ -12,11 +12,9 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.__main__ import KEEP_ALIVE_S
 from gateway.app import Gateway
 from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.server import Server, config
 from gateway.settings import GatewaySettings
 from gateway.upstreams.proxy import SocketProxy
 from handler.asgi import call_app, serve
@@ -26,6 +24,7 @@ from handler.phases import Phases
 from handler.platforms import http
 from handler.platforms.http import Http, _Server
 from handler.platforms.lobby import Lobby
+from handler.server import Server, config
 from handler.settings import Settings
 from handler.supervision import Notifier
 from tests.raw_http import ask
@@ -157,7 +156,7 @@ async def starting(
 @asynccontextmanager
 async def application(app: ScriptedApp, uds: Path) -> AsyncIterator[None]:
     """The application by itself at the socket `uds`: an engine for a worker in another process."""
-    server = Server(config(serve(call_app(app), max_body_bytes=1 << 30), keep_alive_s=5, shutdown_s=1))
+    server = Server(config(serve(call_app(app), max_body_bytes=1 << 30), idle_s=5, shutdown_s=1))
     serving = asyncio.create_task(server.serve(sockets=[listen_unix(uds)]))
     try:
         yield
@@ -174,7 +173,7 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
         proxy = SocketProxy(uds)
         gate = Gateway(settings.endpoint_id, proxy.call, Keys.open(key), Metrics(), dict)
         asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
-        server = Server(config(asgi, keep_alive_s=KEEP_ALIVE_S, shutdown_s=2))
+        server = Server(config(asgi, shutdown_s=2))
         listener = listen(HOST, 0)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -28,17 +28,17 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from gateway.metrics import Metrics
-from gateway.server import Server, config
 from gateway.upstreams.keeper import first
 from gateway.upstreams.lease import HOLD_S, LEASE_S, Lease
 from gateway.upstreams.line import Line
 from handler import asgi
 from handler.errors import NoSuchRoute, Unauthorized, json_reply
 from handler.messages import Reply, Request, once
+from handler.server import Server, config
 
 log = logging.getLogger("gateway")
 
-KEEP_ALIVE_S = 3600
+IDLE_S = 3600
 """Far above the 15 s after which aiohttp drops an idle connection: it is never us who close one."""
 LEAVING_HOLD_S = 0.5
 """What a leaving worker's next request for jobs is held: it is about to hear that it has to end."""
@@ -72,7 +72,7 @@ class ControlPlane:
         self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._listener = socket.create_server(("127.0.0.1", 0))
         app = asgi.serve(self.call, max_body_bytes=MAX_BODY_BYTES, check=self._check)
-        self._server = Server(config(app, keep_alive_s=KEEP_ALIVE_S, shutdown_s=1))
+        self._server = Server(config(app, idle_s=IDLE_S, shutdown_s=1))
         self._serving: asyncio.Task[None] | None = None
         self.lease: Lease | None = None
 

@@ -12,17 +12,10 @@ from uuid import uuid4
 
 from handler import jobs, sse
 from handler.errors import RequestError, UpstreamFailed
-from handler.messages import Headers, Reply, read
+from handler.messages import Reply, read
 
 HIGH_WATER_BYTES = 256 * 1024
 """The worker's post is answered late once this much is unread: a slow client slows its own job only."""
-
-_EVENT_STREAM: Headers = (
-    ("content-type", "text/event-stream; charset=utf-8"),
-    ("cache-control", "no-cache"),
-    ("x-accel-buffering", "no"),
-)
-_ERROR_FRAME = b'data: {"error"'
 
 
 class Job:
@@ -144,7 +137,7 @@ class Job:
         """The answer, which the first output decides. Raises what there is in its place."""
         async for output in self:
             if (whole := _load(output, streamed=self.streamed)) is None:
-                return Reply(200, _EVENT_STREAM, self._frames(output))
+                return Reply(200, sse.HEADERS, self._frames(output))
             self.complete = True
             return whole
         if self._reported is not None:
@@ -158,7 +151,7 @@ class Job:
             begin, (chunk, held) = held, _chunk(following)
             chunk = begin + chunk
             if chunk:
-                told = _ERROR_FRAME in chunk
+                told = sse.ERROR_FRAME in chunk
                 yield chunk
         if self._reported is None:
             if held:

@@ -1,4 +1,4 @@
-"""What every server of a worker is made of: who gets in, what the probes say, how uvicorn is set."""
+"""What every server of a worker is made of: who gets in, and what the probes say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-import uvicorn
 from prometheus_client import CollectorRegistry
 
 from handler import asgi, edge, metrics
@@ -18,14 +17,11 @@ from handler.settings import Settings
 PROBES = ("/health", "/ready", "/ping")
 """Answered without a key; they say nothing but yes or no."""
 
-KEEP_ALIVE_TIMEOUT_S = 75
-"""Longer than proxies keep an idle connection (60 s is usual), so that theirs ends first."""
-
 LINGER_S = 0.5
 """What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
 
 State = Callable[[], str]
-"""`starting`, `ready`, `dead` or `failed`."""
+"""`starting`, `ready`, `draining`, `dead` or `failed`."""
 
 Front = Callable[[Call], Call]
 
@@ -86,25 +82,3 @@ def _probed(request: Request, state: str) -> Reply:
     if state == "starting" and request.path == "/ping":
         return Reply(204, (), once(b""))  # so RunPod's load balancer tells a start from a fault
     return json_reply(200 if state == "ready" else 503, {"status": state})
-
-
-def config(app: asgi.App) -> uvicorn.Config:
-    """How uvicorn serves `app` on the loop that runs."""
-    return uvicorn.Config(
-        app,
-        loop="none",
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        proxy_headers=False,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
-    )
-
-
-def end(server: uvicorn.Server, within_s: float) -> None:
-    """Have `server`, on whose loop this runs, end: what is not answered `within_s` is cut off."""
-    server.config.timeout_graceful_shutdown = within_s  # type: ignore[assignment] # a float will do
-    server.should_exit = True

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from handler import edge, metrics, slots
@@ -28,10 +27,15 @@ from handler.listener import listen, listen_unix
 from handler.phases import Phases
 from handler.platforms import door
 from handler.platforms.lobby import Lobby
+from handler.server import Server, config, end
 from handler.settings import Settings
 from handler.supervision import Notifier
+from handler.waiting import kept_alive
 
 log = logging.getLogger(__name__)
+
+FLUSH_S = 2.0
+"""What is answered may still be on its way to a client that reads slowly."""
 
 
 def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
@@ -91,7 +95,7 @@ class Http:
             self._lobby.admit(
                 across(server.call, engine.loop),
                 cold_start_s=phases.total_s or 0.0,
-                dead=lambda: engine.is_dead,
+                state=server.state,
             )
         notifier.ready(phases.report())
         log.info("ready", extra={"address": address})
@@ -129,10 +133,12 @@ class _Server:
         self._engine = engine
         self._drain = Drain()
         self._stop = asyncio.Event()
-        call = engine.call
-        if settings.max_concurrency is not None:
-            call = slots.limit(call, settings.max_concurrency)
-        self.call = self._drain.wrap(edge.openai(call, engine_is_dead=lambda: engine.is_dead))
+        limited = settings.max_concurrency
+        call = engine.call if limited is None else slots.limit(engine.call, limited)
+        call = edge.openai(call, engine_is_dead=lambda: engine.is_dead)
+        if limited is not None:
+            call = kept_alive(call, settings.keep_alive_s)
+        self.call = self._drain.wrap(call)
         metrics.register(
             phases, running=engine.running, in_flight=lambda: self._drain.in_flight, registry=registry
         )
@@ -144,8 +150,8 @@ class _Server:
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
-        app = door.application(self.call, self._settings, self._state, self._registry)
-        server = uvicorn.Server(door.config(app))
+        app = door.application(self.call, self._settings, self.state, self._registry)
+        server = Server(config(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
         deadline_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s
@@ -153,13 +159,16 @@ class _Server:
         log.info("draining", extra={"in_flight": self._drain.in_flight})
         ended = await self._drain.finish(self._settings.drain_timeout_s)
         log.info("drained", extra={"ended_early": ended})
-        # Whoever has sent half a body or reads no more is no request that could be finished.
+        # What is open now has been answered, or has sent half a body, which may never be a request.
         left_s = deadline_s - asyncio.get_running_loop().time()
-        door.end(server, max(door.LINGER_S, left_s))
+        end(server, min(max(door.LINGER_S, left_s), FLUSH_S))
         await serving
 
-    def _state(self) -> str:
-        return "dead" if self._engine.is_dead else "ready"
+    def state(self) -> str:
+        """One of those of `door.State`; for any thread."""
+        if self._engine.is_dead:
+            return "dead"
+        return "draining" if self._stop.is_set() else "ready"
 
 
 def _stopping() -> NotAdmitted:

@@ -113,7 +113,7 @@ class Intake:
 
     def _start(self, scaler: Any, session: Any, job: Any) -> None:
         """What the scaler's `run_jobs` does with a job of its queue, at once."""
-        if not isinstance(job, dict) or not {"id", "input"} <= job.keys():
+        if not isinstance(job, dict) or not isinstance(job.get("id"), str) or "input" not in job:
             log.error("the platform has sent something that is no job")  # which would end the SDK
             return
         if job["id"] in scaler.jobs_tasks:

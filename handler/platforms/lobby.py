@@ -25,15 +25,11 @@ from handler import early, edge
 from handler.admission import Admission
 from handler.errors import NotAdmitted
 from handler.listener import close_copies
-from handler.messages import Call, Reply, Request
+from handler.messages import PATIENCE_S, Call, Reply, Request
 from handler.platforms import door
+from handler.server import Server, config, end
 from handler.settings import Settings
-
-HELD_MAX = 1000
-"""How many requests wait at most; a load balancer that has more needs to hear it."""
-
-HELD_S = 590.0
-"""How long one waits at most: clients of OpenAI's give up after 600 s."""
+from handler.waiting import WAITING_MAX, WAITING_MAX_BYTES, Room
 
 COLD_START_GUESS_S = 30.0
 """What is told in `Retry-After`: nobody knows how long this start will take."""
@@ -54,15 +50,16 @@ class Lobby:
         listener: socket.socket,
         health: socket.socket | None = None,
         *,
-        held_max: int = HELD_MAX,
-        held_s: float = HELD_S,
+        held_max: int = WAITING_MAX,
+        held_max_bytes: int = WAITING_MAX_BYTES,
+        held_s: float = PATIENCE_S,
     ) -> None:
         self._model = _only_model(settings)
-        self._dead: Callable[[], bool] = lambda: False
+        self._served: door.State = lambda: "ready"
         self._coming = _Coming()
         self._admission = Admission(
             self._coming,
-            queue_limit=held_max,
+            room=Room(limit=held_max, limit_bytes=held_max_bytes),
             queue_timeout_s=held_s,
             keep_alive_s=settings.keep_alive_s,
             check=self._check,
@@ -71,12 +68,12 @@ class Lobby:
         # A descriptor of its own: the engine's server goes on with the other one.
         self._sockets = [listener.dup()]
         app = door.application(self._admission.call, settings, self._state, REGISTRY, _last)
-        self._door = _Door(door.config(app), self._listening.set)
-        self._servers: list[uvicorn.Server] = [self._door]
+        self._door = _Door(config(app), self._listening.set)
+        self._servers: list[Server] = [self._door]
         if health is not None:
             self._sockets.append(health)
             asked = door.probes(self._state, max_body_bytes=settings.max_body_bytes)
-            self._servers.append(uvicorn.Server(door.config(asked)))
+            self._servers.append(Server(config(asked)))
         self._inherited = [listener, *self._sockets]
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="lobby", daemon=True)
@@ -88,12 +85,12 @@ class Lobby:
         os.register_at_fork(after_in_child=lambda: close_copies(self._inherited, ports))
         self._thread.start()
 
-    def admit(self, call: Call, *, cold_start_s: float, dead: Callable[[], bool]) -> None:
+    def admit(self, call: Call, *, cold_start_s: float, state: door.State) -> None:
         """The engine is there: answer who waits with `call`, and let nobody else in.
 
-        `call` answers on the lobby's loop (see `handler.bridge`). `dead` says whether the engine is.
+        `call` answers on the lobby's loop (see `handler.bridge`). `state` is that of what it serves.
         """
-        self._dead = dead
+        self._served = state
         self._do(partial(self._coming.arrive, call, cold_start_s))
         self._do(self._door.shut)
 
@@ -148,14 +145,14 @@ class Lobby:
 
     def _end(self, within_s: float) -> None:
         for server in self._servers:
-            door.end(server, within_s)
+            end(server, within_s)
 
     def _state(self) -> str:
         if self._coming.failure is not None:
             return "failed"
         if not self._coming.ready:
             return "starting"
-        return "dead" if self._dead() else "ready"
+        return self._served()
 
     def _check(self, request: Request) -> None:
         edge.allowed(request.method, request.path)
@@ -206,7 +203,7 @@ class _Coming:
         self._news.set()
 
 
-class _Door(uvicorn.Server):
+class _Door(Server):
     """A server that can let nobody else in, and ends once all who had come in are answered."""
 
     def __init__(self, config: uvicorn.Config, began: Callable[[], None]) -> None:

@@ -11,11 +11,13 @@ main thread. It is started through its public `start`, with a handler, a concurr
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
 import logging
 import multiprocessing
 import os
 import platform as machine
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, MutableMapping
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 TESTED = "1.12.0"
 CHECKS_OFF = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h; the parent is the thread that forks, here the main one."""
 CHECKS_TIMEOUT_S = 300.0
 REFUSALS = 64
 """How many jobs at once a worker takes that can only say why it did not start."""
@@ -115,12 +119,13 @@ class RunPod:
             "return_aggregate_stream": True,  # so that a chunk whose post was lost is in the result
         }
         engines = set(multiprocessing.active_children())
+        os.register_at_fork(after_in_child=end_with_parent)  # the SDK forks one process, which pings
         try:
             with suppress(asyncio.CancelledError):  # how `Intake` ends the SDK's loop
                 self._sdk.serverless.start(config)
         finally:
             for ping in set(multiprocessing.active_children()) - engines:
-                ping.kill()  # it would go on for ever: this process ends without Python's own end
+                ping.kill()  # this process ends without Python's own end, which would do it
 
 
 def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
@@ -190,6 +195,11 @@ def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
     if sdk.__version__ != TESTED:
         log.warning("this version of RunPod's SDK is not tested", extra={"found": sdk.__version__})
     return sdk
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_checks(environ: MutableMapping[str, str]) -> subprocess.Popen[bytes] | None:

@@ -17,6 +17,7 @@ from handler.admission import Admission
 from handler.asgi import call_app
 from handler.errors import NotAdmitted
 from handler.messages import Headers, Reply, Request, read
+from handler.waiting import Room
 from tests.servers import KEY, MODEL, Stack
 
 JSON = "application/json"
@@ -67,7 +68,7 @@ class NeverReady:
 async def said_early(path: str, body: bytes, content_type: str | None) -> tuple[int, str | None, Any]:
     """Status, content type and body of a gateway's answer that has no worker yet."""
     check = partial(early.check, model=MODEL)
-    admission = Admission(NeverReady(), queue_limit=1, queue_timeout_s=60, keep_alive_s=60, check=check)
+    admission = Admission(NeverReady(), room=Room(limit=1), queue_timeout_s=60, keep_alive_s=60, check=check)
     app = Gateway("local", admission.call, Keys.open(KEY), Metrics(), dict).app(
         max_body_bytes=2**20, cors_origins=()
     )

@@ -74,6 +74,7 @@ async def probed(served: Any) -> list[tuple[int, bytes]]:
 STARTING = [(204, b""), (503, b'{"status":"starting"}'), (503, b'{"status":"starting"}')]
 READY = [(200, b'{"status":"ready"}')] * 3
 DEAD = [(503, b'{"status":"dead"}')] * 3
+DRAINING = [(503, b'{"status":"draining"}')] * 3
 FAILED = [(503, b'{"status":"failed"}')] * 3
 
 
@@ -106,8 +107,9 @@ async def test_another_port_has_the_probes_and_nothing_else() -> None:
             assert (status, code(body)) == (404, "unknown_url"), path
             assert headers["x-request-id"].startswith("req_")
         assert worker.server is not None
-        worker.server.stop()  # what runs is finished, and until then this port answers
-        assert await probed(health) == READY
+        worker.server.stop()  # what runs is finished, and until then this port says that no more is taken
+        while (said := await probed(health)) != DRAINING:
+            assert said == READY
         app.gate("decode").opened.set()
         await asking
     with pytest.raises(ConnectionRefusedError):
@@ -293,6 +295,22 @@ async def test_no_more_wait_than_may_and_none_too_long() -> None:
         await asyncio.to_thread(lobby.close, 0.0)
 
 
+async def test_no_more_bytes_wait_than_may() -> None:
+    """Beside a model that loads there is no room for a thousand images."""
+    settings = Settings.from_environ(MODEL)
+    with listen(HOST, 0) as listener:
+        lobby = Lobby(settings, listener, held_max_bytes=1000)
+        lobby.open()
+        served = At(listener.getsockname()[1])
+        first = asyncio.create_task(chat(served, {"user": "x" * 900}))
+        while lobby.waiting != 1:
+            await ask(served, "GET", "/health")
+        status, headers, body = await chat(served, {"user": "x" * 100})
+        assert (status, code(body), "retry-after" in headers) == (503, "not_admitted", True)
+        first.cancel()
+        await asyncio.to_thread(lobby.close, 0.0)
+
+
 # --- the engine takes over ----------------------------------------------------------------------
 
 
@@ -463,3 +481,19 @@ async def test_no_more_run_at_once_than_may() -> None:
         app.gate("decode").opened.set()
         assert [(await asking)[0] for asking in (first, second, third)] == [200, 200, 200]
     app.finish()
+
+
+async def test_a_stream_that_waits_for_its_turn_is_kept_alive() -> None:
+    """It gets its status early and comments, then what the engine says."""
+    app = ScriptedApp({CHAT: [stream("1", Pause("decode")), stream("2")]})
+    async with starting(app, {"MAX_CONCURRENCY": "1", "KEEP_ALIVE_S": "0.01", **MODEL}) as worker:
+        worker.become_ready()
+        async with stream_asked(worker) as running:
+            await running.readuntil(b"data: 1\n\n")
+            async with stream_asked(worker) as waiting:
+                assert (await read_head(waiting))[0] == 200
+                for _ in range(3):
+                    await waiting.readuntil(sse.KEEP_ALIVE)
+                app.gate("decode").opened.set()
+                await waiting.readuntil(b"data: 2\n\n")
+                assert b"data: [DONE]" in await waiting.readuntil(b"0\r\n\r\n")

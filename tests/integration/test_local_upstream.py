@@ -21,6 +21,7 @@ from gateway.upstreams.local import LocalUpstream
 from handler.admission import Admission
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, read
+from handler.waiting import Room
 from tests import scripted_zygote
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
 from tests.scripted_worker import COLD_START, COMMAND, READY, Director, Worker
@@ -263,7 +264,7 @@ async def test_worker_killed_before_the_first_byte_is_replaced_silently(
 ) -> None:
     """Admission asks the next worker, and the client sees an answer."""
     async with stage(tmp_path, (READY, {ROUTE: before}), (READY, {ROUTE: answer({"id": "b"})})) as on:
-        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
         async with admission.call(CHAT) as reply:
             assert (reply.status, await read(reply)) == (200, b'{"id": "b"}')
         assert [type(event) for event in on.events if not isinstance(event, Progress)] == [
@@ -412,7 +413,7 @@ async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: 
     refusal = Script((Pause("asked"), Say("{}")), 503)
     async with stage(tmp_path, (READY, {ROUTE: refusal}), (READY, {ROUTE: answer({"id": "b"})})) as on:
         worker = await ready(on)
-        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
 
         async def ask() -> bytes:
             async with admission.call(CHAT) as reply:

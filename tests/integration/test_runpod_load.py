@@ -21,11 +21,11 @@ import httpx
 import pytest
 
 from bench.servers import tree
-from gateway.server import Server as HttpServer
-from gateway.server import config
 from handler import sse
 from handler.asgi import Message, Receive, Send, call_app, serve
 from handler.listener import listen_unix
+from handler.server import Server as HttpServer
+from handler.server import config
 from tests.servers import KEY, ROOT, Server, engine_environ, first_line, program
 
 JOBS = 1000
@@ -175,7 +175,7 @@ def path(folder: Path, **settings: str) -> Iterator[Path_]:
 async def engine(app: Any, folder: Path) -> AsyncIterator[None]:
     """`app` at the socket that the worker asks."""
     asgi = serve(call_app(app), max_body_bytes=1 << 20)
-    server = HttpServer(config(asgi, keep_alive_s=5, shutdown_s=1))
+    server = HttpServer(config(asgi, idle_s=5, shutdown_s=1))
     serving = asyncio.create_task(server.serve(sockets=[listen_unix(folder / "engine.sock")]))
     try:
         yield

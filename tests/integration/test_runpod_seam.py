@@ -135,14 +135,14 @@ async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
 
 async def test_what_is_no_job_does_not_end_the_worker(sdk: Any, caplog: pytest.LogCaptureFixture) -> None:
     """By itself the SDK dies of it, with all that it holds."""
-    on = Scaler(8, [{"input": {}}, "a", job("b")])
+    on = Scaler(8, [{"input": {}}, "a", {"id": 7, "input": {}}, {"id": ["a"], "input": {}}, job("b")])
     on.go_on.set()
     await on.take()
     await asyncio.sleep(0)
     assert on.begun == ["b"]
     assert [record.message for record in caplog.records] == [
         "the platform has sent something that is no job"
-    ] * 2
+    ] * 4
 
 
 async def test_a_stop_before_the_first_step_leaves_nothing_held(sdk: Any) -> None:

@@ -27,6 +27,7 @@ from gateway.upstreams.runpod import RunpodUpstream
 from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
+from handler.waiting import Room
 from tests import runpod_worker, scripted_worker
 from tests.jobs_client import TAKES_JOBS, JobsClient, speaking_for
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
@@ -427,7 +428,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
     """What was not begun is asked again, what was not taken stays in line, and late words are dropped."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
         job_id, reply = await begun(on, sdk, client)
-        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
 
         async def retried() -> bytes:
             async with admission.call(PLAIN) as answered:
@@ -585,7 +586,7 @@ async def test_real_sdk_that_dies_is_replaced_silently(tmp_path: Path) -> None:
     """The client's answer comes from the next worker, which is one of its own."""
     plays = [real({ROUTE: Script((Crash(),))}), real({ROUTE: answer({"id": "b"})})]
     async with stage(tmp_path, *plays, command=runpod_worker.COMMAND) as on:
-        admission = Admission(on.upstream, queue_limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
         async with admission.call(PLAIN) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
         assert on.upstream.starts == 2

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -13,10 +14,13 @@ from handler import sse
 from handler.admission import Admission, WorkerLost
 from handler.asgi import call_app
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
-from handler.messages import Reply, Request, read
+from handler.messages import Reply, Request, Visit, read
+from handler.waiting import Room
+from tests.asgi_client import turns
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
 CHAT = "POST /v1/chat/completions"
+LOST_AFTER_S = 2.5
 
 
 def chat(n: int = 0, *, streamed: bool = False) -> Request:
@@ -36,6 +40,7 @@ class ColdUpstream:
         self.retry_after_s = retry_after_s
         self.cold_start_s = 4.25
         self.lost = 0
+        self.visits: list[Visit] = []
         self.asked = asyncio.Event()
         self._failure: RequestError | None = None
         self._news = asyncio.Event()
@@ -61,12 +66,13 @@ class ColdUpstream:
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Ask the application, or lose the worker if `lost` says so."""
+        self.visits.append(request.visit)
         if self.lost:
             self.lost -= 1
             self.ready = False
             self._news = asyncio.Event()
             self.asked.clear()
-            raise WorkerLost("The worker went away.")
+            raise WorkerLost("The worker went away.", worked_s=LOST_AFTER_S)
         async with self._call(request) as reply:
             yield reply
 
@@ -91,7 +97,7 @@ def admission(
     """Admission in front of `upstream`, patient unless told otherwise."""
     return Admission(
         upstream,
-        queue_limit=queue_limit,
+        room=Room(limit=queue_limit),
         queue_timeout_s=queue_timeout_s,
         keep_alive_s=keep_alive_s,
         check=check,
@@ -143,7 +149,8 @@ async def test_only_a_request_that_waited_tells_the_cold_start(ready: bool, expe
             return reply.header("x-cold-start")
 
     task = asyncio.create_task(headers())
-    await asyncio.sleep(0)
+    if not ready:
+        await upstream.asked.wait()
     upstream.become_ready()
     assert await task == expected
 
@@ -300,6 +307,18 @@ async def test_keep_alive_of_zero_never_answers_early() -> None:
         await answered(front, chat(streamed=True))
 
 
+async def test_a_stream_gets_comments_wherever_it_waits() -> None:
+    """Also in a line of the upstream, which was ready."""
+    app = ScriptedApp({CHAT: Script((Pause("line"), Say("data: 1\n\n")), 200, EVENT_STREAM)})
+    async with admission(ColdUpstream(app, ready=True), keep_alive_s=0.001).call(
+        chat(streamed=True)
+    ) as reply:
+        assert (reply.status, reply.headers) == (200, sse.HEADERS)
+        assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3
+        app.gate("line").opened.set()
+        assert (await read(reply)).replace(sse.KEEP_ALIVE, b"") == b"data: 1\n\n"
+
+
 async def test_leaving_an_early_answer_stops_the_work() -> None:
     """The connection to the worker is left as soon as the client leaves."""
     app = ScriptedApp({CHAT: stream("1", Pause("generating"))})
@@ -332,6 +351,35 @@ async def test_lost_worker_before_the_first_byte_is_retried_on_the_next(streamed
     await upstream.asked.wait()
     upstream.become_ready()
     assert await task == (200, b'{"id": "b"}')
+
+
+async def test_lost_worker_is_no_reason_to_turn_away() -> None:
+    """Whoever came before the others is not refused for their number."""
+    app = ScriptedApp({CHAT: answer({}), "GET /v1/models": answer({"id": "m"})})
+    upstream = ColdUpstream(app, ready=True)
+    upstream.lost = 1
+    front = admission(upstream, queue_limit=0)
+    task = asyncio.create_task(answered(front, chat()))
+    await upstream.asked.wait()
+    with pytest.raises(NotAdmitted):
+        await answered(front, chat())
+    upstream.become_ready()
+    assert await task == (200, b"{}")
+
+
+async def test_upstream_hears_of_the_waits_before() -> None:
+    """When the request came, that it was let in, and what a lost worker had of its time."""
+    upstream = ColdUpstream(ScriptedApp({CHAT: answer({})}))
+    upstream.lost = 1
+    request = chat()
+    task = asyncio.create_task(answered(admission(upstream), request))
+    for _ in range(2):
+        await upstream.asked.wait()
+        upstream.become_ready()
+        await turns()
+    await task
+    waited = replace(request.visit, admitted=True, kept_alive=True)
+    assert upstream.visits == [waited, replace(waited, worked_s=LOST_AFTER_S)]
 
 
 async def test_second_lost_worker_is_an_error() -> None:

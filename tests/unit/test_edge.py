@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from handler import edge, sse
+from handler import sse
 from handler.asgi import call_app, serve
 from handler.edge import ROUTES, allowed, front, openai
 from handler.errors import (
@@ -827,4 +827,4 @@ async def test_a_layer_below_can_not_open_cors() -> None:
 
 def test_the_error_frame_is_vllms() -> None:
     """`create_streaming_error_response` writes it with json.dumps, so with a space after the colon."""
-    assert f"data: {FAILED}\n\n".encode().startswith(edge._ERROR_FRAME)
+    assert f"data: {FAILED}\n\n".encode().startswith(sse.ERROR_FRAME)

@@ -18,6 +18,7 @@ from handler.admission import Admission
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Reply, Request, read
+from handler.waiting import Room
 from tests.scripted_app import EVENT_STREAM, Fail, Say, Script, ScriptedApp, answer, stream
 
 KEY: Headers = (("authorization", "Bearer secret"),)
@@ -302,7 +303,7 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
     """Key, route, body, name of the model; the rest waits for the worker."""
     admission = Admission(
         _Starting(),
-        queue_limit=1,
+        room=Room(limit=1),
         queue_timeout_s=0.001,
         keep_alive_s=0,
         check=partial(early.check, model="mine"),

@@ -19,10 +19,10 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"__main__"},
     {"freezable", "platforms", "warm"},
     {"engine"},
-    {"edge"},
+    {"edge", "server"},
     {"asgi"},
+    {"admission", "slots"},
     {
-        "admission",
         "caches",
         "drain",
         "early",
@@ -36,6 +36,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "metrics",
         "model",
         "prerequisites",
+        "waiting",
     },
     {
         "auth",
@@ -48,7 +49,6 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "readahead",
         "settings",
         "shortcuts",
-        "slots",
         "sse",
         "structure",
         "supervision",

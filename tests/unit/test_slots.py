@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
 from handler.asgi import call_app
-from handler.errors import RequestError
-from handler.messages import Call, Request, read
+from handler.errors import DeadlineExceeded, NotAdmitted, RequestError
+from handler.messages import Call, Request, Visit, read
 from handler.slots import limit
 from tests.asgi_client import turns
 from tests.scripted_app import Fail, Pause, Script, ScriptedApp, answer, stream
@@ -17,11 +18,13 @@ from tests.scripted_app import Fail, Pause, Script, ScriptedApp, answer, stream
 CHAT = "POST /v1/chat/completions"
 
 
-def asking(call: Call, n: int = 0) -> asyncio.Task[bytes]:
+def asking(call: Call, n: int = 0, visit: Visit | None = None) -> asyncio.Task[bytes]:
     """A chat request that can be told from others by `n`, being answered."""
+    body = json.dumps(n).encode()
 
     async def ask() -> bytes:
-        async with call(Request("POST", "/v1/chat/completions", (), json.dumps(n).encode())) as reply:
+        request = Request("POST", "/v1/chat/completions", (), body, visit=visit or Visit())
+        async with call(request) as reply:
             return await read(reply)
 
     return asyncio.create_task(ask())
@@ -67,6 +70,35 @@ async def test_who_leaves_makes_room(waits: bool) -> None:
     app.gate("a").opened.set()
     expected = [b"data: [DONE]\n\n", b"1"] if waits else [b"1", b"2"]
     assert await asyncio.gather(*left) == expected
+
+
+async def test_no_more_wait_than_may() -> None:
+    """One more is told to come again; who was let in elsewhere is not."""
+    app = ScriptedApp({CHAT: [stream(Pause("a")), answer(1), answer(2)]})
+    call = limit(call_app(app), 1, waiting_max=1)
+    first, second = asking(call), asking(call)
+    await app.gate("a").reached.wait()
+    with pytest.raises(NotAdmitted) as refused:
+        await asking(call)
+    assert refused.value.headers == (("retry-after", "5"),)
+    third = asking(call, visit=Visit(admitted=True))
+    await turns()
+    app.gate("a").opened.set()
+    assert [await task for task in (first, second, third)] == [b"data: [DONE]\n\n", b"1", b"2"]
+
+
+async def test_nobody_waits_for_ever() -> None:
+    """Counted from the arrival; whoever has waited elsewhere waits less here. Its place is free again."""
+    app = ScriptedApp({CHAT: [stream(Pause("a")), answer(1)]})
+    call = limit(call_app(app), 1, waiting_max=1)
+    first = asking(call)
+    await app.gate("a").reached.wait()
+    with pytest.raises(DeadlineExceeded):
+        await asking(call, visit=Visit(arrived_s=time.monotonic() - 591))
+    second = asking(call)
+    await turns()
+    app.gate("a").opened.set()
+    assert [await task for task in (first, second)] == [b"data: [DONE]\n\n", b"1"]
 
 
 async def test_a_call_that_fails_makes_room() -> None:
