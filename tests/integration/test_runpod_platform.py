@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.servers import tree
 from gateway.notify import NotifySocket
 from tests.runpod_plane import Plane
 from tests.runpod_worker import COMMAND
@@ -349,13 +350,19 @@ async def test_a_dead_engine_fails_its_jobs_and_the_worker(folder: Path) -> None
 
 
 async def test_a_killed_worker_leaves_no_job_half_said(folder: Path) -> None:
-    """What it had posted, it had posted whole."""
+    """What it had posted, it had posted whole; and the SDK's heartbeat does not go on without it."""
     async with pod(folder, {CHAT: stream("1", Pause("go"), Crash())}) as on:
         (job,) = await on.plane.submit(STREAM)
         await job.said(1)
+        (heartbeat,) = tree(on.process.pid)[1:]
+        ended, gone = os.pidfd_open(heartbeat), asyncio.Event()
+        asyncio.get_running_loop().add_reader(ended, gone.set)
         on.worker.open("go")
         assert await on.process.wait() == -signal.SIGKILL
         assert (job.streamed, job.done) == (["data: 1\n\n"], [])
+        await gone.wait()
+        asyncio.get_running_loop().remove_reader(ended)
+        os.close(ended)
 
 
 # --- what the platform's log gets ---------------------------------------------------------------
