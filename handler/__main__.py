@@ -113,13 +113,15 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         engine.wait_open()
     except StartError as failure:
         if isinstance(failure, Unfit) or not platforms.answers_failure(name, environ):
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_IGN)  # it is ending
             platform.refuse(failure)
             raise
         stay(platform, failure, notifier)
         return
     try:
         log.info("cold start %s", json.dumps(phases.report()))
-        remember = fork.teach if fork else partial(remember_files, environ)
+        remember = fork.teach if fork else partial(remember_start, engine, environ)
         threading.Thread(target=remember, name="remember", daemon=True).start()
         platform.run(engine, phases, notifier)
     finally:
@@ -147,7 +149,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         platforms.find(platforms.chosen(environ))  # so that a copy need not import it
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
-        remember_files(environ)
+        remember_start(engine, environ)
         frozen = freeze.freeze(engine, environ)
         barrier.announce(frozen, settings.model_id, phases.report())
         log.info("frozen", extra={"slept": frozen.slept, "barrier": str(folder)})
@@ -161,9 +163,15 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
         platform = platforms.load(platforms.chosen(environ), settings)
-        platform.fit()
-        platform.prepare()
-        freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, partial(_refuse_and_give_up, platform))
+        try:
+            platform.fit()
+            platform.prepare()
+            freeze.thaw(engine, frozen, phases, keep_seed=freeze.seeded(settings))
+        except StartError as failure:
+            platform.refuse(failure)
+            raise
         barrier.tell(frozen, phases.report())
         log.info("cold start %s", json.dumps(phases.report()))
         platform.run(engine, phases, notifier)
@@ -216,8 +224,9 @@ def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> 
     return zygote.serve(listener, None if lifeline is None else int(lifeline))
 
 
-def remember_files(environ: MutableMapping[str, str]) -> None:
-    """Write down what this start has read, for the next one."""
+def remember_start(engine: Engine, environ: MutableMapping[str, str]) -> None:
+    """Write down what this start has read and found out, for the next one."""
+    engine.save()
     try:
         readahead.record(readahead.place(environ))
     except OSError as error:

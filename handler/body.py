@@ -11,6 +11,9 @@ import json
 from handler.errors import BadRequest
 from handler.messages import Request
 
+TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
+"""What pydantic reads as true, beside true and 1."""
+
 _KINDS = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
 
@@ -39,11 +42,12 @@ def body_fault(request: Request) -> BadRequest | None:
 
 
 def asks_for_stream(request: Request) -> bool:
-    """Whether the body of `request` has `"stream": true`."""
+    """Whether the body of `request` has `"stream": true`, or what vLLM takes for it."""
     if b'"stream"' not in request.body:
         return False
     try:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
         return False
-    return isinstance(body, dict) and body.get("stream") is True
+    asked = body.get("stream") if isinstance(body, dict) else None
+    return asked == 1 or (isinstance(asked, str) and asked.lower() in TRUE)

@@ -17,6 +17,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Coroutine, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +29,21 @@ from typing import Any, Self, TypeVar
 
 import uvloop
 
-from handler import asgi, caches, loader, machine, model, prerequisites, readahead, structure, tracing
+from handler import (
+    asgi,
+    caches,
+    generated,
+    kept,
+    loader,
+    machine,
+    model,
+    pack,
+    prerequisites,
+    readahead,
+    shortcuts,
+    structure,
+    tracing,
+)
 from handler.core_thread import ThreadCoreClient
 from handler.errors import BadSettings, EngineFailed, ModelNotFound, NoResources, StartError
 from handler.flags import parse_flags
@@ -86,6 +101,8 @@ LARGE_MODEL_BYTES = 64 << 20
 MIN_KV_CACHE_BYTES = 64 << 20
 MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
+CLOSE_GRACE_S = 10.0
+"""What vLLM gets to end beyond the drain's deadline; then the process ends without it."""
 TYPICAL_TOKENS = 4096
 """What a long prompt and its answer take of the KV cache."""
 
@@ -117,6 +134,8 @@ class Prepared:
     weights: loader.Choice
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
+    memories: tuple[kept.Memory, ...] = ()
+    """What was taken from the last start, and is noted for the next."""
 
 
 class Engine:
@@ -146,6 +165,7 @@ class Engine:
         self.mode = settings.engine_mode
         self.call: Call
         self._tasks: tuple[str, ...] = ()
+        self._memories: tuple[kept.Memory, ...] = ()
         self.dead: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -172,6 +192,11 @@ class Engine:
     def wait_open(self) -> None:
         """Wait until a first token was made. Raises `StartError` if none can be."""
         self._opened.result()
+
+    def save(self) -> None:
+        """Write down what the next start can take from this one."""
+        for memory in self._memories:
+            memory.save()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Run `work` on the engine's loop."""
@@ -209,7 +234,7 @@ class Engine:
             return  # nothing can interrupt vLLM while it loads
         if self._thread.is_alive() and self._opened.exception() is None:
             self.loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self._thread.join(self._settings.drain_timeout_s + CLOSE_GRACE_S)  # it may hang in a device
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -232,6 +257,10 @@ class Engine:
             await self._stop.wait()
         self._llm.shutdown(timeout=self._settings.drain_timeout_s)
 
+    def _end_start(self) -> None:
+        for memory in self._memories:
+            memory.end()
+
     def _died(self, _: asyncio.Task[None]) -> None:
         # vLLM's output task ends when the engine is dead, in every mode, and in no other case.
         if not self._closing:
@@ -242,6 +271,8 @@ class Engine:
         phases = self._phases
         ready = self._prepared or prepare(self._settings, phases, self._environ)
         args, self.mode = ready.args, ready.mode
+        self._memories = ready.memories
+        os.register_at_fork(after_in_child=self._end_start)  # a core in a process of its own lives on
         heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
@@ -262,6 +293,7 @@ class Engine:
         if heard is not None:
             heard()
         phases.done()
+        self._end_start()
         phases.facts |= facts(ready, phases)
 
 
@@ -341,6 +373,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
 
     Raises `StartError`, or what vLLM raises for a configuration that it refuses.
     """
+    memories = tuple(remember(environ))
     with phases.span("import vllm"):
         before_import(environ, settings)
         parser = make_parser()
@@ -366,7 +399,17 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
         vllm_config = configure(args, mode)
-    return Prepared(settings, args, vllm_config, mode, weights)
+    return Prepared(settings, args, vllm_config, mode, weights, memories=memories)
+
+
+def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
+    """Take from the last start what Python would look for and compile again, from now on."""
+    if pulled("pack", environ):
+        modules = pack.Pack(pack.place(environ), time.time())
+        modules.begin()
+        yield modules
+    if pulled("generated", environ):
+        yield generated.keep(environ)
 
 
 def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
@@ -391,6 +434,12 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     """Set what vLLM and torch read from the environment as they load, where the user has not."""
     if pulled("structure", environ):
         structure.keep(environ)
+    if pulled("inductor", environ):
+        shortcuts.import_inductor_later()
+    if pulled("sources", environ):
+        shortcuts.name_sources_by_frame()
+    if pulled("distributions", environ):
+        shortcuts.keep_distributions(environ)
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # no telemetry unless it is asked for
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # vLLM warns of a dozen things at each start that are as they should be here.

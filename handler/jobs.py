@@ -69,7 +69,7 @@ def parse(job_input: object) -> Request:
     if "openai_route" in job_input or "openai_input" in job_input:
         path = _path(job_input.get("openai_route", "/v1/chat/completions"), "openai_route")
         body = job_input.get("openai_input")
-        empty = body is None or (body == {} and (path + "/").startswith("/v1/models/"))
+        empty = body is None or (not body and (path + "/").startswith("/v1/models/"))
         return _request("GET" if empty else "POST", path, None if empty else body)
     if "route" in job_input:
         body = job_input.get("body")
@@ -77,8 +77,8 @@ def parse(job_input: object) -> Request:
         if not isinstance(method, str):
             raise BadEvent('"method" of a job\'s input is a string, "GET" or "POST".')
         return _request(method.upper(), _path(job_input["route"], "route"), body)
-    if "messages" in job_input or "prompt" in job_input:
-        return _shorthand(job_input)
+    if job_input.get("messages") is not None or job_input.get("prompt") is not None:
+        return _shorthand({name: value for name, value in job_input.items() if value is not None})
     named = ", ".join(sorted(map(repr, job_input))) or "none"
     raise BadEvent(f"A job's input has one of these shapes: {SHAPES}. The keys of this one: {named}.")
 
@@ -138,7 +138,8 @@ async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
     """The outputs of a job that is answered with `reply`, in order; see the top of this file.
 
     `streamed` is whether the request asked for a stream. Raises `RequestError` for an answer that
-    RunPod would not take: its job would hang.
+    RunPod would not take: its job would hang. The job of a stream that is too long FAILED likewise,
+    after its last frame.
     """
     if reply.status >= 400:
         error = {**_error(await read(reply)), "status": reply.status}
@@ -147,22 +148,24 @@ async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
         for output in render_error(error, streamed=streamed):
             yield output
     elif reply.streams:
-        broken = ""
+        broken, posted = "", 0
         async for chunk in reply.frames:
             text = chunk.decode(errors="replace")
             broken = text if _ERROR_FRAME in text else ""
+            posted += _posted_bytes(text)
             yield text
+        if posted > ANSWER_MAX_BYTES and not broken:  # it was told whole; its result would be refused
+            yield {"error": json.dumps(error_of(_too_large(posted)))}
         if broken:
             text = broken[broken.index(_ERROR_FRAME) + len("data: ") :]
             yield {"error": json.dumps(_error(text.partition("\n\n")[0]))}
     else:
         raw = await read(reply)
-        if len(raw) > ANSWER_MAX_BYTES:
-            raise RequestError(
-                f"The answer has {len(raw)} bytes, and a job can't hold more than {ANSWER_MAX_BYTES}.",
-                code="answer_too_large",
-            )
-        yield _value(raw, reply.header("content-type") or "")
+        value = _value(raw, reply.header("content-type") or "")
+        # With the SDK's spaces it is half as long again at most.
+        if len(raw) > ANSWER_MAX_BYTES / 2 and (posted := _posted_bytes(value)) > ANSWER_MAX_BYTES:
+            raise _too_large(posted)
+        yield value
 
 
 def render_error(error: Mapping[str, Any], *, streamed: bool, begun: bool = False) -> list[Any]:
@@ -203,7 +206,7 @@ def load_failure(error: object) -> Reply:
     """The reply for a job that FAILED with `error`."""
     try:
         found = json.loads(error) if isinstance(error, str) else error
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict) and "message" in found:
         return _error_reply({"status": 500, **found})
@@ -212,9 +215,28 @@ def load_failure(error: object) -> Reply:
 
 
 def _error_reply(error: Mapping[str, Any]) -> Reply:
+    status, retry_after = error["status"], error.get("retry_after")
+    if not (_is_number(status) and 400 <= status < 600):
+        return UpstreamFailed("The job failed, with a status that is none.").reply()
     body = {name: error.get(name) for name in ("message", "type", "param", "code")}
-    headers = (("retry-after", str(error["retry_after"])),) if "retry_after" in error else ()
-    return json_reply(int(error["status"]), {"error": body}, headers)
+    headers = (("retry-after", str(retry_after)),) if _is_number(retry_after) else ()
+    return json_reply(status, {"error": body}, headers)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _posted_bytes(output: Any) -> int:
+    """What `output` takes of a job's result."""
+    return len(json.dumps(output, ensure_ascii=False).encode(errors="replace")) + len(", ")
+
+
+def _too_large(posted_bytes: int) -> RequestError:
+    return RequestError(
+        f"The answer takes {posted_bytes} bytes, and a job can't hold more than {ANSWER_MAX_BYTES}.",
+        code="answer_too_large",
+    )
 
 
 def _told(text: str | bytes) -> dict[str, Any] | None:

@@ -31,6 +31,11 @@ _ALL = (
     Lever("kvlazy", "the KV cache is touched as tokens come, not filled with zeros that are there already"),
     Lever("overlap", "a core in a thread loads the weights while vLLM reads the tokenizer"),
     Lever("structure", "transformers reads its 1,500 files to learn what is in them; it is kept"),
+    Lever("inductor", "vLLM imports torch's compiler to change a list in it; an eager model never uses it"),
+    Lever("generated", "dataclasses write 5,000 functions for Python to compile; they are kept compiled"),
+    Lever("pack", "Python looks for, checks and opens 5,000 modules one by one; one file has them all"),
+    Lever("sources", "torch goes through all modules for the line of each operator; its frame says it"),
+    Lever("distributions", "transformers reads which files each package has; it is kept"),
     Lever("kernels", "vLLM looks for Triton kernels in every module; only its own have any"),
     Lever(
         "readahead",

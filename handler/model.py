@@ -47,8 +47,14 @@ def _snapshot(repository: Path, revision: str | None) -> Path | None:
         wanted = [snapshots / revision]
     else:
         wanted = sorted(snapshots.glob("*"))
-    whole = [path for path in wanted if (path / "config.json").is_file()]
+    whole = [path for path in wanted if _holds_model(path)]
     return whole[0] if len(whole) == 1 else None
+
+
+def _holds_model(folder: Path) -> bool:
+    return any(
+        (folder / name).is_file() for name in ("config.json", "params.json")
+    )  # or Mistral's own format
 
 
 def check(name: str, environ: MutableMapping[str, str]) -> None:
@@ -62,7 +68,7 @@ def check(name: str, environ: MutableMapping[str, str]) -> None:
         return
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "params.json").is_file():
+        if not _holds_model(folder):
             raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
         return
     if is_path(name):

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from handler import pack
 from handler.levers import pulled
 
 THREADS = 4
@@ -42,7 +43,10 @@ def begin(environ: Mapping[str, str]) -> list[threading.Thread]:
     """
     files = weights(environ.get("MODEL_NAME", "")) if pulled("weights", environ) else []
     if pulled("readahead", environ):
-        files += recorded(place(environ))
+        listed = recorded(place(environ))
+        if pulled("pack", environ) and (modules := pack.place(environ)).exists():
+            listed = [str(modules), *(file for file in listed if not file.endswith(".pyc"))]
+        files += listed
     return advise(files)
 
 

@@ -12,6 +12,7 @@ and a cold start counts it.
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -324,12 +325,16 @@ def readable(environ: Mapping[str, str]) -> Settings:
     """The settings of `environ`, the default in place of each that is wrong: to say so with."""
     values, _ = read(TABLE, environ, others=UNREAD)
     defaults, _ = read(TABLE, {})
-    return Settings(**{name: defaults[name] if value is None else value for name, value in values.items()})
+    usable = {name: defaults[name] if value is None else value for name, value in values.items()}
+    if _open_to_all(**usable):  # the reason is not for everybody
+        usable["api_key"] = secrets.token_urlsafe()
+    return Settings(**usable)
 
 
 def rest(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without the settings of the worker and without what is not ours."""
     taken = {name for row in TABLE for name in row.names}
+    taken.add("LC_CTYPE")  # Python sets it, in a process that was given no locale (PEP 538)
     return {name: value.strip() for name, value in ours(environ).items() if name not in taken}
 
 

@@ -132,15 +132,24 @@ async def _entered(call: AbstractAsyncContextManager[Reply]) -> AsyncIterator[as
     task.add_done_callback(ended)
     try:
         yield head
-        left.set()
-    finally:
-        if not (head.done() and left.is_set()):
-            task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # so that asyncio does not complain that nobody heard it
-        if head.done() and not head.cancelled():
-            head.exception()
+    except BaseException:
+        task.cancel()
+        await _ended(task, head)
+        raise
+    if not head.done():
+        task.cancel()
+    left.set()
+    failed = await _ended(task, head)
+    if failed and not head.cancelled() and failed is not head.exception():  # else it was told by `head`
+        raise failed
+
+
+async def _ended(task: asyncio.Task[None], head: asyncio.Future[Reply]) -> BaseException | None:
+    """What `task` failed with. Heard here, so that asyncio does not complain that nobody did."""
+    await asyncio.wait({task})
+    if head.done() and not head.cancelled():
+        head.exception()
+    return None if task.cancelled() else task.exception()
 
 
 async def _comments(head: asyncio.Future[Reply], keep_alive_s: float) -> AsyncGenerator[bytes, None]:

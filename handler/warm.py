@@ -93,6 +93,9 @@ class Parent:
             except Exception as error:  # noqa: BLE001 - whatever a module out of its turn raises
                 log.debug("not imported ahead", extra={"import": name, "reason": str(error)})
         self.prepared = engine.settle(self.prepared)
+        for memory in self.prepared.memories:
+            memory.end()  # what else is imported here, a worker brings
+            memory.save()
         gc.collect()
         gc.freeze()  # a fork need not walk it, and a page that nobody walks stays shared
         self.known = frozenset(sys.modules)

@@ -14,11 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 STDERR = 2
 """Where a worker's output goes: standard output is the gateway's own, for its address."""
 FORK_LINE_MAX_BYTES = 64 << 10
+NEWS_S = 1.0
+"""How long after a worker's end its parent may take to say how it was."""
 PARENT_GRACE_S = 5.0
 """What a warm parent gets to end its last worker, which was told to end before it."""
 
@@ -158,10 +160,33 @@ class _Forked:
     async def wait(self) -> int:
         """The parent says how it ended; if the parent is gone, nobody knows, and it counts as killed."""
         code = -signal.SIGKILL
-        with suppress(OSError):
-            code = _answer(await self._reader.readline()).get("exit", code)
-        self._writer.close()
+        told = asyncio.ensure_future(self._reader.readline())
+        try:
+            await self._ended(told)
+            with suppress(OSError, TimeoutError):
+                code = _answer(await asyncio.wait_for(told, NEWS_S)).get("exit", code)
+        finally:
+            told.cancel()
+            self._writer.close()
         return code
+
+    async def _ended(self, told: asyncio.Future[bytes]) -> None:
+        """Return once it has ended, or the parent has said something."""
+        try:
+            ended = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        loop, gone = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(ended, gone.set)
+        waiting = asyncio.ensure_future(gone.wait())
+        try:
+            # Not the parent's word alone: without it the connection may live on in what the worker started.
+            either: set[asyncio.Future[Any]] = {told, waiting}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            loop.remove_reader(ended)
+            os.close(ended)
 
     def let_go(self) -> None:
         self._writer.close()

@@ -92,7 +92,7 @@ class RunpodUpstream(Keeper):
         direct = f"{no_proxy},127.0.0.1" if no_proxy else "127.0.0.1"  # the SDK's pings would take a proxy
         return {
             "PLATFORM": "runpod",
-            "START_FAILURE": environ.get("START_FAILURE") or "exit",
+            "START_FAILURE": "exit",  # the reason is told from here
             **self._plane.environ(worker_id),
             "NO_PROXY": direct,
             "no_proxy": direct,

@@ -21,7 +21,7 @@ LINGER_S = 0.5
 """What connections get after the drain's deadline: to be sent their last frame, or to be cut off."""
 
 State = Callable[[], str]
-"""`starting`, `ready`, `dead` or `failed`."""
+"""`starting`, `ready`, `draining`, `dead` or `failed`."""
 
 Front = Callable[[Call], Call]
 

@@ -34,6 +34,9 @@ from handler.waiting import kept_alive
 
 log = logging.getLogger(__name__)
 
+FLUSH_S = 2.0
+"""What is answered may still be on its way to a client that reads slowly."""
+
 
 def open(settings: Settings) -> Http:  # noqa: A001 - each platform has one
     """The platform, with its ports. Raises `NoResources` for one that is taken, before a model is loaded."""
@@ -92,7 +95,7 @@ class Http:
             self._lobby.admit(
                 across(server.call, engine.loop),
                 cold_start_s=phases.total_s or 0.0,
-                dead=lambda: engine.is_dead,
+                state=server.state,
             )
         notifier.ready(phases.report())
         log.info("ready", extra={"address": address})
@@ -147,7 +150,7 @@ class _Server:
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
-        app = door.application(self.call, self._settings, self._state, self._registry)
+        app = door.application(self.call, self._settings, self.state, self._registry)
         server = Server(config(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
@@ -156,13 +159,16 @@ class _Server:
         log.info("draining", extra={"in_flight": self._drain.in_flight})
         ended = await self._drain.finish(self._settings.drain_timeout_s)
         log.info("drained", extra={"ended_early": ended})
-        # Whoever has sent half a body or reads no more is no request that could be finished.
+        # What is open now has been answered, or has sent half a body, which may never be a request.
         left_s = deadline_s - asyncio.get_running_loop().time()
-        end(server, max(door.LINGER_S, left_s))
+        end(server, min(max(door.LINGER_S, left_s), FLUSH_S))
         await serving
 
-    def _state(self) -> str:
-        return "dead" if self._engine.is_dead else "ready"
+    def state(self) -> str:
+        """One of those of `door.State`; for any thread."""
+        if self._engine.is_dead:
+            return "dead"
+        return "draining" if self._stop.is_set() else "ready"
 
 
 def _stopping() -> NotAdmitted:

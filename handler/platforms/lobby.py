@@ -55,7 +55,7 @@ class Lobby:
         held_s: float = PATIENCE_S,
     ) -> None:
         self._model = _only_model(settings)
-        self._dead: Callable[[], bool] = lambda: False
+        self._served: door.State = lambda: "ready"
         self._coming = _Coming()
         self._admission = Admission(
             self._coming,
@@ -85,12 +85,12 @@ class Lobby:
         os.register_at_fork(after_in_child=lambda: close_copies(self._inherited, ports))
         self._thread.start()
 
-    def admit(self, call: Call, *, cold_start_s: float, dead: Callable[[], bool]) -> None:
+    def admit(self, call: Call, *, cold_start_s: float, state: door.State) -> None:
         """The engine is there: answer who waits with `call`, and let nobody else in.
 
-        `call` answers on the lobby's loop (see `handler.bridge`). `dead` says whether the engine is.
+        `call` answers on the lobby's loop (see `handler.bridge`). `state` is that of what it serves.
         """
-        self._dead = dead
+        self._served = state
         self._do(partial(self._coming.arrive, call, cold_start_s))
         self._do(self._door.shut)
 
@@ -152,7 +152,7 @@ class Lobby:
             return "failed"
         if not self._coming.ready:
             return "starting"
-        return "dead" if self._dead() else "ready"
+        return self._served()
 
     def _check(self, request: Request) -> None:
         edge.allowed(request.method, request.path)

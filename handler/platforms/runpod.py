@@ -1,8 +1,9 @@
 """RunPod serverless: jobs in, outputs out, through RunPod's own SDK, which only this file imports.
 
 The SDK takes jobs, posts what the handler yields and listens for stops, on a loop of its own in the
-main thread. What it is told, it is told through its public `start`: the handler, a constant
-concurrency, `return_aggregate_stream`. docs/runpod.md lists what it does by itself.
+main thread. It is started through its public `start`, with a handler, a concurrency and
+`return_aggregate_stream`; what is changed beyond that, while it runs, is in
+`handler.platforms.intake` and in `import_sdk`. docs/runpod.md lists what it does by itself.
 
 `python -m handler.platforms.runpod` makes the SDK's fitness checks and exits: `fit` waits for it.
 """
@@ -10,6 +11,7 @@ concurrency, `return_aggregate_stream`. docs/runpod.md lists what it does by its
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
 import logging
 import multiprocessing
@@ -18,10 +20,10 @@ import platform as machine
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from handler import edge, jobs
@@ -33,8 +35,8 @@ from handler.engine import Engine
 from handler.errors import EngineFailed, NoResources, RequestError, StartError, StartFailed, Unfit
 from handler.messages import Call
 from handler.phases import Phases
+from handler.platforms.intake import Intake
 from handler.settings import Settings
-from handler.slots import limit
 from handler.supervision import Notifier
 
 log = logging.getLogger(__name__)
@@ -42,15 +44,9 @@ log = logging.getLogger(__name__)
 TESTED = "1.12.0"
 CHECKS_OFF = ("RUNPOD_SKIP_AUTO_SYSTEM_CHECKS", "RUNPOD_SKIP_GPU_CHECK")
 
-LOOK_S = 0.02
-FULL_LOOK_S = 1.0
-"""How often a full worker looks for room without being told, as the SDK does by itself."""
-PACE_S = 0.1
-"""How often jobs are asked for at most where that is answered at once with none; the SDK knows no limit."""
-SCALER = ("current_occupancy", "handle_job", "job_progress", "jobs_fetcher", "jobs_queue", "jobs_tasks")
-"""What is used of the SDK's scaler."""
-LINGER_S = 5.0
-"""What the SDK gets, after the drain's deadline, to post the errors that ended what was left."""
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h; the parent is the thread that forks, here the main one."""
+CHECKS_TIMEOUT_S = 300.0
 REFUSALS = 64
 """How many jobs at once a worker takes that can only say why it did not start."""
 
@@ -70,7 +66,14 @@ class RunPod:
 
     def fit(self) -> None:
         """Wait for the fitness checks: they open the GPU, and memory that they free would confuse vLLM."""
-        if self._checks is not None and (code := self._checks.wait()):
+        if self._checks is None:
+            return
+        try:
+            code = self._checks.wait(CHECKS_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:  # a driver that hangs
+            self._checks.kill()
+            raise Unfit(f"RunPod's fitness checks have not ended within {CHECKS_TIMEOUT_S:g} s") from error
+        if code:
             raise Unfit(f"RunPod's fitness checks failed with exit code {code}; their log is above")
 
     def prepare(self) -> None:
@@ -82,14 +85,14 @@ class RunPod:
         settings, drain = self._settings, Drain()
         most = settings.max_concurrency or engine.capacity()
         openai = edge.openai(engine.call, engine_is_dead=lambda: engine.is_dead)
-        call = across(drain.wrap(limit(openai, most)), engine.loop)
+        call = across(drain.wrap(openai), engine.loop)
         intake = Intake(
             most,
             settings.drain_timeout_s,
             stopping=notifier.stopping,
             expire=lambda: asyncio.wrap_future(engine.submit(drain.finish(0))),
         )
-        engine.dead.add_done_callback(lambda _: intake.stop())
+        engine.dead.add_done_callback(lambda _: intake.stop(at_once=True))
         notifier.ready(phases.report())
         log.info("ready", extra={"jobs_at_once": most})
         self._take(call, intake)
@@ -101,7 +104,7 @@ class RunPod:
         if self._sdk is None:
             self._sdk = import_sdk(self._settings.log_level, os.environ)
         intake = Intake(REFUSALS, self._settings.drain_timeout_s, stopping=notifier.stopping)
-        notifier.ready({})
+        notifier.status(f"can't start: {failure}")
         self._take(refuse(StartFailed(failure)), intake)
 
     def refuse(self, failure: StartError | None) -> None:  # noqa: ARG002 - of the protocol
@@ -115,12 +118,14 @@ class RunPod:
             "concurrency_modifier": intake.scale,
             "return_aggregate_stream": True,  # so that a chunk whose post was lost is in the result
         }
+        engines = set(multiprocessing.active_children())
+        os.register_at_fork(after_in_child=end_with_parent)  # the SDK forks one process, which pings
         try:
             with suppress(asyncio.CancelledError):  # how `Intake` ends the SDK's loop
                 self._sdk.serverless.start(config)
         finally:
-            for ping in multiprocessing.active_children():
-                ping.kill()  # it would go on for ever: this process ends without Python's own end
+            for ping in set(multiprocessing.active_children()) - engines:
+                ping.kill()  # this process ends without Python's own end, which would do it
 
 
 def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
@@ -130,6 +135,12 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
     pull it yields all whole frames that are ready. The work behind it ends with the SDK's task: a
     stop may come while the SDK posts a chunk, and then nobody closes the generator.
     """
+    closing: set[asyncio.Task[None]] = set()
+
+    def close(work: AsyncExitStack, _: asyncio.Task[Any]) -> None:
+        task = asyncio.ensure_future(work.aclose())  # nothing is left to close, as a rule
+        closing.add(task)
+        task.add_done_callback(closing.discard)
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
         streamed = begun = False
@@ -140,7 +151,7 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
             streamed = asks_for_stream(request)
             request = replace(request, headers=(*request.headers, ("x-request-id", str(job["id"]))))
             async with AsyncExitStack() as work:
-                end_with(job_task, work)
+                job_task.add_done_callback(partial(close, work))
                 reply = await work.enter_async_context(call(request))
                 async for output in jobs.render(reply, streamed=streamed):
                     begun = streamed
@@ -155,160 +166,6 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
                 yield output
 
     return handler
-
-
-def end_with(task: asyncio.Task[Any], work: AsyncExitStack) -> None:
-    """Close `work` when `task` has ended, if it is still open then."""
-    closing: set[asyncio.Task[None]] = set()
-
-    def close(ended: asyncio.Task[Any]) -> None:
-        if ended.cancelled() or ended.exception() is not None:
-            closing.add(asyncio.ensure_future(work.aclose()))
-
-    task.add_done_callback(close)
-
-
-class Intake:
-    """When the SDK takes jobs, and how it ends.
-
-    By itself the SDK loses a job that its outstanding request brings after SIGTERM. So SIGTERM is
-    heard here: no new request is made, what the outstanding one brings is served like any other
-    job, and the SDK's loop is ended once all are answered. After `drain_timeout_s` `expire` ends
-    what is left with an error.
-
-    Its scaler waits where there is nothing to wait for: a job that it has taken is begun at the next
-    tenth of a second, is counted twice until then, so that after half its concurrency it takes none
-    for a second, and can't be stopped; and once it is full it looks again only each second. `_mend`
-    has this one scaler begin its jobs as they come.
-    """
-
-    def __init__(
-        self,
-        most: int,
-        drain_timeout_s: float,
-        *,
-        stopping: Callable[[], None] = lambda: None,
-        expire: Callable[[], Any] | None = None,
-    ) -> None:
-        self._most = most
-        self._drain_timeout_s = drain_timeout_s
-        self._tell_stopping = stopping
-        self._expire = expire
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._taking: asyncio.Task[Any] | None = None
-        self._ending: asyncio.Task[None] | None = None
-        self._stopped = False
-        self._room = asyncio.Event()
-        self._answered = False
-        """Whether the request for jobs that was outstanding when the stop came has been answered."""
-
-    def scale(self, _: int) -> int:
-        """The SDK's `concurrency_modifier`, which it calls each time before it asks for jobs.
-
-        A constant: at any other value the SDK takes nothing until it holds nothing. Once stopped
-        it is what is held, so that nothing is asked for and all that was taken is begun.
-        """
-        if self._loop is None:
-            self._begin()
-        if not self._stopped:
-            return self._most
-        self._answered = True
-        return held()
-
-    def _begin(self) -> None:
-        """The SDK's first call: it has installed its signal handlers and runs its loop."""
-        self._loop = asyncio.get_running_loop()
-        self._taking = asyncio.current_task()
-        self._mend(signal.getsignal(signal.SIGTERM))
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: self.stop())
-        if self._stopped:
-            self._end()
-
-    def _mend(self, shutdown: Any) -> None:
-        """Change how the scaler takes jobs; `shutdown` is its own handler of SIGTERM."""
-        scaler: Any = getattr(shutdown, "__self__", None)
-        if not all(hasattr(scaler, name) for name in SCALER):
-            log.warning("RunPod's SDK has no scaler where 1.12 has it: jobs may wait for a second")
-            return
-        fetch = scaler.jobs_fetcher
-
-        async def take(session: Any, _: int) -> None:
-            """Begin what there is room for; if there is none, return once there is."""
-            if (room := self._most - held()) <= 0:
-                self._room.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._room.wait(), FULL_LOOK_S)
-                return
-            asked_s = time.monotonic()
-            taken = await fetch(session, room) or ()
-            for job in taken:
-                self._start(scaler, session, job)
-            if not taken and (left_s := asked_s + PACE_S - time.monotonic()) > 0:
-                await asyncio.sleep(left_s)  # the platform answers at once that it has none
-
-        # Never full, or the scaler would wait by itself.
-        scaler.current_occupancy = lambda: held() if self._stopped else min(held(), self._most - 1)
-        scaler.jobs_fetcher = take
-
-    def _start(self, scaler: Any, session: Any, job: Any) -> None:
-        """What the scaler's `run_jobs` does with a job of its queue, at once."""
-        if not isinstance(job, dict) or not {"id", "input"} <= job.keys():
-            log.error("the platform has sent something that is no job")  # which would end the SDK
-            return
-        scaler.job_progress.add(job)
-        scaler.jobs_queue.put_nowait(job)
-        scaler.jobs_queue.get_nowait()  # `handle_job` reports to the queue
-        task = asyncio.ensure_future(scaler.handle_job(session, job))
-        scaler.jobs_tasks[job["id"]] = task
-        task.add_done_callback(self._job_ended)
-
-    def _job_ended(self, task: asyncio.Task[Any]) -> None:
-        self._room.set()
-        if not task.cancelled() and (error := task.exception()):
-            log.error("the SDK could not report a job", exc_info=error)
-
-    def stop(self) -> None:
-        """Take no more; any thread may say so, and a signal handler."""
-        if not self._stopped:
-            self._stopped = True
-            if self._loop is not None:
-                with suppress(RuntimeError):  # it has ended
-                    self._loop.call_soon_threadsafe(self._end)
-
-    def _end(self) -> None:
-        if self._ending is not None:
-            return
-        self._room.set()
-        self._tell_stopping()
-        self._ending = asyncio.ensure_future(self._finish())
-
-    async def _finish(self) -> None:
-        loop = asyncio.get_running_loop()
-        log.info("draining", extra={"jobs": held()})
-        if not await self._idle(loop.time() + self._drain_timeout_s):
-            log.warning("the drain's deadline has passed", extra={"jobs": held()})
-            if self._expire is not None:
-                await self._expire()
-            self._answered = True
-            await self._idle(loop.time() + LINGER_S)
-        assert self._taking is not None, "the SDK has begun"
-        self._taking.cancel()
-
-    async def _idle(self, deadline_s: float) -> bool:
-        """Whether by the deadline nothing is held and nothing can come."""
-        loop = asyncio.get_running_loop()
-        while not (self._answered and held() == 0):
-            if loop.time() >= deadline_s:
-                return False
-            await asyncio.sleep(LOOK_S)
-        return True
-
-
-def held() -> int:
-    """How many jobs the SDK holds: taken, and not yet reported as done."""
-    state: Any = sys.modules["runpod.serverless.modules.worker_state"]
-    return int(state.JobsProgress().get_job_count())
 
 
 def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
@@ -338,6 +195,11 @@ def import_sdk(level: str, environ: MutableMapping[str, str]) -> Any:
     if sdk.__version__ != TESTED:
         log.warning("this version of RunPod's SDK is not tested", extra={"found": sdk.__version__})
     return sdk
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_checks(environ: MutableMapping[str, str]) -> subprocess.Popen[bytes] | None:

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import pytest
+
 from handler import sse
 from tests.runpod_plane import Plane
 from tests.servers import MAX_MODEL_LEN, MODEL, ROOT, engine_environ
@@ -53,13 +55,15 @@ async def drained(plane: Plane, process: asyncio.subprocess.Process) -> int:
     return await process.wait()
 
 
-async def test_a_worker_of_the_platform(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["thread", "fork"])
+async def test_a_worker_of_the_platform(mode: str, tiny_model: Path, tmp_path: Path) -> None:
     """Jobs wait until a token was made; then chat, stream and models are what they are elsewhere."""
     async with Plane().open() as plane:
         chat = {"openai_route": "/v1/chat/completions", "openai_input": ASK}
         streamed = {**chat, "openai_input": {**ASK, "stream": True}}
         jobs = await plane.submit(chat, streamed, {"openai_route": "/v1/models"}, {"prompt": "Hello"})
-        async with worker(plane, tiny_model, tmp_path, {"MAX_NUM_SEQS": "48"}) as process:
+        environ = {"MAX_NUM_SEQS": "48", "ENGINE_MODE": mode}
+        async with worker(plane, tiny_model, tmp_path, environ) as process:
             whole, stream, models, native = [await job.result() for job in jobs]
             assert await drained(plane, process) == 0
         assert plane.takes[0] == (48, 4)
@@ -77,6 +81,7 @@ async def test_a_worker_of_the_platform(tiny_model: Path, tmp_path: Path) -> Non
     log = (tmp_path / "said").read_text()
     assert "cold start {" in log
     assert "Traceback" not in log
+    assert "leaked" not in log, "an engine core was not ended by vLLM"
 
 
 async def test_a_stopped_job_stops_in_the_engine(tiny_model: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class Echo:
     """A stream says its first frame, and the rest once this is set."""
     taken: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
     """Released by each job that has begun."""
+    left: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+    """Released by each job whose end has come."""
 
     async def __call__(self, _: Message, receive: Receive, send: Send) -> None:
         """Answer one job."""
@@ -64,6 +66,7 @@ class Echo:
             leaving.cancel()
         finally:
             self.at_once -= 1
+            self.left.release()
 
     async def _answer(self, name: str, send: Send, *, streamed: bool) -> None:
         await (self._stream if streamed else self._whole)(name, send)
@@ -168,11 +171,11 @@ def _parent(pid: int) -> int:
 
 
 @contextmanager
-def path(folder: Path, *, queue_limit: int = JOBS) -> Iterator[Path_]:
+def path(folder: Path, **settings: str) -> Iterator[Path_]:
     """The gateway, ready."""
     environ = {**engine_environ(ROOT), "PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder)}
     environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(folder / "engine.sock")}
-    environ |= {"CAPACITY": str(AT_ONCE), "QUEUE_LIMIT": str(queue_limit)}
+    environ |= {"CAPACITY": str(AT_ONCE), "QUEUE_LIMIT": str(JOBS), **settings}
     with program("tests.jobs_worker", environ, folder, "gateway") as (process, errors):
         ready = first_line(process, "/openai/v1", errors)
         url = next(word for word in ready.split() if word.startswith("http://"))
@@ -223,7 +226,7 @@ async def test_a_worker_that_is_killed_loses_no_job(folder: Path) -> None:
     """
     app, asked = Echo(), jobs()
     in_line = JOBS - AT_ONCE
-    with path(folder, queue_limit=in_line) as gateway:
+    with path(folder, QUEUE_LIMIT=str(in_line)) as gateway:
         async with engine(app, folder), asyncio.timeout(LEASE_S), gateway.http() as http:
             asking = [asyncio.create_task(one.ask(http)) for one in asked[:AT_ONCE]]
             for _ in range(AT_ONCE):
@@ -245,3 +248,19 @@ async def test_a_worker_that_is_killed_loses_no_job(folder: Path) -> None:
     assert all(one.broken for one in broken)
     assert [app.begun[one.name] for one in begun] == [1 if one.streamed else 2 for one in begun]
     assert all(app.finished[one.name] == 1 for one in asked if one not in broken)
+
+
+async def test_a_job_that_takes_too_long_is_a_504(folder: Path) -> None:
+    """Or an error frame, if it had begun; either way the application is told that nobody waits."""
+    app, asked = Echo(), jobs()[:2]
+    with path(folder, EXECUTION_TIMEOUT_S="1") as gateway:
+        async with engine(app, folder), asyncio.timeout(LEASE_S), gateway.http() as http:
+            whole, streamed = asked
+            await asyncio.gather(*(one.ask(http) for one in asked))
+            await app.left.acquire()
+            await app.left.acquire()
+    assert (whole.status, json.loads(whole.body)["error"]["code"]) == (504, "deadline_exceeded")
+    first, last = sse.split(streamed.body)
+    assert (streamed.status, sse.data(first)["number"]) == (200, 0)
+    assert sse.data(last)["error"]["code"] == "deadline_exceeded"
+    assert app.finished == Counter()

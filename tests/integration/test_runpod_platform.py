@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.servers import tree
 from gateway.notify import NotifySocket
 from tests.runpod_plane import Plane
 from tests.runpod_worker import COMMAND
@@ -334,28 +335,34 @@ async def test_the_drains_deadline_ends_what_is_left_with_an_error(folder: Path)
 
 
 async def test_a_dead_engine_fails_its_jobs_and_the_worker(folder: Path) -> None:
-    """With 70, so that the platform replaces it; what its last request for jobs brings fails too."""
+    """With 70, so that the platform replaces it; its outstanding request for jobs is given up."""
     dead = answer({"error": {"message": "m", "code": 500}}, 500)
-    async with pod(folder, {CHAT: [Script((Pause("go"), *dead.steps), 500), dead]}) as on:
+    async with pod(folder, {CHAT: [Script((Pause("go"), *dead.steps), 500)]}) as on:
         (job,) = await on.plane.submit(PLAIN)
         await on.worker.saw("paused", "go")
         await on.plane.polled(2)
         on.worker.order(die=True)
-        (late,) = await on.plane.submit(PLAIN)
         on.worker.open("go")
-        for one in (job, late):
-            assert json.loads((await one.result())["error"])["code"] == "engine_dead"
-        assert await on.exit_code() == 70
+        assert json.loads((await job.result())["error"])["code"] == "engine_dead"
+        assert await on.process.wait() == 70
+        (late,) = await on.plane.submit(PLAIN)
+        assert (late.streamed, late.done, on.plane.polls) == ([], [], 2)
 
 
 async def test_a_killed_worker_leaves_no_job_half_said(folder: Path) -> None:
-    """What it had posted, it had posted whole."""
+    """What it had posted, it had posted whole; and the SDK's heartbeat does not go on without it."""
     async with pod(folder, {CHAT: stream("1", Pause("go"), Crash())}) as on:
         (job,) = await on.plane.submit(STREAM)
         await job.said(1)
+        (heartbeat,) = tree(on.process.pid)[1:]
+        ended, gone = os.pidfd_open(heartbeat), asyncio.Event()
+        asyncio.get_running_loop().add_reader(ended, gone.set)
         on.worker.open("go")
         assert await on.process.wait() == -signal.SIGKILL
         assert (job.streamed, job.done) == (["data: 1\n\n"], [])
+        await gone.wait()
+        asyncio.get_running_loop().remove_reader(ended)
+        os.close(ended)
 
 
 # --- what the platform's log gets ---------------------------------------------------------------

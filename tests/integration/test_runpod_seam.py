@@ -1,6 +1,6 @@
 """What is used of RunPod's SDK beyond `start`, and what of its behaviour is relied on.
 
-Red after an upgrade? Each test says what was expected; handler/platforms/runpod.py says what for.
+Red after an upgrade? Each test says what was expected; handler/platforms/{runpod,intake}.py say what for.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from handler import jobs
+from handler.platforms import intake
 from handler.platforms import runpod as platform
 from scripts.install import RUNPOD
 
@@ -60,7 +62,7 @@ def test_its_log_level_is_set_before_it_logs(sdk: Any) -> None:
 class Scaler:
     """The SDK's own scaler with our hand in it, and a platform that answers what it is told to."""
 
-    def __init__(self, most: int, *answers: list[Any] | None) -> None:
+    def __init__(self, most: int, *answers: list[Any] | Exception | None) -> None:
         self.scaler = part("rp_scale").JobScaler({"handler": platform.make_handler(self.call)})
         self.asked: list[int] = []
         self.begun: list[str] = []
@@ -69,7 +71,8 @@ class Scaler:
         self.scaler.jobs_fetcher = self._fetch
         self.scaler.jobs_handler = self._handle
         self.go_on = asyncio.Event()
-        platform.Intake(most, 1.0)._mend(self.scaler.handle_shutdown)
+        self.intake = intake.Intake(most, 1.0)
+        self.intake._mend(self.scaler.handle_shutdown)
 
     def call(self, _: Any) -> Any:
         """No request gets this far."""
@@ -77,7 +80,10 @@ class Scaler:
 
     async def _fetch(self, _: Any, number: int) -> list[Any] | None:
         self.asked.append(number)
-        return self._answers.pop(0)
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     async def _handle(self, _: Any, __: Any, job: Any) -> None:
         self.begun.append(job["id"])
@@ -99,14 +105,14 @@ async def test_a_job_begins_as_it_comes(sdk: Any) -> None:
     assert await on.take() is None
     await asyncio.sleep(0)
     assert on.begun == ["a", "b"]
-    assert on.scaler.current_occupancy() == platform.held() == 2
+    assert on.scaler.current_occupancy() == intake.held() == 2
     assert await on.scaler.stop_job("a")
     await asyncio.sleep(0)
-    assert platform.held() == 1
+    assert intake.held() == 1
     on.go_on.set()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    assert platform.held() == 0
+    assert intake.held() == 0
 
 
 async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
@@ -124,26 +130,87 @@ async def test_a_full_worker_waits_for_the_end_of_a_job(sdk: Any) -> None:
     on.go_on.set()
     for _ in range(3):
         await asyncio.sleep(0)
-    assert platform.held() == 0
+    assert intake.held() == 0
 
 
 async def test_what_is_no_job_does_not_end_the_worker(sdk: Any, caplog: pytest.LogCaptureFixture) -> None:
     """By itself the SDK dies of it, with all that it holds."""
-    on = Scaler(8, [{"input": {}}, "a", job("b")])
+    on = Scaler(8, [{"input": {}}, "a", {"id": 7, "input": {}}, {"id": ["a"], "input": {}}, job("b")])
     on.go_on.set()
     await on.take()
     await asyncio.sleep(0)
     assert on.begun == ["b"]
     assert [record.message for record in caplog.records] == [
         "the platform has sent something that is no job"
-    ] * 2
+    ] * 4
+
+
+async def test_a_stop_before_the_first_step_leaves_nothing_held(sdk: Any) -> None:
+    """Then the SDK's own end of a job is never reached."""
+    on = Scaler(8)
+    on.intake._start(on.scaler, None, job("a"))
+    (begun,) = on.scaler.jobs_tasks.values()
+    begun.cancel()
+    await asyncio.wait({begun})
+    await asyncio.sleep(0)
+    assert (on.begun, intake.held(), on.scaler.jobs_tasks) == ([], 0, {})
+
+
+async def test_a_job_that_comes_twice_is_begun_once(sdk: Any) -> None:
+    """Else the end of one would be taken for the end of both."""
+    on = Scaler(8, [job("a"), job("a")])
+    await on.take()
+    await asyncio.sleep(0)
+    assert on.begun == ["a"]
+    on.go_on.set()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert intake.held() == 0
+
+
+@pytest.mark.parametrize("answer", [None, [], RuntimeError("500")])
+async def test_the_platform_is_not_asked_without_a_pause(
+    answer: Any, sdk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it answers at once; by itself the SDK asks 2,000 times a second."""
+    monkeypatch.setattr(intake, "PACE_S", 0.05)
+    monkeypatch.setattr(intake, "FAILED_PACE_S", 0.05)
+    on = Scaler(8, answer)
+    begun_s = asyncio.get_running_loop().time()
+    with suppress(RuntimeError):
+        await on.take()
+    assert asyncio.get_running_loop().time() - begun_s >= 0.05
+
+
+@pytest.mark.parametrize("expire", ["hangs", "raises"])
+async def test_a_drain_ends_whatever_the_engine_does(
+    expire: str, sdk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop may be stuck in a device, or have ended."""
+    monkeypatch.setattr(intake, "LINGER_S", 0.05)
+
+    def failing() -> Any:
+        if expire == "raises":
+            raise RuntimeError("Event loop is closed")
+        return asyncio.get_running_loop().create_future()
+
+    on = Scaler(8, [job("a")])
+    await on.take()
+    ending = intake.Intake(8, 0.0, expire=failing)
+    ending._taking = asyncio.ensure_future(asyncio.Event().wait())
+    ending._end()
+    await asyncio.wait({ending._taking}, timeout=10)
+    assert ending._taking.cancelled()
+    on.go_on.set()
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 def test_the_loop_takes_the_scaler_from_the_handler_of_sigterm(sdk: Any) -> None:
     """There it is what runs."""
     scaler = part("rp_scale").JobScaler
     assert "signal.signal(signal.SIGTERM, self.handle_shutdown)" in inspect.getsource(scaler.start)
-    assert all(hasattr(scaler({"handler": None}), name) for name in platform.SCALER)
+    assert all(hasattr(scaler({"handler": None}), name) for name in intake.SCALER)
 
 
 def test_it_asks_how_many_before_each_request_for_jobs(sdk: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from gateway.upstreams import launch
 from gateway.upstreams.launch import Launched, WarmParent
 from handler.explain import find
 from tests.servers import MODEL, START_TIMEOUT_S, Server, engine_environ
@@ -114,3 +115,18 @@ async def test_a_worker_that_can_never_start_says_so_itself(tmp_path: Path) -> N
             assert await (await parent.launch({**environ, "PORT": "none"})).wait() == 78
         finally:
             await parent.close()
+
+
+async def test_a_worker_ends_though_nobody_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parent is gone, and something that it started holds its connection open."""
+    monkeypatch.setattr(launch, "NEWS_S", 0.05)
+    ours, held = socket.socketpair()
+    reader, writer = await asyncio.open_unix_connection(sock=ours)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    waiting = asyncio.create_task(launch._Forked(process.pid, reader, writer).wait())
+    await asyncio.sleep(0)
+    process.kill()
+    assert await asyncio.wait_for(waiting, START_TIMEOUT_S) == -signal.SIGKILL
+    await process.wait()
+    held.close()
+    await writer.wait_closed()

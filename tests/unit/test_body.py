@@ -97,7 +97,12 @@ def test_a_get_has_no_body() -> None:
     [
         (b'{"stream": true}', True),
         (b'{"stream": false}', False),
-        (b'{"stream": 1}', False),
+        (b'{"stream": 1}', True),
+        (b'{"stream": 1.0}', True),
+        (b'{"stream": "Yes"}', True),
+        (b'{"stream": "maybe"}', False),
+        (b'{"stream": 2}', False),
+        (b'{"stream": null}', False),
         (b'{"a": "\\"stream\\": true"}', False),
         (b'["stream"]', False),
         (b'{"stream": true', False),

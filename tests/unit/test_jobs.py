@@ -152,9 +152,33 @@ async def test_a_plain_answer_there_and_back() -> None:
 async def test_an_answer_that_runpod_would_refuse_is_an_error() -> None:
     """The result would be lost, and the job would hang until its deadline."""
     whole = reply(200, JSON, b'"', b"x" * jobs.ANSWER_MAX_BYTES, b'"')
-    with pytest.raises(RequestError, match=f"{jobs.ANSWER_MAX_BYTES + 2} bytes") as raised:
+    with pytest.raises(RequestError, match=f"takes {jobs.ANSWER_MAX_BYTES + 4} bytes") as raised:
         await rendered(whole)
     assert (raised.value.status, raised.value.code) == (500, "answer_too_large")
+
+
+async def test_a_result_is_counted_as_the_sdk_posts_it() -> None:
+    """With spaces after each comma: many short numbers take half as much again."""
+    body = b"[" + b",".join([b"1"] * 7_000_000) + b"]"
+    assert len(body) < jobs.ANSWER_MAX_BYTES
+    with pytest.raises(RequestError, match="takes 21000002 bytes"):
+        await rendered(reply(200, JSON, body))
+
+
+async def test_the_job_of_a_stream_that_is_too_long_has_failed() -> None:
+    """Its client has all of it; the result would be refused, and the job would never end."""
+    chunk = b"data: " + b"x" * 10_000_000 + b"\n\n"
+    *frames, failed = await rendered(reply(200, EVENTS, chunk, chunk, b"data: [DONE]\n\n"), streamed=True)
+    assert [len(frame) for frame in frames] == [len(chunk), len(chunk), 14]
+    assert json.loads(failed["error"])["code"] == "answer_too_large"
+
+
+@pytest.mark.parametrize("status", ["x", None, 200, True, 99999])
+async def test_a_status_that_is_none_is_a_502(status: Any) -> None:
+    """Whatever another handler says; nothing of it gets into a header."""
+    failure = json.dumps({"message": "m", "status": status, "retry_after": "1\r\nx: y"})
+    got = jobs.load_failure(failure)
+    assert (got.status, got.header("retry-after")) == (502, None)
 
 
 async def test_a_text_there_and_back() -> None:

@@ -43,18 +43,20 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "body",
         "bridge",
         "core_thread",
+        "generated",
         "logs",
         "machine",
         "readahead",
         "settings",
+        "shortcuts",
         "sse",
         "structure",
         "supervision",
         "tracing",
     },
-    {"phases", "zygote"},
+    {"pack", "phases", "zygote"},
     {"errors", "table"},
-    {"levers", "messages", "ties", "unread"},
+    {"imports", "kept", "levers", "messages", "ties", "unread"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from handler import readahead
+from handler import pack, readahead
 
 
 @pytest.fixture
@@ -71,3 +71,20 @@ def test_files_that_are_gone_are_passed_over(tmp_path: Path) -> None:
 def test_the_lever_can_be_switched_off(tmp_path: Path, environ: dict[str, str]) -> None:
     """For a measurement of what it gives."""
     assert readahead.begin({**environ, "MODEL_NAME": str(tmp_path), "LEVERS_OFF": "readahead"}) == []
+
+
+def test_modules_that_are_in_one_file_are_not_asked_for(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is, and first: it is what the imports begin with."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(readahead, "advise", asked.append)
+    listed, modules = readahead.place(environ), pack.place(environ)
+    for path in (listed, modules):
+        path.parent.mkdir(parents=True)
+    listed.write_text("/lib.so\n/module.pyc\n")
+    readahead.begin(environ)
+    modules.touch()
+    readahead.begin(environ)
+    readahead.begin({**environ, "LEVERS_OFF": "pack"})
+    assert asked == [["/lib.so", "/module.pyc"], [str(modules), "/lib.so"], ["/lib.so", "/module.pyc"]]

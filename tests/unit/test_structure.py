@@ -81,3 +81,14 @@ def test_smaller_questions_are_not_kept(models: Path, tmp_path: Path) -> None:
     module.define_import_structure(models / "llama")
     assert module.calls == [str(models / "llama")]
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_folder_of_models_is_kept_by_the_name_of_its_init_too(models: Path, tmp_path: Path) -> None:
+    """transformers asks for both, and takes them apart: each answer has its own file."""
+    init = models / "__init__.py"
+    for calls in ([str(models), str(init)], []):
+        module = imported(tmp_path / "cache")
+        assert module.define_import_structure(models, prefix="models") == FOUND
+        assert module.define_import_structure(str(init)) == FOUND
+        assert module.calls == calls
+    assert len(list((tmp_path / "cache" / "firsttoken" / "transformers").iterdir())) == 2

@@ -159,6 +159,19 @@ async def test_an_answer_is_left_in_the_task_that_entered_it(fails: bool) -> Non
     assert left == ([asyncio.CancelledError] if fails else [])
 
 
+async def test_what_fails_as_it_is_left_is_raised() -> None:
+    """As if nobody stood between."""
+
+    @asynccontextmanager
+    async def call(_: Request) -> AsyncIterator[Reply]:
+        yield Reply(200, (), once(b"a"))
+        raise NotAdmitted("no", retry_after_s=1)
+
+    with pytest.raises(NotAdmitted):
+        async with kept_alive(call, 60)(STREAM) as reply:
+            assert await read(reply) == b"a"
+
+
 async def test_what_fails_early_is_raised_and_late_is_the_end_of_the_stream() -> None:
     """The client has the status, or has heard comments."""
     failing = asyncio.Event()
