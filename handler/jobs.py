@@ -39,6 +39,7 @@ SHAPES = (
     '{"messages": [...], "sampling_params": {...}, "stream": false} or the same with "prompt"'
 )
 
+TOO_LARGE = "answer_too_large"
 ANSWER_MAX_BYTES = 20_000_000
 """What RunPod takes as a job's result; it refuses a larger one, and the SDK gives up."""
 
@@ -235,7 +236,7 @@ def _posted_bytes(output: Any) -> int:
 def _too_large(posted_bytes: int) -> RequestError:
     return RequestError(
         f"The answer takes {posted_bytes} bytes, and a job can't hold more than {ANSWER_MAX_BYTES}.",
-        code="answer_too_large",
+        code=TOO_LARGE,
     )
 
 

@@ -153,9 +153,10 @@ class Job:
             if chunk:
                 told = sse.ERROR_FRAME in chunk
                 yield chunk
-        if held:  # a job that FAILED behind it has too large a result, and no other fault
-            yield held
-        elif self._reported is not None and not told:
+        if self._reported is None or (held and jobs.TOO_LARGE in str(self._reported)):
+            if held:
+                yield held
+        elif not told:
             yield b"data: " + await read(jobs.load_failure(self._reported)) + b"\n\n"
 
 
