@@ -153,10 +153,9 @@ class Job:
             if chunk:
                 told = sse.ERROR_FRAME in chunk
                 yield chunk
-        if self._reported is None:
-            if held:
-                yield held
-        elif not told:
+        if held:  # a job that FAILED behind it has too large a result, and no other fault
+            yield held
+        elif self._reported is not None and not told:
             yield b"data: " + await read(jobs.load_failure(self._reported)) + b"\n\n"
 
 

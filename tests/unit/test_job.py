@@ -161,6 +161,15 @@ async def test_an_answer_that_makes_no_sense_is_the_workers_fault() -> None:
     assert (await made.reply()).status == 502
 
 
+async def test_a_stream_that_was_told_whole_is_whole() -> None:
+    """Its job FAILED all the same: the result that repeats it was too large."""
+    made = job(frame(1))
+    made.put("data: [DONE]\n\n", 1)
+    made.report_failure('{"message": "large", "status": 500, "code": "answer_too_large"}')
+    reply = await made.reply()
+    assert b"".join([chunk async for chunk in reply.frames]) == frame(1).encode() + b"data: [DONE]\n\n"
+
+
 async def test_a_job_that_is_failed_from_here_ends_after_what_has_come() -> None:
     """Frames that were posted before the deadline are the client's."""
     made = job(frame(1))
