@@ -9,6 +9,7 @@ import signal
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,20 @@ from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalUpstream
 from handler.admission import Admission
 from handler.errors import NotAdmitted, UpstreamFailed
-from handler.messages import Request, read
+from handler.messages import Request, Visit, read
 from handler.waiting import Room
 from tests import scripted_zygote
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
 from tests.scripted_worker import COLD_START, COMMAND, READY, Director, Worker
 
 CHAT = Request("POST", "/v1/chat/completions", (("content-type", "application/json"),), b'{"stream":true}')
+
+
+def arriving(request: Request) -> Request:
+    """`request`, as if it came now: what it may wait counts from its arrival."""
+    return replace(request, visit=Visit())
+
+
 ROUTE = "POST /v1/chat/completions"
 NEVER = 60.0
 
@@ -194,7 +202,7 @@ async def test_stream_arrives_frame_by_frame(tmp_path: Path) -> None:
     """A frame is passed on when it is made, not when the next one is."""
     async with stage(tmp_path, (READY, {ROUTE: stream("1", Pause("between"), "2")})) as on:
         worker = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert (reply.streams, await anext(reply.frames)) == (True, b"data: 1\n\n")
             worker.open("between")
             assert await read(reply) == b"data: 2\n\ndata: [DONE]\n\n"
@@ -206,7 +214,7 @@ async def test_split_frames_are_made_whole(tmp_path: Path) -> None:
     script = Script(steps, 200, (("content-type", "text/event-stream"),))
     async with stage(tmp_path, (READY, {ROUTE: script})) as on:
         worker = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert await anext(reply.frames) == b"data: 1\n\n"
             worker.open("cut")
             assert await anext(reply.frames) == b"data: hi\n\n"
@@ -216,7 +224,7 @@ async def test_leaving_a_stream_is_seen_by_the_worker_at_once(tmp_path: Path) ->
     """Generation stops because the connection is closed."""
     async with stage(tmp_path, (READY, {ROUTE: stream("1", Pause("generating"))})) as on:
         worker = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
         async with asyncio.timeout(5):
             await worker.saw("disconnected", ROUTE)
@@ -228,7 +236,7 @@ async def test_leaving_before_the_answer_is_seen_by_the_worker_at_once(tmp_path:
         worker = await ready(on)
 
         async def ask() -> None:
-            async with on.upstream.call(CHAT):
+            async with on.upstream.call(arriving(CHAT)):
                 raise AssertionError("the worker has answered nothing")
 
         task = asyncio.create_task(ask())
@@ -243,7 +251,7 @@ async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) ->
     plays = [(READY, {ROUTE: stream("1", Pause("generating"))}), (READY, {ROUTE: stream("2")})]
     async with stage(tmp_path, *plays) as on:
         first = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert await anext(reply.frames) == b"data: 1\n\n"
             first.kill()
             with pytest.raises(UpstreamFailed) as failed:
@@ -254,7 +262,7 @@ async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) ->
         assert on.upstream.state == "stopped"
         second = await ready(on)
         assert second.pid != first.pid
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert await read(reply) == b"data: 2\n\ndata: [DONE]\n\n"
 
 
@@ -265,7 +273,7 @@ async def test_worker_killed_before_the_first_byte_is_replaced_silently(
     """Admission asks the next worker, and the client sees an answer."""
     async with stage(tmp_path, (READY, {ROUTE: before}), (READY, {ROUTE: answer({"id": "b"})})) as on:
         admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
-        async with admission.call(CHAT) as reply:
+        async with admission.call(arriving(CHAT)) as reply:
             assert (reply.status, await read(reply)) == (200, b'{"id": "b"}')
         assert [type(event) for event in on.events if not isinstance(event, Progress)] == [
             Starting,
@@ -355,7 +363,7 @@ async def test_closing_lets_a_stream_finish(tmp_path: Path) -> None:
     """SIGTERM reaches the worker as a drain; what runs ends whole."""
     async with stage(tmp_path, (READY, {ROUTE: stream("1", Pause("generating"), "2")})) as on:
         worker = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
             closing = asyncio.create_task(on.upstream.close())
             await worker.saw("stopping")
@@ -371,7 +379,7 @@ async def test_closing_kills_what_does_not_drain(tmp_path: Path) -> None:
     """The drain has a deadline."""
     async with stage(tmp_path, (READY, {ROUTE: stream("1", Pause("for ever"))}), drain_timeout_s=0) as on:
         worker = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
             await on.upstream.close()
             assert gone(worker.pid)
@@ -396,7 +404,7 @@ async def test_worker_that_leaves_on_its_own_gets_no_more(tmp_path: Path) -> Non
     plays = [(READY, {ROUTE: stream("1", Pause("generating"))}), (READY, {ROUTE: answer({"id": "b"})})]
     async with stage(tmp_path, *plays) as on:
         first = await ready(on)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
             os.kill(first.pid, signal.SIGTERM)
             await turns(lambda: not on.upstream.ready)
@@ -404,7 +412,7 @@ async def test_worker_that_leaves_on_its_own_gets_no_more(tmp_path: Path) -> Non
             first.open("generating")
             assert await read(reply) == b"data: [DONE]\n\n"
         await second
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
 
 
@@ -416,7 +424,7 @@ async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: 
         admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
 
         async def ask() -> bytes:
-            async with admission.call(CHAT) as reply:
+            async with admission.call(arriving(CHAT)) as reply:
                 return await read(reply)
 
         asking = asyncio.create_task(ask())

@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gateway.upstreams.runpod import RunpodUpstream
 from handler import sse
 from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
-from handler.messages import Reply, Request, read
+from handler.messages import Reply, Request, Visit, read
 from handler.waiting import Room
 from tests import runpod_worker, scripted_worker
 from tests.jobs_client import TAKES_JOBS, JobsClient, speaking_for
@@ -37,6 +38,13 @@ from tests.scripted_worker import Director, Worker
 JSON = (("content-type", "application/json"),)
 CHAT = Request("POST", "/v1/chat/completions", JSON, b'{"stream":true}')
 PLAIN = Request("POST", "/v1/chat/completions", JSON, b'{"n":1}')
+
+
+def arriving(request: Request) -> Request:
+    """`request`, as if it came now: what it may wait counts from its arrival."""
+    return replace(request, visit=Visit())
+
+
 ROUTE = "POST /v1/chat/completions"
 DONE = "data: [DONE]\n\n"
 NEVER = 600.0
@@ -74,7 +82,7 @@ class Stage:
         """A client that asks and reads all."""
 
         async def ask() -> bytes:
-            async with self.upstream.call(request) as reply:
+            async with self.upstream.call(arriving(request)) as reply:
                 return await read(reply)
 
         return asyncio.create_task(ask())
@@ -134,7 +142,7 @@ async def spoken(tmp_path: Path, **kwargs: Any) -> AsyncIterator[tuple[Stage, Jo
 
 async def begun(on: Stage, sdk: JobsClient, stack: AsyncExitStack) -> tuple[str, Reply]:
     """A stream that has one frame, and the id of its job."""
-    entering = asyncio.create_task(stack.enter_async_context(on.upstream.call(CHAT)))
+    entering = asyncio.create_task(stack.enter_async_context(on.upstream.call(arriving(CHAT))))
     job = await sdk.take()
     assert job is not None
     await sdk.stream(job["id"], "data: 1\n\n")
@@ -275,7 +283,7 @@ async def test_failed_job_is_an_error_with_its_status(tmp_path: Path) -> None:
             ("handler: boom \ntraceback: ...", 502, "The job failed: handler: boom"),
         ):
             async with AsyncExitStack() as client:
-                entering = asyncio.create_task(client.enter_async_context(on.upstream.call(CHAT)))
+                entering = asyncio.create_task(client.enter_async_context(on.upstream.call(arriving(CHAT))))
                 job = await sdk.take()
                 assert job is not None
                 await sdk.done(job["id"], {"error": error})
@@ -511,7 +519,7 @@ async def test_stream_in_line_is_kept_alive(tmp_path: Path) -> None:
     """It is answered early and hears comments; then comes what the worker posts, or its error."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as clients:
         front = in_front(on, keep_alive_s=0.01)
-        first, second = [await clients.enter_async_context(front.call(CHAT)) for _ in range(2)]
+        first, second = [await clients.enter_async_context(front.call(arriving(CHAT))) for _ in range(2)]
         for reply in (first, second):
             assert (reply.status, reply.headers) == (200, sse.HEADERS)
             assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3
@@ -640,7 +648,7 @@ async def test_real_sdk_stops_what_its_client_has_left(tmp_path: Path) -> None:
         await worker.saw("paused", "before")
         asking.cancel()
         await worker.saw("disconnected", ROUTE)
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             assert await anext(reply.frames) == b"data: 1\n\n"
         await worker.saw("disconnected", ROUTE, 2)
 
@@ -649,7 +657,7 @@ async def test_real_sdk_that_dies_is_replaced_silently(tmp_path: Path) -> None:
     """The client's answer comes from the next worker, which is one of its own."""
     plays = [real({ROUTE: Script((Crash(),))}), real({ROUTE: answer({"id": "b"})})]
     async with stage(tmp_path, *plays, command=runpod_worker.COMMAND) as on:
-        async with in_front(on).call(PLAIN) as reply:
+        async with in_front(on).call(arriving(PLAIN)) as reply:
             assert json.loads(await read(reply)) == {"id": "b"}
         assert on.upstream.starts == 2
 
@@ -659,7 +667,7 @@ async def test_real_sdk_drains(tmp_path: Path) -> None:
     scripts = {ROUTE: stream("1", Pause("generating"), "2")}
     async with stage(tmp_path, real(scripts), command=runpod_worker.COMMAND) as on:
         worker = await on.worker()
-        async with on.upstream.call(CHAT) as reply:
+        async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
             closing = asyncio.create_task(on.upstream.close())
             worker.open("generating")
