@@ -74,9 +74,8 @@ async def rates(servers: Mapping[str, Server], options: argparse.Namespace) -> d
     """Each path's streams, one a round, in turn and every other round backwards."""
     heard: dict[str, list[Heard]] = {name: [] for name in servers}
     async with aiohttp.ClientSession() as http:
-        for name, server in servers.items():
+        for server in servers.values():
             await ask(http, server, 2, "paced")  # a first request opens connections
-            del name
         for round_ in range(options.rounds):
             for name in list(servers)[:: -1 if round_ % 2 else 1]:
                 heard[name].append(await ask(http, servers[name], options.tokens, "paced"))

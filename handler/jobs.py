@@ -56,7 +56,7 @@ _OF_WORKER_VLLM = frozenset(
 )
 """Fields of its shorthand that are no parameters of OpenAI's: tokens are sent as they are made."""
 
-_ERROR_FRAME = 'data: {"error"'
+_ERROR_FRAME = sse.ERROR_FRAME.decode()
 
 
 def parse(job_input: object) -> Request:
