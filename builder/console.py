@@ -11,6 +11,8 @@ class Console:
     """Where progress goes: standard error, because a command's result goes to standard output."""
 
     stream: TextIO
+    name: str = "fetch"
+    """Of the command that speaks."""
 
     @property
     def terminal(self) -> bool:
@@ -19,7 +21,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Write one line."""
-        print(f"fetch: {text}", file=self.stream, flush=True)
+        print(f"{self.name}: {text}", file=self.stream, flush=True)
 
 
 def size(count_bytes: int) -> str:

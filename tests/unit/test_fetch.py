@@ -236,7 +236,7 @@ def test_command_prints_the_folder_and_nothing_else(
 ) -> None:
     """`$(python -m builder fetch)` is a path."""
     folder = made(tmp_path / "model")
-    assert run(["fetch", str(folder)], environ, console) == 0
+    assert run(["fetch", str(folder)], environ, console.stream) == 0
     assert capsys.readouterr() == (f"{folder}\n", "")
 
 
@@ -245,7 +245,7 @@ def test_command_reads_the_environment(
 ) -> None:
     """MODEL_NAME is what is fetched where no argument says otherwise."""
     folder = made(tmp_path / "model")
-    assert run(["fetch"], environ | {"MODEL_NAME": str(folder)}, console) == 0
+    assert run(["fetch"], environ | {"MODEL_NAME": str(folder)}, console.stream) == 0
     assert capsys.readouterr().out == f"{folder}\n"
 
 
@@ -253,7 +253,7 @@ def test_command_exits_66_without_a_model(
     environ: dict[str, str], console: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """EX_NOINPUT, the message on standard error, and no path for a shell to take."""
-    assert run(["fetch", "org/name"], environ, console) == 66
+    assert run(["fetch", "org/name"], environ, console.stream) == 66
     assert capsys.readouterr().out == ""
     assert said(console) == "fetch: org/name can't be fetched: HF_HUB_OFFLINE is set.\n"
 
