@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
+
+CLEAR = "\x1b[2K"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,20 @@ class Console:
 
     def say(self, text: str) -> None:
         """Write one line."""
-        print(f"{self.name}: {text}", file=self.stream, flush=True)
+        clear = CLEAR if self.terminal else ""
+        print(f"{clear}{self.name}: {text}", file=self.stream, flush=True)
+
+    @contextmanager
+    def progress(self, what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
+        """PLACEHOLDER."""
+        yield lambda _: None
+
+    def step(self, text: str) -> None:
+        """Say what is being done now: on a terminal in the place of what was said so before."""
+        if self.terminal:
+            print(f"{CLEAR}{self.name}: {text}", end="\r", file=self.stream, flush=True)
+        else:
+            self.say(text)
 
 
 def size(count_bytes: int) -> str:

@@ -118,6 +118,14 @@ TABLE: Table = (
         "Flags of vLLM as words, quoted as in a shell.",
     ),
     Setting(
+        "VERIFY_WEIGHTS",
+        "verify_weights",
+        choice("size", "full"),
+        "size",
+        "What is compared of the weights of a baked model before they are loaded: the `size` of each file, "
+        "or in `full` each byte, about 1 s per GB.",
+    ),
+    Setting(
         "ENGINE_MODE",
         "engine_mode",
         choice("auto", "thread", "fork", "spawn"),
@@ -269,6 +277,7 @@ class Settings:
     custom_chat_template: str | None = field(repr=False)
     hf_token: str | None = field(repr=False)
     max_concurrency: int | None
+    verify_weights: str
     engine_mode: str
     host: str
     port: int
