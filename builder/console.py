@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -27,11 +25,6 @@ class Console:
         """Write one line."""
         clear = CLEAR if self.terminal else ""
         print(f"{clear}{self.name}: {text}", file=self.stream, flush=True)
-
-    @contextmanager
-    def progress(self, what: str, total_bytes: int) -> Iterator[Callable[[int], object]]:
-        """PLACEHOLDER."""
-        yield lambda _: None
 
     def step(self, text: str) -> None:
         """Say what is being done now: on a terminal in the place of what was said so before."""

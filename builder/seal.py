@@ -15,6 +15,7 @@ from typing import Any
 
 from builder import store
 from builder.console import Console, size
+from builder.progress import progress
 from builder.state import State
 from builder.warm import model_name
 from handler.errors import UsageError
@@ -74,7 +75,7 @@ def _files(bake: Path, state: State, console: Console) -> dict[str, File]:
     now = {path: _identity(bake / path) for path in contents(bake)}
     known = {path: was for path, was in state.hashes.items() if was[:-1] == now.get(path)}
     new = [path for path in now if path not in known]
-    with console.progress("hashing", sum(now[path][0] for path in new)) as advance:
+    with progress(console, "hashing", sum(now[path][0] for path in new)) as advance:
         for path, digest in zip(new, _hashed([bake / path for path in new], advance), strict=True):
             known[path] = [*now[path], digest]
     state.hashes = known

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from builder.console import Console, size
+from builder.progress import progress
 from handler import baked
 from handler.errors import ManifestMismatch, ModelNotFound
 from handler.manifest import NAME, Manifest, differences, is_bake
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], console: Consol
         raise ModelNotFound(f"{bake} was not baked: there is no {NAME} in it")
     manifest = Manifest.load(bake)
     total_bytes = sum(file.size_bytes for file in manifest.files.values())
-    with console.progress("comparing", 0 if options.quick else total_bytes) as advance:
+    with progress(console, "comparing", 0 if options.quick else total_bytes) as advance:
         different = list(differences(bake, manifest, full=not options.quick, told=advance))
     for difference in different:
         print(difference)
