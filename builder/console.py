@@ -20,8 +20,9 @@ class Console:
         return self.stream.isatty()
 
     def say(self, text: str) -> None:
-        """Write one line."""
-        print(f"{self.name}: {text}", file=self.stream, flush=True)
+        """Write one line, over the bar that may be drawn where a terminal is."""
+        clear = "\r\x1b[K" if self.terminal else ""
+        print(f"{clear}{self.name}: {text}", file=self.stream, flush=True)
 
 
 def size(count_bytes: int) -> str:
