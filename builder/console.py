@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TextIO
 
-CLEAR = "\x1b[2K"
+CLEAR = "\r\x1b[K"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,14 @@ class Console:
         return self.stream.isatty()
 
     def say(self, text: str) -> None:
-        """Write one line."""
+        """Write one line, in the place of what a terminal shows now."""
         clear = CLEAR if self.terminal else ""
         print(f"{clear}{self.name}: {text}", file=self.stream, flush=True)
 
     def step(self, text: str) -> None:
         """Say what is being done now: on a terminal in the place of what was said so before."""
         if self.terminal:
-            print(f"{CLEAR}{self.name}: {text}", end="\r", file=self.stream, flush=True)
+            print(f"{CLEAR}{self.name}: {text}", end="", file=self.stream, flush=True)
         else:
             self.say(text)
 
