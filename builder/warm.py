@@ -117,21 +117,20 @@ def _start(bake: Path, given: Mapping[str, str], what: str, console: Console) ->
 
 def _run(environ: Mapping[str, str], what: str, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         START_COMMAND, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    ) as process:
         assert process.stdout is not None, "a pipe"
-        for line in process.stdout:
-            said = _said(line)
-            if "phase" in said:
-                console.step(f"{what}: {said['phase']}")
-            found = said if "report" in said else found
-        code = process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+        try:
+            for line in process.stdout:
+                said = _said(line)
+                if "phase" in said:
+                    console.step(f"{what}: {said['phase']}")
+                found = said if "report" in said else found
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
     if code or not found:
         kinds = (UsageError, ManifestMismatch, ModelNotFound, NoResources)
         failure = next((kind for kind in kinds if kind.exit_code == code), EngineFailed)

@@ -20,7 +20,7 @@ import pytest
 
 from builder.wheel import NAME as WHEEL
 from handler.settings import DEFAULT_MODEL
-from tests.servers import ROOT, START_TIMEOUT_S, Server
+from tests.servers import ROOT, START_TIMEOUT_S, Server, gateway
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="no engine is installed")
 
@@ -118,6 +118,11 @@ def tiny_bake(tiny_model: Path) -> Iterator[Bake]:
         yield bake
 
 
+def files(folder: Path) -> list[Path]:
+    """What was baked."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+
+
 @contextmanager
 def isolated_worker(bake: Path, uid: str, **settings: str) -> Iterator[tuple[Server, Path]]:
     """A worker with the bake in a namespace of its own (`READ_ONLY`), and the file of its log."""
@@ -193,6 +198,76 @@ def test_a_second_bake_changes_nothing(default_bake: Bake) -> None:
     assert after == before
 
 
-def files(folder: Path) -> list[Path]:
-    """What was baked."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+def test_a_flipped_byte_in_any_file_is_found_by_name(tiny_bake: Bake, tmp_path: Path) -> None:
+    """Every file, by its path; the bytes are all that is looked at."""
+    copy = shutil.copytree(tiny_bake.folder, tmp_path / "bake")
+    assert build(("verify", str(copy)), tiny_bake.environ).returncode == 0
+    names = [str(path.relative_to(copy)) for path in files(copy)]
+    for name in names:
+        with (copy / name).open("r+b") as file:
+            middle = (copy / name).stat().st_size // 2
+            file.seek(middle)
+            byte = file.read(1) or b"?"
+            file.seek(middle)
+            file.write(bytes([byte[0] ^ 1]))
+    done = build(("verify", str(copy)), tiny_bake.environ)
+    assert done.returncode == 65, done.stderr
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == names
+    assert set(names) == tiny_bake.manifest["files"].keys()
+
+
+def test_a_worker_refuses_what_is_not_what_was_baked(tiny_bake: Bake, tmp_path: Path) -> None:
+    """Before it imports anything, with the exit code of its own and the file's name."""
+    copy = shutil.copytree(tiny_bake.folder, tmp_path / "bake")
+    config = copy / "model/config.json"
+    config.write_text(config.read_text().replace("Llama", "llama"))
+    done = subprocess.run(
+        [sys.executable, "-m", "handler"],
+        cwd=ROOT,
+        env={**tiny_bake.environ, "MODEL_NAME": str(copy)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_TIMEOUT_S,
+    )
+    assert done.returncode == 65, done.stderr
+    assert (
+        f"{copy} is not what was baked (manifest.json):\n  - model/config.json: sha256: expected"
+        in done.stderr
+    )
+
+
+def test_the_gateway_serves_a_bake_by_its_name(tiny_bake: Bake) -> None:
+    """As it does a model: a warm parent and its fork find the caches, and nothing is written to the bake."""
+    with everybodys_folder() as folder:
+        before = [(path, path.stat().st_ctime_ns) for path in files(tiny_bake.folder)]
+        environ = {
+            "TMPDIR": str(folder),
+            "MAX_MODEL_LEN": "512",
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+        }
+        with gateway(tiny_bake.folder, folder, **environ) as (server, _), server.sync_client() as client:
+            assert [model.id for model in client.models.list()] == ["tiny"]
+            answer = client.completions.create(model="tiny", prompt="Once", max_tokens=2)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 2
+            (shown,) = folder.glob("firsttoken-*/????????????????")
+            assert (shown / "firsttoken/readahead/baked.txt").is_symlink()
+        assert [(path, path.stat().st_ctime_ns) for path in files(tiny_bake.folder)] == before
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="a C++ compiler makes what is baked, and there is none"
+)
+def test_a_compiled_model_is_baked_and_moved(tiny_model: Path) -> None:
+    """It is found where it is served, in another folder, by a worker that has no compiler."""
+    settings = {"MAX_MODEL_LEN": "512", "ENFORCE_EAGER": "false", "SERVED_MODEL_NAME": "tiny"}
+    with baked(str(tiny_model), **settings, CXX=shutil.which("g++") or "") as bake:
+        moved = bake.folder.rename(bake.folder.with_name("moved"))
+        settings["VLLM_FORCE_AOT_LOAD"] = "1"  # else it would compile again, and nobody would know
+        with isolated_worker(moved, "0", **settings) as (server, log), server.sync_client() as client:
+            answer = client.completions.create(model="tiny", prompt="Once", max_tokens=2)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 2
+            assert "WARNING" not in log.read_text()
