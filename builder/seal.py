@@ -29,9 +29,13 @@ THREADS = 4
 """hashlib lets go of the interpreter, and a disk likes more than one reader."""
 
 
-def seal(bake: Path, *, console: Console) -> bool:
-    """Write the manifest of `bake`; returns whether it is another one than before. Raises `UsageError`."""
-    name = model_name(bake)
+def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
+    """Write the manifest of `bake`; returns whether it is another one than before.
+
+    `SERVED_MODEL_NAME` in `environ` is what the model is called; else it is its repository, or its
+    folder's last part. Raises `UsageError`.
+    """
+    name = model_name(bake, environ)
     for link in (path for top in (MODEL, CACHE) for path in (bake / top).rglob("*") if path.is_symlink()):
         raise UsageError(f"{link} is a link; what is baked is in the folder itself")
     for top in (MODEL, CACHE):

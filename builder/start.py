@@ -29,7 +29,7 @@ def start() -> None:
         remember_start(loaded, os.environ)
         found = {
             "report": phases.report(),
-            "settings": engine.shaping(engine.make_parser(), prepared.args, prepared.mode),
+            "settings": prepared.shaping,
             "flags": sorted(vars(prepared.args)),
             "kv_cache": loaded.kv_cache(),
         }

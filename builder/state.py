@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NAME = ".bake.json"
+from handler.manifest import STATE
 
 
 @dataclass
@@ -25,7 +25,7 @@ class State:
     @classmethod
     def of(cls, folder: Path) -> State:
         """The state of the bake in `folder`; an empty one if there is none to be read."""
-        file = folder / NAME
+        file = folder / STATE
         try:
             found = json.loads(file.read_bytes())
             return cls(file, dict(found["hashes"]), dict(found["warmed"]))

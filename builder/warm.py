@@ -45,6 +45,7 @@ SECRET = re.compile(r"(^|_)(CREDENTIALS?|KEY|TOKEN)(_FILE|_ID|_PATH)?$|PASSWORD|
 """Names of the environment that no start from a folder needs."""
 SHAPING = ("CUDA_", "FLASHINFER_", "NCCL_", "OMP_", "TORCH", "TRITON_", "VLLM_")
 """How names begin that libraries read, beside the flags of vLLM."""
+NAMES = next(row.names for row in TABLE if row.field == "served_model_name")
 OF_ONE_START = ("PYTHONDONTWRITEBYTECODE", "MODEL_REVISION", "REVISION", "VLLM_CACHE_ROOT", *baked.CACHES)
 
 
@@ -63,6 +64,7 @@ def warm(bake: Path, *, environ: Mapping[str, str], console: Console, again: boo
     (bake / NAME).unlink(missing_ok=True)  # from here on it is not what was sealed
     shutil.rmtree(bake / CACHE, ignore_errors=True)
     (bake / CACHE).mkdir()
+    state.save()  # it is a bake in the making, which is told by this file
     _start(bake, given, "making the caches", console)
     found = _start(bake, given, "a start with them", console)
     note = {
@@ -73,9 +75,7 @@ def warm(bake: Path, *, environ: Mapping[str, str], console: Console, again: boo
     (bake / START).write_text(json.dumps(note, indent=1, sort_keys=True) + "\n")
     state.warmed = {"flags": found["flags"], "of": _wanted(bake, given, found["flags"])}
     state.save()
-    console.say(
-        f"{model_name(bake)} makes its first token {found['report']['total_s']:.1f} s after its start"
-    )
+    console.say(f"{given[NAMES[0]]} makes its first token {found['report']['total_s']:.1f} s after its start")
     return True
 
 
@@ -88,19 +88,22 @@ def start_environ(bake: Path, environ: Mapping[str, str]) -> dict[str, str]:
     }
     given["MODEL_NAME"] = str((bake / MODEL).absolute())
     given["AUTH"] = "off"  # nobody is listened to
-    if not (given.get("SERVED_MODEL_NAME") or given.get("OPENAI_SERVED_MODEL_NAME_OVERRIDE")):
-        given["SERVED_MODEL_NAME"] = model_name(bake)
-    return given
+    given.setdefault("LOG_LEVEL", "ERROR")  # that caches are missing is why this is done
+    for name in NAMES[1:]:
+        given.pop(name, None)
+    return {**given, NAMES[0]: model_name(bake, environ)}
 
 
-def model_name(bake: Path) -> str:
+def model_name(bake: Path, environ: Mapping[str, str]) -> str:
     """What clients call the model that was fetched into `bake`. Raises `UsageError` if there is none."""
     try:
-        return public_name(json.loads((bake / MODEL / store.NOTE).read_bytes())["model"])
+        fetched = str(json.loads((bake / MODEL / store.NOTE).read_bytes())["model"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(
             f"{bake} has no model: `python -m builder fetch MODEL --out {bake / MODEL}` first"
         ) from error
+    given = next((environ[name] for name in NAMES if environ.get(name)), None)
+    return given or public_name(fetched)
 
 
 def _start(bake: Path, given: Mapping[str, str], what: str, console: Console) -> dict[str, Any]:

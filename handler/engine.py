@@ -39,6 +39,7 @@ from handler import (
     kept,
     loader,
     machine,
+    manifest,
     model,
     pack,
     prerequisites,
@@ -136,6 +137,8 @@ class Prepared:
     vllm_config: Any
     mode: str
     weights: loader.Choice
+    shaping: Mapping[str, str]
+    """What of the settings decides which caches are made and found."""
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
     memories: tuple[kept.Memory, ...] = ()
@@ -410,12 +413,13 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
             look_for_kernels_in_vllm()
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
-        for line in baked.unlike(settings.model_name, shaping(parser, args, mode)):
+        shaped = shaping(parser, args, mode)  # before vLLM adds to its arguments
+        for line in baked.unlike(settings.model_name, shaped):
             log.warning("a setting is not as when the model was baked", extra={"reason": line})
         vllm_config = configure(args, mode)
-        if not args.enforce_eager and baked.folder(settings.model_name):
-            name_compiled_models(settings.model_id)
-    return Prepared(settings, args, vllm_config, mode, weights, memories=memories)
+        if not args.enforce_eager and manifest.is_of_bake(Path(settings.model_name)):
+            name_compiled_models(manifest.MODEL)
+    return Prepared(settings, args, vllm_config, mode, weights, shaped, memories=memories)
 
 
 def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
@@ -449,7 +453,7 @@ def shaping(parser: ArgumentParser, args: Namespace, mode: str) -> dict[str, str
 
 
 def name_compiled_models(name: str) -> None:
-    """Have vLLM know a compiled model by the model's `name`, not by the folder that it is in today.
+    """Have vLLM know a compiled model by `name`, not by the folder that the model is in today.
 
     The key of its cache has every field of the model's configuration in it, so that a model which was
     moved is compiled again.

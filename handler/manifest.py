@@ -26,6 +26,8 @@ NAME = "manifest.json"
 MODEL = "model"
 CACHE = "cache"
 START = f"{CACHE}/start.json"
+STATE = ".bake.json"
+"""What the builder remembers; it is beside what was baked and not a part of it."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Files that take seconds to read as a whole; the quick check compares their sizes."""
@@ -112,6 +114,11 @@ class Manifest:
 def is_bake(folder: Path) -> bool:
     """Whether `folder` was baked, as far as its manifest says."""
     return (folder / NAME).is_file()
+
+
+def is_of_bake(model: Path) -> bool:
+    """Whether the folder `model` is the model of a bake, sealed or in the making."""
+    return model.name == MODEL and any((model.parent / name).is_file() for name in (NAME, STATE))
 
 
 def contents(folder: Path) -> list[str]:

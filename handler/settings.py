@@ -61,7 +61,9 @@ PLATFORMS = ("runpod", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
 
 TABLE: Table = (
-    Setting("MODEL_NAME", "model_name", MODEL, DEFAULT_MODEL, "The model to serve; also the folder of a bake."),
+    Setting(
+        "MODEL_NAME", "model_name", MODEL, DEFAULT_MODEL, "The model to serve; also the folder of a bake."
+    ),
     Setting(
         "MODEL_REVISION",
         "model_revision",
@@ -75,8 +77,8 @@ TABLE: Table = (
         "served_model_name",
         NAME,
         None,
-        "What clients call the model. If not set: `MODEL_NAME`; of a folder, its last part; of a bake, the name "
-        "that it was baked by.",
+        "What clients call the model. If not set: `MODEL_NAME`; of a folder, its last part; of a bake, "
+        "the name that it was baked by.",
         ("OPENAI_SERVED_MODEL_NAME_OVERRIDE",),
     ),
     Setting(

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], console: Consol
     bake: Path = options.out
     fetch(options.model, environ=environ, console=console, revision=options.revision, out=bake / MODEL)
     warmed = not options.no_warm and warm(bake, environ=environ, console=console)
-    if not seal(bake, console=console) and not warmed:
+    if not seal(bake, environ=environ, console=console) and not warmed:
         console.say("nothing has changed")
     print(bake.absolute())
     return 0

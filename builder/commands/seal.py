@@ -17,8 +17,8 @@ def arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> No
     parser.add_argument("bake", metavar="DIR", type=Path, help="a folder with a model in DIR/model")
 
 
-def run(options: argparse.Namespace, environ: Mapping[str, str], console: Console) -> int:  # noqa: ARG001
+def run(options: argparse.Namespace, environ: Mapping[str, str], console: Console) -> int:
     """Seal it. Raises `StartError`."""
-    if not seal(options.bake, console=console):
+    if not seal(options.bake, environ=environ, console=console):
         console.say("nothing has changed")
     return 0

@@ -43,10 +43,10 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def sealed(bake: Path) -> tuple[bool, str]:
+def sealed(bake: Path, **settings: str) -> tuple[bool, str]:
     """Whether sealing changed something, and what it said."""
     stream = io.StringIO()
-    return seal(bake, console=Console(stream, "seal")), stream.getvalue()
+    return seal(bake, environ=settings, console=Console(stream, "seal")), stream.getvalue()
 
 
 def test_every_file_is_in_it(bake: Path) -> None:
@@ -59,6 +59,15 @@ def test_every_file_is_in_it(bake: Path) -> None:
         settings={"dtype": "half"},
         start=START["start"],
     )
+
+
+def test_a_name_of_the_user_s_is_the_model_s(bake: Path) -> None:
+    """In either spelling; an empty one is none."""
+    for settings in ({"SERVED_MODEL_NAME": "mine"}, {"OPENAI_SERVED_MODEL_NAME_OVERRIDE": "mine"}):
+        sealed(bake, **settings)
+        assert Manifest.load(bake).model["name"] == "mine"
+    sealed(bake, SERVED_MODEL_NAME="")
+    assert Manifest.load(bake).model["name"] == "org/name"
 
 
 def test_the_same_files_give_the_same_bytes(bake: Path, tmp_path: Path) -> None:

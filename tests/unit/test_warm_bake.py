@@ -137,6 +137,7 @@ def test_a_start_is_told_no_secret(bake: Path) -> None:
     }
     assert start_environ(bake, secrets | harmless | {"TRITON_CACHE_DIR": "/mine"}) == harmless | {
         "AUTH": "off",
+        "LOG_LEVEL": "ERROR",
         "MODEL_NAME": str(bake / "model"),
         "SERVED_MODEL_NAME": "org/name",
     }
