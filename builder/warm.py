@@ -43,7 +43,7 @@ PASSING = (".draft", ".lock", ".pid", ".tmp")
 
 SECRET = re.compile(r"(^|_)(CREDENTIALS?|KEY|TOKEN)(_FILE|_ID|_PATH)?$|PASSWORD|SECRET")
 """Names of the environment that no start from a folder needs."""
-SHAPING = ("CUDA_", "FLASHINFER_", "NCCL_", "OMP_", "TORCH", "TRITON_", "VLLM_")
+SHAPING = ("CUDA_", "CXX", "FLASHINFER_", "NCCL_", "OMP_", "TORCH", "TRITON_", "VLLM_")
 """How names begin that libraries read, beside the flags of vLLM."""
 NAMES = next(row.names for row in TABLE if row.field == "served_model_name")
 OF_ONE_START = ("PYTHONDONTWRITEBYTECODE", "MODEL_REVISION", "REVISION", "VLLM_CACHE_ROOT", *baked.CACHES)

@@ -413,7 +413,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
             look_for_kernels_in_vllm()
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
-        shaped = shaping(parser, args, mode)  # before vLLM adds to its arguments
+        shaped = shaping(parser, args, mode, environ)  # before vLLM adds to its arguments
         for line in baked.unlike(settings.model_name, shaped):
             log.warning("a setting is not as when the model was baked", extra={"reason": line})
         vllm_config = configure(args, mode)
@@ -442,14 +442,18 @@ NOT_SHAPING = frozenset(
 """Flags (by `dest`) that no cache depends on, and secrets."""
 
 
-def shaping(parser: ArgumentParser, args: Namespace, mode: str) -> dict[str, str]:
-    """What of a start decides which caches it makes and finds: flags that are not vLLM's default, as text."""
+def shaping(parser: ArgumentParser, args: Namespace, mode: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What of a start decides which caches it makes and finds: flags that are not vLLM's default, as text.
+
+    And the compiler that is named, which torch has in its keys though nothing is compiled.
+    """
     found = {
         name: str(value)
         for name, value in vars(args).items()
         if name not in NOT_SHAPING and value != parser.get_default(name)
     }
-    return {**found, "engine_mode": mode}
+    compiler = {name: environ[name] for name in ("CXX",) if environ.get(name)}
+    return {**found, "engine_mode": mode, **compiler}
 
 
 def name_compiled_models(name: str) -> None:

@@ -33,9 +33,13 @@ mount --bind "$TMPDIR" "$TMPDIR"
 mount -o remount,bind,ro /
 "$PYTHON" -c "$LOOPBACK_UP"
 if touch "$WRITTEN" 2> /dev/null; then exit 99; fi
+for tool in $HIDDEN; do
+    if path=$(command -v $tool); then mount --bind /dev/null "$(readlink -f "$path")"; fi
+done
 exec setpriv --reuid {uid} --regid {uid} --clear-groups $CAPABILITIES "$@"
 """
-"""What runs within sees every file as it is, can write in its temporary folder only, and has no network."""
+"""What runs within can write in its temporary folder only, and has no network."""
+COMPILERS = "c++ g++ cc gcc clang"
 LOOPBACK_UP = """
 import fcntl, socket, struct
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1  # netdevice(7)
@@ -82,7 +86,6 @@ def user(home: Path, **settings: str) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "HF_ENDPOINT": NOBODY,
-        "CXX": "/nonexistent/c++",
         **settings,
     }
 
@@ -142,6 +145,7 @@ def isolated_worker(bake: Path, uid: str, **settings: str) -> Iterator[tuple[Ser
             "HOME": "/nonexistent",
             "TMPDIR": str(temporary),
             "WRITTEN": str(bake / "written"),
+            "HIDDEN": COMPILERS,
             "PYTHON": sys.executable,
             # So that Python is found also in a home that is closed to others.
             "CAPABILITIES": "--inh-caps +dac_read_search --ambient-caps +dac_read_search",
@@ -150,7 +154,6 @@ def isolated_worker(bake: Path, uid: str, **settings: str) -> Iterator[tuple[Ser
             "UDS": str(temporary / "worker.sock"),
             "NOTIFY_SOCKET": str(temporary / "notify.sock"),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "CXX": "/nonexistent/c++",
             **settings,
         }
         command = [*ISOLATED, "sh", "-c", READ_ONLY.format(uid=uid), "sh", sys.executable, "-m", "handler"]
@@ -179,7 +182,7 @@ needs_namespaces = pytest.mark.skipif(not can_isolate(), reason="namespaces of m
 @needs_namespaces
 @pytest.mark.parametrize("uid", ["0", NOBODY_UID])
 def test_first_token_from_a_read_only_bake_without_a_network(default_bake: Bake, uid: str) -> None:
-    """Everything but the temporary folder is read-only, as root and as a user who owns nothing."""
+    """Nor a compiler, as root and as a user who owns nothing."""
     with isolated_worker(default_bake.folder, uid, MAX_MODEL_LEN="512") as (server, log):
         with server.sync_client() as client:
             answer = client.chat.completions.create(
@@ -270,11 +273,11 @@ def test_the_gateway_serves_a_bake_by_its_name(tiny_bake: Bake) -> None:
     shutil.which("g++") is None, reason="a C++ compiler makes what is baked, and there is none"
 )
 def test_a_compiled_model_is_baked_and_moved(tiny_model: Path) -> None:
-    """It is found where it is served, in another folder, by a worker that has no compiler."""
+    """It is found in another folder, and not compiled again; torch wants to see its compiler all the same."""
     settings = {"MAX_MODEL_LEN": "512", "ENFORCE_EAGER": "false", "SERVED_MODEL_NAME": "tiny"}
-    with baked(str(tiny_model), **settings, CXX=shutil.which("g++") or "") as bake:
+    with baked(str(tiny_model), **settings) as bake:
         moved = bake.folder.rename(bake.folder.with_name("moved"))
-        settings["VLLM_FORCE_AOT_LOAD"] = "1"  # else it would compile again, and nobody would know
+        settings |= {"VLLM_FORCE_AOT_LOAD": "1", "HIDDEN": ""}  # else it might compile and nobody would know
         with isolated_worker(moved, "0", **settings) as (server, log), server.sync_client() as client:
             answer = client.completions.create(model="tiny", prompt="Once", max_tokens=2)
             assert answer.usage is not None
