@@ -8,6 +8,7 @@ import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,11 @@ from builder.seal import MTIME_S, seal
 from handler.errors import UsageError
 from handler.manifest import NAME, File, Manifest
 
-START = {"made_with": {"vllm": "1"}, "settings": {"dtype": "half"}, "start": {"total_s": 3.0}}
+START: dict[str, dict[str, Any]] = {
+    "made_with": {"vllm": "1"},
+    "settings": {"dtype": "half"},
+    "start": {"total_s": 3.0},
+}
 NOTE = {"model": "org/name", "source": "https://hub", "commit": "c0ffee", "files": {}}
 CONTENTS = {
     "model/config.json": b"{}",
