@@ -96,6 +96,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         settings = read_settings(environ)
     except BadSettings as failure:
         if not platforms.answers_failure(name, environ):
+            if name in platforms.TOLD:
+                platforms.load(name, readable(environ)).refuse(failure)
             raise
         settings = readable(environ)
         open_log(settings)

@@ -18,6 +18,8 @@ FirstTokenError
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
 │   │   └── StartFailed     503  worker_start_failed, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
+├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
+│   └── AnswerCut           nobody reads the rest of an answer
 └── StartError              ends the process with an exit code from sysexits.h
     ├── UsageError          64
     ├── ManifestMismatch    65
@@ -229,6 +231,18 @@ class DeadlineExceeded(RequestError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class RuntimeApiFailed(FirstTokenError):
+    """Lambda's Runtime API did not take what was said to it; `status` is its answer, None for silence."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class AnswerCut(RuntimeApiFailed):
+    """Lambda has closed an answer before its end: nobody reads the rest."""
 
 
 class StartError(FirstTokenError):

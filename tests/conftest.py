@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def jobs_stack(tiny_model: Path) -> Iterator[servers.Stack]:
     """The gateway with the small model, whose worker takes its requests as RunPod's jobs."""
     with servers.jobs_stack(tiny_model) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def lambda_function(tiny_model: Path) -> Iterator[dict[str, servers.Server]]:
+    """A Lambda function with the small model, by its front doors (`tests.lambda_doors`)."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **servers.engine_environ(tiny_model)}
+        with servers.function({**environ, "API_KEY": servers.KEY}, Path(folder)) as doors:
+            yield doors
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -163,6 +164,17 @@ def jobs_stack(model: Path) -> Iterator[Stack]:
         gateway(model, Path(folder), "serve", "--upstream", "runpod") as (server, _),
     ):
         yield Stack(server, server)
+
+
+@contextmanager
+def function(
+    environ: Mapping[str, str], folder: Path, worker: str = "handler"
+) -> Iterator[dict[str, Server]]:
+    """`python -m WORKER` as a Lambda function, ready; its front doors by name (`tests.lambda_doors`)."""
+    command = (sys.executable, "-m", worker)
+    with program("tests.lambda_doors", environ, folder, *command) as (process, errors):
+        urls: dict[str, str] = json.loads(first_line(process, "/openai/v1", errors))
+        yield {name: Server(url) for name, url in urls.items()}
 
 
 @dataclass(frozen=True, slots=True)

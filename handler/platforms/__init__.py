@@ -14,7 +14,7 @@ from typing import Protocol
 from handler.engine import Engine
 from handler.errors import StartError
 from handler.phases import Phases
-from handler.settings import Settings
+from handler.settings import LAMBDA, Settings
 from handler.supervision import Notifier
 
 
@@ -49,12 +49,16 @@ class Platform(Protocol):
 
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
     ("runpod", lambda environ: bool(environ.get("RUNPOD_WEBHOOK_GET_JOB"))),
+    ("aws_lambda", lambda environ: bool(environ.get(LAMBDA))),
     ("http", lambda _: True),
 )
 """A platform's name, which is its module's, and how its environment is known."""
 
 ANSWERING = frozenset({"runpod"})
 """Platforms that start a worker again and again and bill each try: one that can't start stays there."""
+
+TOLD = frozenset({"aws_lambda"})
+"""Platforms that want to know why a worker does not start, also if its settings are wrong."""
 
 
 def chosen(environ: Mapping[str, str]) -> str:

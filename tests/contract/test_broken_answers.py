@@ -15,9 +15,16 @@ from tests.servers import MODEL, Server
 
 CONNECTED = pytest.mark.parametrize("server", ["scripted-worker", "scripted-gateway"], indirect=True)
 JOBS = pytest.mark.parametrize("server", ["scripted-runpod"], indirect=True)
+FUNCTION = pytest.mark.parametrize("server", ["scripted-lambda", "scripted-url"], indirect=True)
 EVERY = pytest.mark.parametrize(
+    "server",
+    ["scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"],
+    indirect=True,
+)
+TOLD = pytest.mark.parametrize(
     "server", ["scripted-worker", "scripted-gateway", "scripted-runpod"], indirect=True
 )
+"""The paths on which it is told that a client has left: Lambda tells a function nothing."""
 
 CHAT = "POST /v1/chat/completions"
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -80,6 +87,18 @@ async def test_a_job_that_breaks_off_is_a_502(server: Server, scripted: Any) -> 
     assert (raised.value.status_code, raised.value.code) == (502, "upstream_failed")
 
 
+@FUNCTION
+@pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
+async def test_an_answer_of_a_function_that_breaks_off_is_a_500(server: Server, scripted: Any) -> None:
+    """A function sends a whole answer or none, so that there is still a status to say it with."""
+    scripted.gate("a").opened.set()
+    async with server.client() as client:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await client.chat.completions.create(**BODY)
+    assert (raised.value.status_code, raised.value.code) == (500, "internal_error")
+    assert raised.value.request_id
+
+
 @EVERY
 @pytest.mark.scripts({CHAT: Script((Fail(),))})
 async def test_a_failure_is_a_500_in_openais_shape(server: Server) -> None:
@@ -125,7 +144,7 @@ async def test_characters_of_many_bytes_arrive_whole(server: Server) -> None:
     assert reply.content == f"data: {MANY}\n\ndata: [DONE]\n\n".encode()
 
 
-@EVERY
+@TOLD
 @pytest.mark.scripts({CHAT: Script((Pause("never"),))})
 async def test_a_client_that_leaves_is_noticed_by_the_application(server: Server, scripted: Any) -> None:
     """Through every hop, before anything was answered."""
