@@ -197,7 +197,7 @@ class FrontDoors:
     async def _handle(self, door: Door, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         if door.name.startswith("rest"):
-            if not request.path.startswith(f"{door.base}/v1/"):
+            if not request.raw_path.startswith(f"{door.base}/v1/"):
                 return web.json_response({"message": "Missing Authentication Token"}, status=403)
             if len(body) > REST_MAX_BYTES:
                 return web.json_response({"message": "Request Too Long"}, status=413)

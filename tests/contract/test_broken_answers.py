@@ -14,8 +14,10 @@ from tests.scripted_app import EVENT_STREAM, JSON, Fail, Pause, Say, Script, str
 from tests.servers import MODEL, Server
 
 CONNECTED = pytest.mark.parametrize("server", ["scripted-worker", "scripted-gateway"], indirect=True)
-JOBS = pytest.mark.parametrize("server", ["scripted-runpod"], indirect=True)
-FUNCTION = pytest.mark.parametrize("server", ["scripted-lambda", "scripted-url"], indirect=True)
+WHOLE = pytest.mark.parametrize(
+    "server", ["scripted-runpod", "scripted-lambda", "scripted-url"], indirect=True
+)
+"""The paths on which an answer that is no stream is sent once it is whole."""
 EVERY = pytest.mark.parametrize(
     "server",
     ["scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"],
@@ -76,27 +78,15 @@ async def test_an_answer_that_breaks_off_is_no_answer(server: Server, scripted: 
             await client.chat.completions.create(**BODY)
 
 
-@JOBS
+@WHOLE
 @pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
-async def test_a_job_that_breaks_off_is_a_502(server: Server, scripted: Any) -> None:
-    """A job is answered whole or not at all, so that there is still a status to say it with."""
+async def test_an_answer_that_is_sent_whole_and_breaks_off_is_a_502(server: Server, scripted: Any) -> None:
+    """A job and an invocation are answered whole or not at all: there is still a status to say it with."""
     scripted.gate("a").opened.set()
     async with server.client() as client:
         with pytest.raises(openai.InternalServerError) as raised:
             await client.chat.completions.create(**BODY)
     assert (raised.value.status_code, raised.value.code) == (502, "upstream_failed")
-
-
-@FUNCTION
-@pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
-async def test_an_answer_of_a_function_that_breaks_off_is_a_500(server: Server, scripted: Any) -> None:
-    """A function sends a whole answer or none, so that there is still a status to say it with."""
-    scripted.gate("a").opened.set()
-    async with server.client() as client:
-        with pytest.raises(openai.InternalServerError) as raised:
-            await client.chat.completions.create(**BODY)
-    assert (raised.value.status_code, raised.value.code) == (500, "internal_error")
-    assert raised.value.request_id
 
 
 @EVERY

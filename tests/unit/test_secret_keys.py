@@ -88,7 +88,9 @@ async def test_a_key_that_was_taken_back_opens_for_minutes() -> None:
     secret.now_s = FRESH_S
     await keys.check(request("old"))
     secret.now_s += 1
-    for answer in await asyncio.gather(*(keys.check(request("old")) for _ in range(5)), return_exceptions=True):
+    for answer in await asyncio.gather(
+        *(keys.check(request("old")) for _ in range(5)), return_exceptions=True
+    ):
         assert isinstance(answer, Unauthorized)
     assert secret.reads == 2
 
