@@ -1,4 +1,4 @@
-"""A Lambda function in the test's own process: the platform as it is, a scripted application for an engine."""
+"""A Lambda function in the test's own process: the platform as it is, with a scripted engine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def function(
     cuts: bool = False,
     s3_batch: S3Batch | None = None,
 ) -> AsyncIterator[Function]:
-    """A function that is ready, with the settings of `environ`; stopped at the end. Nothing may be at fault."""
+    """A function that is ready, with the settings of `environ`; stopped at the end. Nothing is at fault."""
     api = RuntimeApi(at_once)
     doors = FrontDoors(api, timeout_s=timeout_s, cuts=cuts)
     async with api.open(), doors.open():

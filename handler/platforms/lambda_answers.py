@@ -203,7 +203,7 @@ class Answers:
                     await self._s3_batch(task, Shift(call, deadline_s, self._stopping))
 
     async def _job(self, source: str, record: Record, job: Job) -> None:
-        """Run the request of a message and send its answer away. Raises `RequestError` to have it come again."""
+        """Run the request of a message and send its answer away. Raises `RequestError` to get it again."""
         place = self._rules.replies.check(job.reply_to)
         call = self._metered(_whole(self._call), f"aws:{source}")
         try:

@@ -97,9 +97,9 @@ def parse_alb(event: Mapping[str, Any]) -> tuple[Request, Door]:
 def openai_path(request: Request, endpoint_id: str | None) -> str:
     """The part of the request's path that an OpenAI server knows, from `/v1` on.
 
-    `/v1/...`, or `/v2/{endpoint_id}/openai/v1/...` where `/v2` is the stage or the base path of an API and may
-    be called otherwise, or be missing. Raises `NoSuchEndpoint` for another id than `endpoint_id` (None: any
-    will do) and `NoSuchRoute`.
+    `/v1/...`, or `/v2/{endpoint_id}/openai/v1/...` where `/v2` is the stage or the base path of an API, and
+    may be called otherwise or be missing. Raises `NoSuchEndpoint` for another id than `endpoint_id` (None:
+    any will do) and `NoSuchRoute`.
     """
     if request.path.startswith("/v1/"):
         return request.path

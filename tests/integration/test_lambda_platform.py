@@ -137,10 +137,10 @@ async def test_an_endpoint_has_one_id_where_it_is_set() -> None:
 
 async def test_a_page_may_call_if_it_is_allowed_to() -> None:
     """The preflight is answered without a key, which a browser does not send with it."""
-    async with function(ScriptedApp({}), {"CORS_ORIGINS": "https://app.example"}) as on:
-        async with on.server().http() as http:
-            headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
-            preflight = await http.options("chat/completions", headers={**headers, "authorization": ""})
+    environ = {"CORS_ORIGINS": "https://app.example"}
+    async with function(ScriptedApp({}), environ) as on, on.server().http() as http:
+        headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
+        preflight = await http.options("chat/completions", headers={**headers, "authorization": ""})
     assert preflight.status_code == 204
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
 
@@ -242,14 +242,13 @@ async def test_the_stop_lets_answers_end_and_takes_what_was_asked_for() -> None:
 
 async def test_what_is_not_done_by_the_drains_deadline_is_told_so() -> None:
     """With an error frame, or a status where nothing was said."""
-    app = ScriptedApp({CHAT: [stream(recorded.ROLE, Pause("never")), Script((Pause("never"),))]})
+    app = ScriptedApp({CHAT: [stream(recorded.ROLE, Pause("a")), Script((Pause("b"),))]})
     async with function(app, {"DRAIN_TIMEOUT_S": "0"}) as on, on.server().http() as http:
         asking = []
-        for streams in (True, False):
-            asking.append(asyncio.create_task(http.post("chat/completions", json={**ASK, "stream": streams})))
-            while len(app.seen) < len(asking):
-                await asyncio.sleep(0)
-        await app.gate("never").reached.wait()
+        for streams, gate in ((True, "a"), (False, "b")):
+            ask = http.post("chat/completions", json={**ASK, "stream": streams})
+            asking.append(asyncio.create_task(ask))
+            await app.gate(gate).reached.wait()
         on.worker.stop()
         streamed, plain = await asyncio.gather(*asking)
     assert sse.data(sse.split(streamed.content)[-1])["error"]["code"] == "worker_stopping"
@@ -314,10 +313,9 @@ async def test_a_stream_that_breaks_says_so_in_its_trailers() -> None:
     app = ScriptedApp({CHAT: Script((Say(f"data: {recorded.ROLE}\n\n"), Fail()), 200, EVENT_STREAM)})
     async with function(app) as on:
         invocation = await on.api.invoke(STREAM)
-        chunks = []
+        chunks: list[bytes] = []
         with pytest.raises(BrokenStream) as broken:
-            async for chunk in invocation.chunks():
-                chunks.append(chunk)  # noqa: PERF401 - what has come by the time of the error
+            await invocation.stream(chunks)
     assert sse.data(chunks[-1])["error"]["code"] == "internal_error"
     assert broken.value.told is not None
     assert broken.value.told["errorType"] == "Worker.internal_error"
