@@ -9,6 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests import object_store as object_stores
 from tests import servers
 
 
@@ -45,6 +46,13 @@ def lambda_function(tiny_model: Path) -> Iterator[dict[str, servers.Server]]:
         environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **servers.engine_environ(tiny_model)}
         with servers.function({**environ, "API_KEY": servers.KEY}, Path(folder)) as doors:
             yield doors
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.ObjectStore]:
+    """A store that speaks S3, one for the whole run; its buckets are a test's own."""
+    with object_stores.serving(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

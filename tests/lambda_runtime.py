@@ -84,7 +84,7 @@ class Invocation:
         """All of its streamed answer, which is added to `chunks` as it comes."""
         chunks = [] if chunks is None else chunks
         async for chunk in self.chunks():
-            chunks.append(chunk)  # noqa: PERF401 - what has come by the time of an error counts
+            chunks.append(chunk)
         return b"".join(chunks)
 
 

@@ -148,7 +148,7 @@ class AwsLambda:
             cors_origins=settings.cors_origins,
             max_body_bytes=settings.max_body_bytes,
             streams=settings.lambda_response_mode == "stream",
-            freezes=CONCURRENCY not in self._environ,
+            freezes=not self._environ.get(CONCURRENCY),
             most=settings.max_concurrency or capacity,
         )
         return Answers(call, rules, self._s3_batch, stopping)

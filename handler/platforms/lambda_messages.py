@@ -166,7 +166,8 @@ def from_eventbridge(event: Mapping[str, Any]) -> list[Task]:
     A schedule's event is nothing to do: it keeps a worker warm.
     """
     # By hand: the model of EventBridge's events refuses what AWS's own tool writes.
-    kind, detail = event["detail-type"], event.get("detail")
+    kind = event["detail-type"]
+    detail: Any = event.get("detail")
     if event.get("source") == "aws.s3":
         if kind != "Object Created":
             raise BadEvent(f"Of S3 only new objects are work here, and this is {kind!r}.")

@@ -101,11 +101,11 @@ async def test_no_door_opens_without_a_key(door: str) -> None:
 
 async def test_eight_streams_at_once_arrive_as_they_are_made() -> None:
     """Every client has its first chunk before any second one is made."""
-    frames = (recorded.ROLE, Pause("rest"), *recorded.DELTAS, recorded.LAST)
-    app = ScriptedApp({CHAT: stream(*frames)}, repeat=True)
+    script = stream(recorded.ROLE, Pause("rest"), *recorded.DELTAS, recorded.LAST)
+    app = ScriptedApp({CHAT: script}, repeat=True)
     async with function(app) as on, on.server().client() as client:
         streams = await asyncio.gather(
-            *(client.chat.completions.create(**ASK, stream=True) for _ in range(8))  # type: ignore[arg-type] # an overload
+            *(client.chat.completions.create(**ASK, stream=True) for _ in range(8))
         )
         firsts = await asyncio.gather(*(anext(aiter(one)) for one in streams))
         assert [chunk.choices[0].delta.role for chunk in firsts] == ["assistant"] * 8

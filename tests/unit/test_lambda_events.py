@@ -378,8 +378,8 @@ def test_a_direct_invoke() -> None:
     """With a body of OpenAI's, or a job as RunPod has it."""
     request = Request("POST", CHAT, (("content-type", "application/json"),), b'{"messages": []}')
     job = {"openai_route": CHAT, "openai_input": {"messages": []}}
-    for given in ({"messages": []}, job, {"input": job}, {"id": "1", "input": {"messages": []}}):
-        assert parsed(given) == Invoked(request)
+    shapes: list[Any] = [{"messages": []}, job, {"input": job}, {"id": "1", "input": {"messages": []}}]
+    assert [parsed(shape) for shape in shapes] == [Invoked(request)] * 4
 
 
 @pytest.mark.parametrize(
