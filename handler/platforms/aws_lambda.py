@@ -7,11 +7,8 @@ that is once a token was made. What is answered how is in `handler.platforms.lam
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import logging
 import os
-import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -31,9 +28,10 @@ from handler.errors import (
 )
 from handler.messages import Call
 from handler.phases import Phases
-from handler.platforms.aws_clients import Clients
+from handler.platforms.aws_clients import Clients, check_installed
 from handler.platforms.lambda_runtime import Fault, Runtime, init_error
 from handler.platforms.secret_keys import SecretKeys
+from handler.platforms.stop import from_elsewhere, on_signal
 from handler.settings import LAMBDA, Settings
 from handler.supervision import Notifier
 
@@ -56,7 +54,7 @@ FLUSH_S = 5.0
 
 
 def open(settings: Settings, s3_batch: S3Batch | None = None) -> AwsLambda:  # noqa: A001 - each platform has one
-    """The platform. `s3_batch` does what new objects in S3 ask for; without one that is an error."""
+    """The platform. `s3_batch` does what new objects in S3 ask for, in place of what the settings say."""
     return AwsLambda(settings, os.environ, s3_batch)
 
 
@@ -76,16 +74,14 @@ class AwsLambda:
         """See that there is what answers need. Raises `NoResources`."""
         if not self._address:
             raise NoResources(f"{LAMBDA} is not set: this is no execution environment of Lambda")
-        for package in ("aws_lambda_powertools", "boto3"):
-            if importlib.util.find_spec(package) is None:
-                raise NoResources(f"{package} is not installed: pip install 'firsttoken[aws]'")
+        check_installed()
 
     def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
         """Answer invocations until SIGTERM, then finish what was taken. Raises `StartError`."""
         worker = self.worker(engine)
-        stop = _from_elsewhere(engine.loop, worker.stop)
+        stop = from_elsewhere(engine.loop, worker.stop)
         engine.dead.add_done_callback(lambda _: stop())
-        _on_signal(stop)
+        on_signal(stop)
         try:
             engine.submit(worker.serve(notifier, lambda: notifier.ready(phases.report()))).result()
         except StartError as failure:
@@ -101,7 +97,7 @@ class AwsLambda:
 
         async def answer() -> None:
             worker = self._worker(drain.wrap(refuse(StartFailed(failure))), drain, 1)
-            _on_signal(_from_elsewhere(asyncio.get_running_loop(), worker.stop))
+            on_signal(from_elsewhere(asyncio.get_running_loop(), worker.stop))
             await worker.serve(notifier, lambda: notifier.status(f"can't start: {failure}"))
 
         asyncio.run(answer())
@@ -136,6 +132,7 @@ class AwsLambda:
         # Late: this imports AWS's models of events.
         from handler.platforms.lambda_answers import Answers, Rules  # noqa: PLC0415
         from handler.platforms.lambda_replies import Replies  # noqa: PLC0415
+        from handler.platforms.s3_batch import batches  # noqa: PLC0415
         from handler.platforms.usage_table import UsageTable  # noqa: PLC0415
 
         settings, clients = self._settings, Clients()
@@ -151,7 +148,7 @@ class AwsLambda:
             freezes=not self._environ.get(CONCURRENCY),
             most=settings.max_concurrency or capacity,
         )
-        return Answers(call, rules, self._s3_batch, stopping)
+        return Answers(call, rules, self._s3_batch or batches(settings, clients), stopping)
 
     def _keys(self, clients: Clients) -> SecretKeys:
         settings = self._settings
@@ -286,18 +283,3 @@ class Worker:
         except TimeoutError:
             return False
         return True
-
-
-def _from_elsewhere(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> Callable[[], None]:
-    """`what`, for any thread, also once the loop has closed."""
-
-    def do() -> None:
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(what)
-
-    return do
-
-
-def _on_signal(what: Callable[[], None]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: what())
