@@ -1,12 +1,14 @@
-"""What batches need around a worker: bucket, queue and table in moto's server, files of lines, their results."""
+"""What batches need around a worker: bucket, queue and table in moto's server; lines, and their results."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import openai.types
@@ -23,13 +25,14 @@ from tests.object_store import ObjectStore
 from tests.scripted_app import Script, ScriptedApp, Seen, answer
 from tests.scripted_server import ScriptedEngine
 from tests.servers import MODEL
+from tests.until import until
 
 URL = "/v1/chat/completions"
 CHAT = f"POST {URL}"
 OVER = {"completed", "failed", "expired", "cancelled"}
-DLQ_AFTER = 5
 
 QUICK = Times(lease_s=2.0, handover_s=1.0, save_s=0.0, pause_s=0.01)
+SMALL_PARTS = partial(Pace, part_lines=50)
 QUICK_QUEUE = QueueTimes(wait_s=1, hidden_s=3, again_s=0, shift_s=60.0)
 
 
@@ -116,11 +119,22 @@ class Resources:
         found = self.record(batch)
         return found is not None and found.status in OVER
 
+    async def over(self, batch: str) -> openai.types.Batch:
+        """What batch.json says, once it says that the batch is over."""
+        await asyncio.to_thread(until, lambda: self.is_over(batch))
+        found = self.record(batch)
+        assert found is not None
+        return found
+
+    async def quiet(self) -> None:
+        """Return once the queue has no message."""
+        await asyncio.to_thread(until, lambda: self.waiting() == (0, 0, 0))
+
     def waiting(self) -> tuple[int, int, int]:
         """How many messages the queue shows, hides, and keeps back."""
         names = ["", "NotVisible", "Delayed"]
-        attributes = self.sqs.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=["All"])["Attributes"]
-        visible, hidden, delayed = (int(attributes[f"ApproximateNumberOfMessages{name}"]) for name in names)
+        said = self.sqs.get_queue_attributes(QueueUrl=self.queue_url, AttributeNames=["All"])["Attributes"]
+        visible, hidden, delayed = (int(said[f"ApproximateNumberOfMessages{name}"]) for name in names)
         return visible, hidden, delayed
 
     def dead(self) -> list[dict[str, Any]]:
@@ -129,12 +143,12 @@ class Resources:
         return [json.loads(message["Body"]) for message in said.get("Messages", ())]
 
 
-def make(store: ObjectStore, *, versioned: bool = True) -> Resources:
+def make(store: ObjectStore, *, versioned: bool = True, dead_after: int = 5) -> Resources:
     """A bucket whose new files under `in/` are told to a queue, with a dead-letter queue, and a table."""
     name = f"batch-{uuid.uuid4()}"
     s3, sqs, dynamodb = (store.client(service) for service in ("s3", "sqs", "dynamodb"))
     dead_url = sqs.create_queue(QueueName=f"{name}-dead")["QueueUrl"]
-    redrive = {"deadLetterTargetArn": _arn(sqs, dead_url), "maxReceiveCount": DLQ_AFTER}
+    redrive = {"deadLetterTargetArn": _arn(sqs, dead_url), "maxReceiveCount": dead_after}
     attributes = {"VisibilityTimeout": "5400", "RedrivePolicy": json.dumps(redrive)}
     queue_url = sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
     s3.create_bucket(Bucket=name)
@@ -168,7 +182,8 @@ def _arn(sqs: Any, queue_url: str) -> str:
 
 def line(custom_id: str, text: str | None = None, url: str = URL, **more: Any) -> bytes:
     """A line that asks for `text` back, which is its `custom_id` if not said."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": custom_id if text is None else text}], **more}
+    content = custom_id if text is None else text
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], **more}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode() + b"\n"
 
 
@@ -209,23 +224,24 @@ async def consuming(
     *,
     times: Times = QUICK,
     queue_times: QueueTimes = QUICK_QUEUE,
-    pace: Any = lambda most: Pace(most, part_lines=50),
+    pace: Callable[[int], Pace] = SMALL_PARTS,
     **options: Any,
 ) -> AsyncIterator[tuple[Consumer, ScriptedEngine]]:
-    """A worker that takes messages as `PLATFORM=sqs` does; drained at the end."""
-    given = {"PLATFORM": "sqs", "MODEL_NAME": MODEL, "DRAIN_TIMEOUT_S": "10", **resources.environ, **(environ or {})}
-    settings = Settings.from_environ(given)
+    """A worker that takes messages as `PLATFORM=sqs` does."""
+    given = {"PLATFORM": "sqs", "MODEL_NAME": MODEL, "DRAIN_TIMEOUT_S": "10", **resources.environ}
+    settings = Settings.from_environ({**given, **(environ or {})})
     engine = ScriptedEngine(app, settings)
 
     def batches(clients: Any) -> S3Batches:
         return S3Batches(settings, clients, times=times, pace=pace, **options)
 
     consumer = Sqs(settings, queue_times, batches).consumer(cast("Engine", engine))
-    import asyncio  # noqa: PLC0415
-
     serving = asyncio.create_task(consumer.serve(Notifier(None), lambda: None))
     try:
         yield consumer, engine
     finally:
-        consumer.stop()
-        await serving
+        if not consumer._work.stopping.is_set():
+            serving.cancel()  # nobody waits for what the queue says to its last request
+        await asyncio.wait({serving})
+    if not serving.cancelled():
+        serving.result()

@@ -118,13 +118,16 @@ def is_blank(line: Line) -> bool:
 
 
 def head_of(line: Line) -> tuple[str | None, str]:
-    """The line's `custom_id`, if it has one, and the route that it asks."""
+    """The line's `custom_id` if it has one, and the route that it asks if that can be asked."""
     try:
         given = _load(line)
-        url = given.get("url")
-        return _custom_id(given), url if isinstance(url, str) else ""
+        custom_id = _custom_id(given)
     except RequestError:
         return None, ""
+    try:
+        return custom_id, _route(given)
+    except RequestError:
+        return custom_id, ""
 
 
 def parse(line: Line, batch: str, *, duplicate: bool, max_body_bytes: int) -> Item:
@@ -172,8 +175,8 @@ def _load(line: Line, max_body_bytes: int = 0) -> Mapping[str, Any]:
     return given
 
 
-def _request(given: Mapping[str, Any]) -> Request:
-    method, url, body = given.get("method"), given.get("url"), given.get("body")
+def _route(given: Mapping[str, Any]) -> str:
+    method, url = given.get("method"), given.get("url")
     if method != "POST":
         raise BadRequest("'method' has to be \"POST\".", param="method", code="invalid_method")
     if not isinstance(url, str):
@@ -185,11 +188,16 @@ def _request(given: Mapping[str, Any]) -> Request:
     edge.allowed(method, url)
     if url.startswith(_FILES):
         raise BadRequest(f"{url} takes a file, which a line can't hold.", param="url", code="invalid_url")
+    return url
+
+
+def _request(given: Mapping[str, Any]) -> Request:
+    url, body = _route(given), given.get("body")
     if not isinstance(body, dict):
         raise BadRequest("'body' has to be a JSON object.", param="body", code="missing_required_parameter")
     # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
     raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
-    request = Request(method, url, _JSON, raw)
+    request = Request("POST", url, _JSON, raw)
     if asks_for_stream(request):
         raise BadRequest('The answers of a batch are whole: leave "stream" out.', param="stream")
     return request

@@ -138,10 +138,19 @@ class Consumer:
             raise NoResources(f"SQS_QUEUE_URL can't be used: {error}") from error
         ready()
         log.info("ready", extra={"at_once": self._work.most})
+        stopped = asyncio.create_task(self._work.stopping.wait())
         polling = asyncio.create_task(self._poll())
-        await self._work.stopping.wait()
-        notifier.stopping()
-        await self._finish(polling)
+        try:
+            await asyncio.wait({stopped, polling}, return_when=asyncio.FIRST_COMPLETED)
+            if polling.done():
+                polling.result()
+            notifier.stopping()
+            await self._finish(polling)
+        finally:
+            left = [stopped, polling, *self._tasks]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
         if self._usage is not None:
             await self._usage.flush(LINGER_S)
 
@@ -152,7 +161,7 @@ class Consumer:
                 received = await self._queue.receive()
             except AwsFailed as error:
                 log.warning("the queue can't be asked", extra={"reason": str(error), "again_in_s": pause_s})
-                await asyncio.sleep(pause_s)
+                await _within(pause_s, self._work.stopping)
                 pause_s = min(pause_s * 2, PAUSE_MAX_S)
                 continue
             pause_s = PAUSE_S
@@ -183,25 +192,24 @@ class Consumer:
     async def _do(self, message: Message) -> None:
         from handler.platforms.lambda_messages import work_off  # noqa: PLC0415 - as above
 
-        hiding = asyncio.create_task(self._keep_hidden(message))
+        done = asyncio.Event()
+        hiding = asyncio.create_task(self._keep_hidden(message, done))
         deadline_s = asyncio.get_running_loop().time() + self._queue.times.shift_s
         work = partial(self._work.work, "sqs", deadline_s)
         try:
             failed = await work_off([message.record], work, most=1, deadline_s=deadline_s)
         finally:
-            hiding.cancel()
+            done.set()
+            await hiding  # or what it has just asked for would be heard after what follows
         if failed:
             await self._hand_back(message)
         else:
             await _try(self._queue.delete(message), "a message that was done will come again")
 
-    async def _keep_hidden(self, message: Message) -> None:
-        times = self._queue.times
-        while True:
-            await asyncio.sleep(times.hidden_s / 3)
-            await _try(
-                self._queue.hide(message, times.hidden_s), "others may see a message that is worked on"
-            )
+    async def _keep_hidden(self, message: Message, done: asyncio.Event) -> None:
+        times, otherwise = self._queue.times, "others may see a message that is worked on"
+        while not await _within(times.hidden_s / 3, done):
+            await _try(self._queue.hide(message, times.hidden_s), otherwise)
 
     async def _hand_back(self, message: Message) -> None:
         """Let others have the message: at once if this worker ends."""
@@ -219,11 +227,16 @@ class Consumer:
         ended = await self._drain.finish(0)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LINGER_S)
-        left = [polling, *self._tasks]
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
         log.info("drained", extra={"ended_early": ended})
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    """Whether `event` comes within `seconds`, which are waited for otherwise."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
 
 
 def _is_batch(record: Record) -> bool:
