@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types test-criu judge-vllm judge-openai bench-overhead \
+.PHONY: help serve test unit lint format types test-batch test-criu judge-vllm judge-openai bench-overhead \
         bench-stream bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
@@ -42,6 +42,10 @@ format: ## Let ruff lay out the code, and fix what it can
 types: ## mypy, strict
 	@$(INSTALL) dev
 	@$(PY) -m mypy
+
+test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory watched; a minute
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q tests/batch_memory.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
