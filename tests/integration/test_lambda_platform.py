@@ -145,6 +145,16 @@ async def test_a_page_may_call_if_it_is_allowed_to() -> None:
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
 
 
+@pytest.mark.parametrize("door", ["rest", "http"])
+async def test_an_answer_that_breaks_off_is_an_error(door: str) -> None:
+    """A function sends it whole or not at all, so that there is still a status to say it with."""
+    app = ScriptedApp({CHAT: Script((Say('{"id": "chatcmpl-1", '), Fail()))})
+    async with function(app) as on, on.server(door).http() as http:
+        broken = await http.post("chat/completions", json=ASK)
+    assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal_error")
+    assert broken.headers["x-request-id"]
+
+
 async def test_an_answer_that_the_door_would_not_take_is_an_error() -> None:
     """A load balancer takes a megabyte: more would be its own error page."""
     app = ScriptedApp({CHAT: answer({"text": "x" * ALB_MAX_BYTES})})
