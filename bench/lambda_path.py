@@ -8,13 +8,10 @@ token by token; one as fast as it goes; and the time to first token of a real mo
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,8 +21,7 @@ from statistics import median
 import aiohttp
 
 from bench.overhead import describe_machine, describe_versions
-from bench.servers import NOT_OURS_TO_GIVE
-from bench.stream import Heard, ask, first_tokens
+from bench.stream import Heard, ask, carry_out, common_parser, first_tokens
 from judge.servers import KEY, Server, free_port, start
 
 PATHS = {"http": "worker, over HTTP", "lambda": "through Lambda"}
@@ -137,32 +133,14 @@ async def measure(options: argparse.Namespace, environ: Mapping[str, str], logs:
 
 def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     """The command line."""
-    command = argparse.ArgumentParser(prog="python -m bench.lambda_path", description=__doc__)
-    command.add_argument(
-        "--model", default=environ.get("MODEL_NAME", "tests/tinychat/model"), help="a folder"
-    )
-    command.add_argument("--rounds", type=int, default=5)
-    command.add_argument("--tokens", type=int, default=300, help="of each steady stream")
-    command.add_argument("--tokens-per-s", type=float, default=200.0)
+    command = common_parser(environ, "lambda_path", __doc__)
     command.add_argument("--fast-tokens", type=int, default=5000, help="of each stream that does not wait")
-    command.add_argument("--requests", type=int, default=20, help="for the time to first token, a round")
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the last line of standard output is its result as JSON."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are ended
-    options = parser(os.environ).parse_args(argv)
-    environ = {name: value for name, value in os.environ.items() if name not in NOT_OURS_TO_GIVE}
-    try:
-        with tempfile.TemporaryDirectory(prefix="firsttoken-bench-") as logs:
-            print(json.dumps(asyncio.run(measure(options, environ, Path(logs)))))
-    except RuntimeError as error:
-        print(f"the benchmark ended early: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Run the benchmark."""
+    return carry_out(measure, parser(os.environ).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 
 import pytest
 
 from bench import lambda_path
 from bench.stream import Heard
-from tests.servers import ROOT
+from tests.integration.test_bench_stream import carried_out
 
 
 def test_a_token_is_late_by_what_passes_after_it_was_made() -> None:
@@ -20,19 +17,8 @@ def test_a_token_is_late_by_what_passes_after_it_was_made() -> None:
 
 
 def test_the_benchmark_runs_and_ends_with_its_line() -> None:
-    """Both paths, the real engine; few tokens, and no word on how fast they are."""
-    small = ("--rounds", "1", "--tokens", "20", "--fast-tokens", "50", "--requests", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.lambda_path", *small],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    *table, line = done.stdout.splitlines()
-    found = json.loads(line)
+    """Both paths, the real engine; no word on how fast they are."""
+    table, found = carried_out("lambda_path", "--fast-tokens", "50")
     assert {"added_ttft_ms", "added_first_ms", "added_token_ms", "tokens_ratio"} <= found.keys()
     assert found["rounds"] == 1
     assert sum("through Lambda" in row for row in table) == 3
