@@ -130,7 +130,7 @@ class Runtime:
             if stream.begun:
                 await stream.end()
             ended = True
-        except OSError as error:
+        except ConnectionError as error:
             raise AnswerCut(f"Lambda has closed the answer: {error}") from error
         finally:
             stream.leave()

@@ -12,7 +12,7 @@ import pytest
 from handler import sse
 from handler.errors import ModelNotFound, NoResources
 from handler.platforms.aws_lambda import AwsLambda
-from handler.platforms.lambda_doors import ALB_MAX_BYTES
+from handler.platforms.lambda_doors import ALB_MAX_BYTES, LAMBDA_MAX_BYTES
 from handler.platforms.lambda_messages import Created, Shift
 from handler.settings import Settings
 from handler.supervision import Notifier
@@ -273,7 +273,7 @@ async def test_a_worker_ends_when_there_is_no_runtime_api_any_more() -> None:
     async with function(ScriptedApp({})) as other:
         async with api.open():
             worker = AwsLambda(settings, api.environ(), None).worker(other.engine)  # type: ignore[arg-type] # a fake
-            serving = asyncio.create_task(worker.serve(Notifier(None), lambda: None))
+            serving = asyncio.create_task(worker.serve(Notifier(None)))
             await api.polled(2)
         with pytest.raises(NoResources, match="asked 5 times"):
             await serving
@@ -298,6 +298,14 @@ async def test_a_direct_invoke_is_streamed_if_it_asks_for_a_stream() -> None:
         frames = sse.split(await invocation.stream())
     assert frames[-1] == sse.DONE
     assert sse.data(frames[0])["object"] == "chat.completion.chunk"
+
+
+async def test_an_answer_that_lambda_would_not_take_fails_the_invocation() -> None:
+    """It takes 6 MB; nothing would come of more."""
+    app = ScriptedApp({CHAT: answer({"text": "x" * LAMBDA_MAX_BYTES})})
+    async with function(app) as on:
+        told = await (await on.api.invoke(DIRECT)).error()
+    assert (told["errorType"], told["error"]["status"]) == ("Worker.answer_too_large", 500)
 
 
 async def test_the_fault_of_a_direct_invoke_is_its_answer() -> None:
