@@ -337,6 +337,8 @@ class _Connection:
             raise
         finally:
             self._api.streaming -= 1
+        if time.time() > invocation.deadline_s:
+            self._api.fault("an answer ends after its invocation")
         trailers = {name.decode(): value.decode() for name, value in event.headers}
         invocation.said.put_nowait(Said("end", b"", trailers))
         await self._send(202, {"status": "OK"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 import pytest
@@ -188,9 +187,7 @@ async def test_a_stream_ends_with_an_error_before_its_invocation_does() -> None:
     """One frame, no `[DONE]`, while Lambda still listens; the engine stops."""
     app = ScriptedApp({CHAT: stream(recorded.ROLE, Pause("never"), recorded.LAST)})
     async with function(app, timeout_s=1.0) as on, on.server().http() as http:
-        began_s = time.monotonic()
         reply = await http.post("chat/completions", json={**ASK, "stream": True})
-        assert time.monotonic() - began_s < 1.0
         await app.seen[0].over.wait()
     first, last = sse.split(reply.content)
     assert sse.data(first)["object"] == "chat.completion.chunk"
