@@ -13,7 +13,7 @@ from typing import TextIO
 from builder.console import Console
 from handler.errors import StartError
 
-COMMANDS = ("fetch",)
+COMMANDS = ("fetch", "push", "pull")
 """Each is a module of `builder.commands`."""
 
 

@@ -14,11 +14,14 @@ from builder import store
 from builder.__main__ import run
 from builder.console import Console, size
 from builder.fetch import fetch
-from builder.selection import needed
+from builder.selection import Choice, needed, remarks
+from builder.store import Asked
 from handler.errors import ModelNotFound, UsageError
 from handler.settings import DEFAULT_MODEL
 
-ORIGIN = {"model": "org/name", "source": "a test"}
+NAMES = ("config.json", "model.safetensors")
+ASKED = Asked("org/name")
+ORIGIN = {"source": "a test"}
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def console() -> Console:
     return Console(io.StringIO())
 
 
-def made(folder: Path, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> Path:
+def made(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
     """A folder with files of those names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +44,11 @@ def made(folder: Path, names: tuple[str, ...] = ("config.json", "model.safetenso
     return folder
 
 
-def cached(environ: dict[str, str], console: Console, name: str) -> Path:
-    """A model that an earlier fetch put in the cache."""
-    folder = store.models(environ) / name
-    with store.filling(folder, console) as work:
+def kept(folder: Path, asked: Asked = ASKED, names: tuple[str, ...] = NAMES) -> Path:
+    """A model that an earlier fetch has put there."""
+    with store.filling(folder, asked, Console(io.StringIO())) as work:
         assert work is not None
-        store.keep(made(work), folder, ORIGIN)
+        store.keep(made(work, names), folder, asked, ORIGIN)
     return folder
 
 
@@ -80,7 +82,7 @@ def test_path_without_a_model_is_not_found(model: str, environ: dict[str, str], 
 
 
 @pytest.mark.parametrize(
-    "model", ["s3://bucket/prefix", "a/b/c", "org/..", "name with spaces", "org/--x/../y"]
+    "model", ["gs://bucket/prefix", "a/b/c", "org/..", "name with spaces", "org/--x/../y"]
 )
 def test_what_is_no_id_is_not_found(model: str, environ: dict[str, str], console: Console) -> None:
     """And nothing outside the cache is touched for it."""
@@ -119,7 +121,7 @@ def test_cached_model_is_taken(
     model: str | None, revision: str | None, name: str, environ: dict[str, str], console: Console
 ) -> None:
     """Without a network, and without a word."""
-    folder = cached(environ, console, name)
+    folder = kept(store.models(environ) / name, Asked(model or DEFAULT_MODEL, revision))
     assert fetch(model, environ=environ, console=console, revision=revision) == folder
     assert said(console) == ""
 
@@ -133,7 +135,7 @@ def test_cache_follows_xdg(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["shorter", "gone", "note"])
 def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], console: Console) -> None:
     """A file of another size, one that is gone, a note that can't be read."""
-    folder = cached(environ, console, "org--name")
+    folder = kept(store.models(environ) / "org--name")
     if damage == "shorter":
         (folder / "model.safetensors").write_text("short")
     elif damage == "gone":
@@ -145,17 +147,19 @@ def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], co
     assert "is damaged" in said(console)
 
 
-def test_kept_model_replaces_the_damaged_one(tmp_path: Path, console: Console) -> None:
+def test_kept_model_replaces_the_damaged_one(tmp_path: Path) -> None:
     """Whole, with nothing of the old one and nothing beside it."""
-    folder = made(tmp_path / "model", ("stale.json", store.NOTE))
-    with store.filling(folder, console) as work:
-        assert work is not None
-        store.keep(made(work), folder, ORIGIN)
-    assert store.intact(folder)
+    folder = kept(made(tmp_path / "model", ("stale.json", store.NOTE)))
+    assert store.intact(folder, ASKED)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", store.NOTE, "model.safetensors"]
     assert list(tmp_path.iterdir()) == [folder]
-    assert json.loads((folder / store.NOTE).read_text()) == ORIGIN | {
-        "files": {"config.json": 11, "model.safetensors": 17}
+    assert json.loads((folder / store.NOTE).read_text()) == {
+        "model": "org/name",
+        "revision": None,
+        "pickles": [],
+        "code": False,
+        "source": "a test",
+        "files": {"config.json": 11, "model.safetensors": 17},
     }
 
 
@@ -173,15 +177,15 @@ def test_second_fetch_waits_for_the_first(tmp_path: Path) -> None:
     first, second = _Told(Event()), _Told(filled)
 
     def late() -> Path | None:
-        with store.filling(folder, Console(second)) as work:
+        with store.filling(folder, ASKED, Console(second)) as work:
             return work
 
     with ThreadPoolExecutor() as pool:
-        with store.filling(folder, Console(first)) as work:
+        with store.filling(folder, ASKED, Console(first)) as work:
             assert work is not None
             waiting = pool.submit(late)
             assert filled.wait(10)  # the second said that it waits
-            store.keep(made(work), folder, ORIGIN)
+            store.keep(made(work), folder, ASKED, ORIGIN)
         assert waiting.result(10) is None
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -190,14 +194,14 @@ def test_second_fetch_goes_on_where_the_first_failed(tmp_path: Path, console: Co
     """What is there already stays there, for a download to go on."""
 
     def failing() -> None:
-        with store.filling(tmp_path / "model", console) as work:
+        with store.filling(tmp_path / "model", ASKED, console) as work:
             assert work is not None
             made(work, ("half.safetensors",))
             raise OSError("no route")
 
     with pytest.raises(OSError, match="no route"):
         failing()
-    with store.filling(tmp_path / "model", console) as work:
+    with store.filling(tmp_path / "model", ASKED, console) as work:
         assert work is not None
         assert [path.name for path in work.iterdir()] == ["half.safetensors"]
 
