@@ -20,7 +20,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (  # type: ignore[attr-defined] # documented, and not marked as exported
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 
 from builder import disk
 from builder.console import Console, size
@@ -76,11 +80,12 @@ def fetch(
 def _wanted(file: RepoSibling, url: str, headers: Mapping[str, str]) -> Wanted:
     if file.size is None:
         raise ModelNotFound(f"the hub does not say how large {file.rfilename} is")
+    digest = None
     if file.lfs is not None:
         digest = Digest("sha256", file.lfs.sha256)
-    else:
-        digest = git_blob(file.size, file.blob_id) if file.blob_id else None
-    version = digest.value if digest else url
+    elif file.blob_id:
+        digest = git_blob(file.size, file.blob_id)
+    version = url if digest is None else digest.value
     return Wanted(file.rfilename, file.size, version, _Remote(url, headers, file.size).read, digest)
 
 

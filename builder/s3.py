@@ -264,7 +264,7 @@ def _refusals() -> Iterator[None]:
             "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
             "AWS_PROFILE, or give the machine a role"
         ) from error
-    except exceptions.HTTPClientError as error:
+    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise StoreFailed(f"the connection failed ({type(error).__name__})") from error
     except exceptions.BotoCoreError as error:
         raise StoreFailed(str(error)) from error

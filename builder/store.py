@@ -159,7 +159,8 @@ def _fault(folder: Path, asked: Asked) -> str | None:
         held = Asked(note["model"], note["revision"], Choice(tuple(note["pickles"]), note["code"]))
     except (OSError, ValueError, KeyError, TypeError):
         return "is damaged"
-    if held.model != asked.model or asked.revision not in {held.revision, note.get("commit")}:
+    same_revision = asked.revision in {held.revision, note.get("commit", held.revision)}
+    if held.model != asked.model or not same_revision:
         raise UsageError(f"{folder} holds {held}, and {asked} is asked for: name another folder or remove it")
     if not all(_size(folder / name) == size_bytes for name, size_bytes in files.items()):
         return "is damaged"

@@ -27,11 +27,17 @@ def files(weights_bytes: int = 1000) -> dict[str, bytes]:
     }
 
 
-def sealed(folder: Path, held: Mapping[str, bytes], model: str = "org/name") -> Path:
-    """Write a bake that holds these files into `folder`; returns it."""
+def write(folder: Path, held: Mapping[str, bytes]) -> Path:
+    """Write these files into `folder`; returns it."""
     for name, body in held.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(body)
+    return folder
+
+
+def sealed(folder: Path, held: Mapping[str, bytes], model: str = "org/name") -> Path:
+    """Write a bake that holds these files into `folder`; returns it."""
+    write(folder, held)
     listed = {name: File(len(body), sha256(body).hexdigest()) for name, body in held.items()}
     (folder / NAME).write_bytes(Manifest({"name": model}, listed).dump())
     return folder

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from builder.__main__ import run
@@ -78,9 +79,9 @@ class Place:
             for key in keys
         }
 
-    def put(self, name: str, body: bytes) -> None:
+    def put(self, name: str, body: bytes, **options: Any) -> None:
         """Write an object by other means than ours."""
-        self.s3.put_object(Bucket=self.bucket, Key=f"deep/prefix/{name}", Body=body)
+        self.s3.put_object(Bucket=self.bucket, Key=f"deep/prefix/{name}", Body=body, **options)
 
     def answered(self, method: str) -> list[str]:
         """The requests of a kind for what is below the prefix that were answered well, in order."""

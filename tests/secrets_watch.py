@@ -28,6 +28,8 @@ class Watch:
 
     seen: list[str] = field(default_factory=list)
     looks: int = 0
+    looked: Event = field(default_factory=Event)
+    """Set after each look."""
 
 
 @contextmanager
@@ -39,6 +41,7 @@ def watching(secret: str) -> Iterator[Watch]:
         while not over.wait(EVERY_S):
             watch.seen += _command_lines(secret.encode())
             watch.looks += 1
+            watch.looked.set()
 
     thread = Thread(target=look, daemon=True)
     thread.start()
