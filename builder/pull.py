@@ -138,9 +138,7 @@ def _place(folder: Path, sealed: Manifest, names: list[str]) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / WORK / "files" / name).replace(folder / name)
-    for top in (manifest.MODEL, manifest.CACHE):
-        if (folder / top).is_dir():
-            store.settle(folder / top)
-    store.settle(folder / WORK / manifest.NAME)
+    for path in (manifest.MODEL, manifest.CACHE, f"{WORK}/{manifest.NAME}"):
+        store.level(folder / path)
     (folder / WORK / manifest.NAME).replace(folder / manifest.NAME)
     shutil.rmtree(folder / WORK)

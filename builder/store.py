@@ -26,13 +26,14 @@ from handler.errors import UsageError
 
 NOTE = "fetched.json"
 
-TIME_S = 315532800
-"""When every fetched file was last changed, as far as it says: 1980-01-01, the first day that a zip can name.
+MTIME_S = 315_532_800
+"""1980-01-01: the first moment that every archive can hold.
 
-So the same weights make the same layer of an image, whenever and by whom they were fetched.
+Whatever is fetched or baked says that it was last changed then, so that the same weights make the same
+layer of an image, whenever and by whom they were fetched.
 """
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
-"""A worker runs as another user than the one who fetches."""
+"""Everybody may read: a worker runs as a user of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +117,22 @@ def keep(work: Path, folder: Path, asked: Asked, origin: Mapping[str, str]) -> N
     files = sorted(path for path in work.rglob("*") if path.is_file() and path.name != NOTE)
     sizes = {path.relative_to(work).as_posix(): path.stat().st_size for path in files}
     (work / NOTE).write_text(json.dumps({**asked.note(), **origin, "files": sizes}, indent=1) + "\n")
-    settle(work)
+    level(work)
     if folder.exists():
         shutil.rmtree(folder)
     work.rename(folder)
 
 
-def settle(folder: Path) -> None:
-    """Give a folder and all that is in it, or a file, one mode and one time (`TIME_S`)."""
-    for path in sorted([folder, *folder.rglob("*")], reverse=True):  # what a folder holds comes before it
+def level(top: Path) -> None:
+    """Give `top`, a file or a folder with all that is in it, the one mode and time; it may be missing."""
+    there = [top, *top.rglob("*")] if top.exists() else []
+    for path in sorted(there, reverse=True):  # what a folder holds comes before it
         mode = FOLDER_MODE if path.is_dir() else FILE_MODE
         found = path.stat()
         if stat.S_IMODE(found.st_mode) != mode:  # what is right already may be somebody else's
             path.chmod(mode)
-        if found.st_mtime_ns != TIME_S * 10**9:
-            os.utime(path, (TIME_S, TIME_S))
+        if found.st_mtime != MTIME_S:
+            os.utime(path, (MTIME_S, MTIME_S))
 
 
 def empty(work: Path) -> None:
