@@ -130,7 +130,8 @@ def _size(file: Path) -> int | None:
 
 def _place(folder: Path, sealed: Manifest, names: list[str]) -> None:
     """Put what was pulled in the place of what is there; meanwhile there is no manifest."""
-    (folder / manifest.NAME).unlink(missing_ok=True)
+    for name in (manifest.NAME, manifest.STATE):
+        (folder / name).unlink(missing_ok=True)
     for name in set(manifest.contents(folder)) - sealed.files.keys():
         (folder / name).unlink()
     for name in names:

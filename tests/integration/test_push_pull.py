@@ -202,6 +202,7 @@ def test_replaced_bake_has_no_manifest_meanwhile(pushed: Place, tmp_path: Path) 
 def test_pull_replaces_another_bake(pushed: Place, bake: Path, tmp_path: Path) -> None:
     """Nothing of it is left; what both have is not downloaded."""
     out = sealed(tmp_path / "out", {**files(), "model/config.json": b"old", "model/gone.json": b"old"})
+    (out / ".bake.json").write_text("what the builder remembers of the other")
     pushed.done("pull", pushed.url, out)
     assert read(out) == read(bake)
     assert pushed.answered("GET") == ["manifest.json", "model/config.json"]
