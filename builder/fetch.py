@@ -24,6 +24,7 @@ from builder.s3 import Location
 from builder.selection import SAFE, Choice
 from builder.store import Asked
 from handler.errors import ModelNotFound, NoResources, UsageError
+from handler.manifest import MODEL, is_bake
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
 from handler.table import TRUE
@@ -61,15 +62,15 @@ def fetch(
 
     `model` is a Hugging Face id, `s3://bucket/prefix`, the path of a folder or of a GGUF file; without
     it the default one is meant. `revision` is of a Hugging Face repository. With `out` the model is put
-    there and not in the user's cache, also from a folder, which else is what is returned. Reads
-    HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from `environ`; boto3
-    reads the process's own. Raises `ModelNotFound`, within seconds where a server can't be reached,
-    `Damaged` where what arrives is not what was sent, `NoResources` where the disk is too full,
-    `UsageError` where `out` is taken or `choice` names what is not there.
+    there and not in the user's cache, also from a folder, which else is what is returned; of a bake its
+    model. Reads HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from
+    `environ`; boto3 reads the process's own. Raises `ModelNotFound`, within seconds where a server can't
+    be reached, `Damaged` where what arrives is not what was sent, `NoResources` where the disk is too
+    full, `UsageError` where `out` is taken or `choice` names what is not there.
     """
     model = model or DEFAULT_MODEL
     path = Path(model).expanduser()
-    if (path / "config.json").is_file() and out is None:
+    if out is None and (is_bake(path) or (path / "config.json").is_file()):
         return path
     source = _source(model, revision, choice, environ, console)
     folder = out or store.models(environ) / _name(source.asked)
@@ -87,6 +88,8 @@ def _source(
     model: str, revision: str | None, choice: Choice, environ: Mapping[str, str], console: Console
 ) -> Source:
     path = Path(model).expanduser()
+    if is_bake(path):
+        path /= MODEL
     if (path / "config.json").is_file():
         return Folder(path, choice, console)
     if model.endswith(".gguf") and path.is_file():

@@ -67,6 +67,18 @@ def test_folder_is_itself(tmp_path: Path, environ: dict[str, str], console: Cons
     assert said(console) == ""
 
 
+def test_bake_is_itself_and_its_model_goes_where_out_says(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """A worker takes the whole of it; a copy is of the model."""
+    bake = tmp_path / "bake"
+    made(bake / "model")
+    (bake / "manifest.json").write_text("{}")
+    assert fetch(str(bake), environ=environ, console=console) == bake
+    out = fetch(str(bake), environ=environ, console=console, out=tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "fetched.json", "model.safetensors"]
+
+
 def test_folder_goes_where_out_says(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
     """Only what vLLM reads, so that an image holds no pickles."""
     names = ("config.json", "model.safetensors", "pytorch_model.bin", "1_Pooling/config.json", ".git/config")
