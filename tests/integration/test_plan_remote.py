@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from builder.__main__ import run
+from builder.origin import find
 from tests.configs import LLAMA_8B
 from tests.hub import COMMIT, Hub, serving
 from tests.place import Place
@@ -113,6 +114,15 @@ def test_a_prefix_in_a_bucket_is_planned_by_its_headers(
         *sorted(SHARDS),
         "model.safetensors.index.json",
     ]
+
+
+def test_a_part_of_an_object_is_read(place: Place) -> None:
+    """And no more of it."""
+    for name, body in FILES.items():
+        place.put(name, body)
+    found = find(place.url, None, {})
+    assert found.get("README.md", 2, 5) == FILES["README.md"][2:5]
+    assert found.files == {name: len(body) for name, body in FILES.items()}
 
 
 def test_what_a_bucket_lacks_is_told(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
