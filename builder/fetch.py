@@ -87,7 +87,7 @@ def fetch(
 
 def source_of(
     model: str, revision: str | None, choice: Choice, environ: Mapping[str, str], console: Console
-) -> Folder | GgufFile | Prefix | Repository:
+) -> Source:
     """Where `model` is, as far as its name says; nobody is asked. Raises `ModelNotFound` and `UsageError`."""
     path = Path(model).expanduser()
     if is_bake(path):

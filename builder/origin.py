@@ -20,7 +20,6 @@ from builder.console import Console
 from builder.credentials import hf_token
 from builder.fetch import Repository, cached_as, hub_endpoint, source_of
 from builder.headers import Tensor, Weights, read
-from builder.local import GgufFile
 from builder.selection import SAFE, needed
 from handler import baked
 from handler.errors import BadModel, ModelNotFound, NoResources
@@ -74,8 +73,7 @@ def find(model: str | None, revision: str | None, environ: Mapping[str, str]) ->
         return Origin(name, "S3", source.sizes(), source.get)
     if isinstance(source, Repository):
         return _repository(source)
-    assert isinstance(source, GgufFile), "a folder was found above"
-    raise ModelNotFound(
+    raise ModelNotFound(  # a file in GGUF
         f"{name} can't be planned: `python -m builder fetch {name}` makes a folder of it first"
     )
 
