@@ -13,7 +13,7 @@ from typing import TextIO
 from builder.console import Console
 from handler.errors import StartError
 
-COMMANDS = ("bake", "fetch", "warm", "seal", "verify", "push", "pull")
+COMMANDS = ("plan", "bake", "fetch", "warm", "seal", "verify", "push", "pull")
 """Each is a module of `builder.commands`."""
 
 
@@ -38,6 +38,8 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `... | head` has seen enough
+        return 0
     return status
 
 

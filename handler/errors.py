@@ -22,6 +22,7 @@ FirstTokenError
     ├── UsageError          64
     ├── ManifestMismatch    65
     ├── Damaged             65
+    ├── BadModel            65
     ├── ModelNotFound       66
     ├── StoreFailed         69
     ├── EngineFailed        70
@@ -253,6 +254,12 @@ class ManifestMismatch(StartError):
 
 class Damaged(StartError):
     """What was downloaded is not what its source says of it."""
+
+    exit_code = 65
+
+
+class BadModel(StartError):
+    """The model's files are there and can't be understood."""
 
     exit_code = 65
 

