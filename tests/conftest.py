@@ -65,13 +65,6 @@ def lambda_function(tiny_model: Path) -> Iterator[dict[str, servers.Server]]:
 
 
 @pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.ObjectStore]:
-    """A store that speaks S3, one for the whole run; its buckets are a test's own."""
-    with object_stores.serving(tmp_path_factory.mktemp("object-store")) as store:
-        yield store
-
-
-@pytest.fixture(scope="session")
 def gateway_url(stack: servers.Stack) -> str:
     """The gateway's URL, `http://127.0.0.1:PORT/v2/local/openai/v1`; its key is `servers.KEY`."""
     return stack.gateway.base_url

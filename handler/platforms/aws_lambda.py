@@ -7,8 +7,6 @@ that is once a token was made. What is answered how is in `handler.platforms.lam
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import logging
 import os
 import signal
@@ -34,6 +32,7 @@ from handler.phases import Phases
 from handler.platforms.aws_clients import Clients
 from handler.platforms.lambda_runtime import Fault, Runtime, init_error
 from handler.platforms.secret_keys import SecretKeys
+from handler.prerequisites import installed
 from handler.settings import LAMBDA, Settings
 from handler.supervision import Notifier
 
@@ -77,7 +76,7 @@ class AwsLambda:
         if not self._address:
             raise NoResources(f"{LAMBDA} is not set: this is no execution environment of Lambda")
         for package in ("aws_lambda_powertools", "boto3"):
-            if importlib.util.find_spec(package) is None:
+            if not installed(package):
                 raise NoResources(f"{package} is not installed: pip install 'firsttoken[aws]'")
 
     def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
