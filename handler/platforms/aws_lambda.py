@@ -164,7 +164,8 @@ class AwsLambda:
             return SecretKeys(None, fixed)
 
         def fetch() -> str:
-            return str(clients.call("secretsmanager", "get_secret_value", SecretId=secret)["SecretString"])
+            found = clients.call("secretsmanager", "get_secret_value", SecretId=secret)
+            return str(found.get("SecretString", ""))  # it has none if it is of bytes
 
         return SecretKeys(fetch, fixed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.lambda_doors import DOORS, ENDPOINT_ID
 from tests.lambda_function import Function, function
 from tests.lambda_runtime import BrokenStream, RuntimeApi
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
-from tests.servers import KEY, MODEL
+from tests.servers import KEY, MODEL, ROOT
 
 CHAT = "POST /v1/chat/completions"
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -434,6 +435,16 @@ async def test_why_a_worker_does_not_start_is_told_to_lambda() -> None:
     assert api.init_errors == [
         {"errorMessage": "there is no such folder", "errorType": "Worker.ModelNotFound", "stackTrace": []}
     ]
+
+
+async def test_nothing_of_awss_is_imported_before_the_engine_is_there() -> None:
+    """It would take the time of the engine's own imports."""
+    names = "boto3", "botocore", "aws_lambda_powertools", "pydantic"
+    program = f"import sys, handler.platforms.aws_lambda; print(*{{*{names}}} & sys.modules.keys())"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert (await process.communicate())[0].decode().strip() == ""
 
 
 async def test_a_worker_is_an_extension_so_that_it_gets_a_sigterm() -> None:
