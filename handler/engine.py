@@ -103,8 +103,6 @@ SEAM: Mapping[str, tuple[str, ...]] = {
 """Every name of vLLM that the worker uses."""
 
 LARGE_MODEL_BYTES = 64 << 20
-MIN_KV_CACHE_BYTES = 64 << 20
-MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
 CLOSE_GRACE_S = 10.0
 """What vLLM gets to end beyond the drain's deadline; then the process ends without it."""
@@ -569,12 +567,18 @@ def accept_compiled_models() -> None:
 
     It calls `finalize_loading` on what it has loaded. On a CPU that is a plain function, which
     has no such method, so vLLM throws it away and compiles again. Gone once vLLM asks first.
+
+    And torch compiles its headers, for 5 s, before it looks whether there is anything to compile.
     """
     compiler: Any = importlib.import_module("torch.compiler")
     load = compiler.load_compiled_function
 
     def load_with_end(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
+        codecache: Any = importlib.import_module("torch._inductor.codecache")
+        with ExitStack() as stack:
+            if hasattr(codecache, "_precompile_header"):
+                stack.enter_context(replaced(codecache, "_precompile_header", lambda *_, **__: None))
+            loaded = load(*args, **kwargs)
         function = loaded._artifacts.compiled_fn  # noqa: SLF001 - where vLLM looks
         if not hasattr(function, "finalize_loading"):
             function.finalize_loading = lambda *_: None
@@ -628,16 +632,11 @@ def configure(args: Namespace, mode: str) -> Any:
 
 
 def plan_kv_cache_bytes(vllm_config: Any) -> int:
-    """How much memory to give the KV cache on a CPU, where vLLM would take most of it.
-
-    Room for 32 sequences of full length, within 64 MiB and 1 GiB; always for two of them, if
-    40 % of the free memory hold that. Each GiB costs half a second of page faults at the start.
-    """
+    """How much memory to give the KV cache on a CPU, where vLLM would take most of it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    sequence = 2 * heads * model.get_head_size() * model.dtype.itemsize * model.max_model_len
-    wanted = max(2 * sequence, min(max(32 * sequence, MIN_KV_CACHE_BYTES), MAX_KV_CACHE_BYTES))
-    return int(min(wanted, 0.4 * machine.free_memory_bytes()))
+    token = 2 * heads * model.get_head_size() * model.dtype.itemsize
+    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes())
 
 
 def build(ready: Prepared, environ: Mapping[str, str]) -> Any:

@@ -13,6 +13,9 @@ _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
 
+MIN_KV_CACHE_BYTES = 64 << 20
+MAX_KV_CACHE_BYTES = 1 << 30
+
 
 def has_accelerator() -> bool:
     """Whether a GPU's device file is there; asks no driver, so nothing is initialised."""
@@ -60,6 +63,16 @@ def free_memory_bytes() -> int:
     if limit and used and limit[0] != "max":
         free = min(free, max(0, int(limit[0]) - int(used[0])))
     return free
+
+
+def kv_cache_bytes(sequence_bytes: int, free_bytes: int) -> int:
+    """How much of `free_bytes` a KV cache gets on a CPU, if a sequence of full length takes `sequence_bytes`.
+
+    Room for 32 such sequences, within 64 MiB and 1 GiB; always for two of them, if 40 % of the free
+    memory hold that. Each GiB costs half a second of page faults at the start.
+    """
+    wanted = min(max(32 * sequence_bytes, MIN_KV_CACHE_BYTES), MAX_KV_CACHE_BYTES)
+    return int(min(max(2 * sequence_bytes, wanted), 0.4 * free_bytes))
 
 
 def _words(path: Path) -> list[str]:

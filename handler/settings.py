@@ -448,7 +448,7 @@ def _unguarded(
     """Why everybody could ask this worker, if that was not said to be wanted."""
     if auth is not True or api_key is not None:
         return None
-    if platform == "aws_lambda" or (platform is None and LAMBDA in environ):
+    if platform == "aws_lambda" or (platform is None and environ.get(LAMBDA)):
         if api_keys_secret is not None:
             return None
         return (

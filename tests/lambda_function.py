@@ -55,7 +55,8 @@ async def function(
         settings = Settings.from_environ({name: value for name, value in given.items() if value})
         engine = ScriptedEngine(app, settings)
         worker = AwsLambda(settings, given, s3_batch).worker(cast("Engine", engine))
-        serving = asyncio.create_task(worker.serve(Notifier(None), lambda: None))
+        await worker.open()
+        serving = asyncio.create_task(worker.serve(Notifier(None)))
         polled = asyncio.create_task(api.polled(at_once))
         try:
             await asyncio.wait({polled, serving}, return_when=asyncio.FIRST_COMPLETED)

@@ -297,7 +297,7 @@ class _Connection:
         told = {
             "Lambda-Runtime-Aws-Request-Id": invocation.id,
             "Lambda-Runtime-Invocation-Id": invocation.echo,
-            "Lambda-Runtime-Deadline-Ms": str(round(invocation.deadline_s * 1000)),
+            "Lambda-Runtime-Deadline-Ms": str(int(invocation.deadline_s * 1000)),
             "Lambda-Runtime-Invoked-Function-Arn": FUNCTION,
             "Lambda-Runtime-Trace-Id": "Root=1-5bef4de7-ad49b0e87f6ef6c87fc2e700;Sampled=1",
         }
@@ -337,6 +337,8 @@ class _Connection:
             raise
         finally:
             self._api.streaming -= 1
+        if time.time() > invocation.deadline_s:
+            self._api.fault("an answer ends after its invocation")
         trailers = {name.decode(): value.decode() for name, value in event.headers}
         invocation.said.put_nowait(Said("end", b"", trailers))
         await self._send(202, {"status": "OK"})

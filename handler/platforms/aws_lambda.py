@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ from handler.platforms.stop import from_elsewhere, on_signal
 from handler.settings import LAMBDA, Settings
 from handler.supervision import Notifier
 
-if TYPE_CHECKING:  # they import AWS's models of events, for half a second
+if TYPE_CHECKING:  # they import AWS's models of events
     from handler.platforms.lambda_answers import Answers
     from handler.platforms.lambda_messages import S3Batch
 
@@ -83,10 +83,12 @@ class AwsLambda:
         engine.dead.add_done_callback(lambda _: stop())
         on_signal(stop)
         try:
-            engine.submit(worker.serve(notifier, lambda: notifier.ready(phases.report()))).result()
+            engine.submit(worker.open()).result()
         except StartError as failure:
             self.refuse(failure)
             raise
+        notifier.ready(phases.report())
+        engine.submit(worker.serve(notifier)).result()
         if engine.is_dead:
             raise EngineFailed("the engine died; the invocations that it held have failed")
 
@@ -98,7 +100,9 @@ class AwsLambda:
         async def answer() -> None:
             worker = self._worker(drain.wrap(refuse(StartFailed(failure))), drain, 1)
             on_signal(from_elsewhere(asyncio.get_running_loop(), worker.stop))
-            await worker.serve(notifier, lambda: notifier.status(f"can't start: {failure}"))
+            await worker.open()
+            notifier.status(f"can't start: {failure}")
+            await worker.serve(notifier)
 
         asyncio.run(answer())
 
@@ -158,7 +162,8 @@ class AwsLambda:
             return SecretKeys(None, fixed)
 
         def fetch() -> str:
-            return str(clients.call("secretsmanager", "get_secret_value", SecretId=secret)["SecretString"])
+            found = clients.call("secretsmanager", "get_secret_value", SecretId=secret)
+            return str(found.get("SecretString", ""))  # it has none if it is of bytes
 
         return SecretKeys(fetch, fixed)
 
@@ -189,19 +194,22 @@ class Worker:
         """Ask for no more."""
         self._stopping.set()
 
-    async def serve(self, notifier: Notifier, ready: Callable[[], None]) -> None:
-        """Answer invocations until `stop`, then finish what was taken. Raises `StartError`."""
+    async def open(self) -> None:
+        """Learn who may ask. Raises `StartError`, and Lambda was asked for nothing yet."""
         try:
             await self._answers.open()
         except UpstreamFailed as error:
             raise NoResources(f"API_KEYS_SECRET can't be read: {error}") from error
+
+    async def serve(self, notifier: Notifier) -> None:
+        """Answer invocations until `stop`, then finish what was taken. Raises `NoResources`."""
         extension = await self._register()
         pollers = [asyncio.create_task(self._poll()) for _ in range(self._at_once)]
-        ready()
         log.info("ready", extra={"invocations_at_once": self._at_once})
         stopped = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({stopped, *pollers}, return_when=asyncio.FIRST_COMPLETED)
+            self.stop()  # if it was one of the pollers that has ended
             notifier.stopping()
             await self._finish()
             for poller in pollers:
@@ -246,7 +254,7 @@ class Worker:
                     if failed == TRIES:
                         raise
                     log.warning("no invocation could be had", extra={"reason": str(error)})
-                    await asyncio.sleep(PAUSE_S * 2**failed)
+                    await asyncio.sleep(PAUSE_S * 2 ** (failed - 1))
                     continue
                 failed = 0
                 self._busy += 1

@@ -17,7 +17,7 @@ from handler.errors import BadEvent, BodyTooLarge, DeadlineExceeded, RequestErro
 from handler.messages import Call, Headers, Reply, Request, once, read
 from handler.platforms import lambda_events as events
 from handler.platforms import lambda_messages as messages
-from handler.platforms.lambda_doors import Door, openai_path, prelude
+from handler.platforms.lambda_doors import LAMBDA_MAX_BYTES, Door, openai_path, prelude
 from handler.platforms.lambda_events import Asked, Invoked, Messages
 from handler.platforms.lambda_messages import S3Batch
 from handler.platforms.lambda_replies import Replies
@@ -29,7 +29,7 @@ from handler.platforms.usage_table import UsageTable, metering
 log = logging.getLogger(__name__)
 
 LAST_WORD_S = 1.0
-"""What is left of an invocation's time when it is ended, to say so in."""
+"""What is left of an invocation's time when it is ended, to say so in; of a short one a quarter."""
 FLUSH_S = 2.0
 """How long an invocation waits for usage to be written, where nothing runs after its end."""
 
@@ -74,8 +74,8 @@ class Answers:
 
     async def answer(self, runtime: Runtime, invocation: Invocation) -> None:
         """Answer one invocation, whatever happens. Raises `RuntimeApiFailed` if Lambda does not hear it."""
-        left_s = invocation.deadline_s - time.time()
-        deadline_s = asyncio.get_running_loop().time() + left_s - min(LAST_WORD_S, max(0, left_s) / 10)
+        left_s = max(0.0, invocation.deadline_s - time.time())
+        deadline_s = asyncio.get_running_loop().time() + left_s - min(LAST_WORD_S, left_s / 4)
         try:
             event = events.parse(invocation.event)
             match event:
@@ -144,7 +144,7 @@ class Answers:
                     if reply.streams:
                         content_type = reply.header("content-type") or ""
                         if broken := await _pass_on(reply, out, content_type):
-                            out.fail(Fault("Worker.StreamBroken", broken))
+                            out.fail(broken)
                     else:
                         status, body = reply.status, await read(reply)
             except RequestError as error:
@@ -156,15 +156,15 @@ class Answers:
             await self._settle()
             if out.begun:
                 return
-        if status < 400:
-            await runtime.respond(invocation, body)
-            return
-        told = json.loads(body)["error"]
-        told["status"] = status
-        if status < 500:  # to try again would help nobody: it is an answer
-            await runtime.respond(invocation, json.dumps({"error": told}).encode())
-        else:
-            await runtime.fail(invocation, Fault(f"Worker.{told['code']}", told["message"], {"error": told}))
+        if status >= 400:
+            told = {**json.loads(body)["error"], "status": status}
+            body = json.dumps({"error": told}).encode()
+            if status >= 500:  # another is an answer: to try again would help nobody
+                await runtime.fail(invocation, _fault_of(told))
+                return
+        if len(body) > LAMBDA_MAX_BYTES:
+            raise _too_large(len(body), "Lambda", LAMBDA_MAX_BYTES)
+        await runtime.respond(invocation, body)
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -222,13 +222,13 @@ def _whole(call: Call) -> Call:
     return whole
 
 
-async def _pass_on(reply: Reply, out: Stream, content_type: str, head: bytes = b"") -> str:
-    """Send a stream on as it is made. Returns how it broke, if its last frame is an error."""
-    broken = ""
+async def _pass_on(reply: Reply, out: Stream, content_type: str, head: bytes = b"") -> Fault | None:
+    """Send a stream on as it is made. Returns the error in its last frame, if that is one."""
+    broken = None
     await out.begin(content_type, head)
     async for chunk in reply.frames:
         if sse.ERROR_FRAME in chunk:
-            broken = chunk[chunk.index(sse.ERROR_FRAME) :].decode(errors="replace")[:300]
+            broken = _fault_of(sse.data(sse.split(chunk)[-1])["error"])
         await out.send(chunk)
     return broken
 
@@ -247,12 +247,21 @@ async def _collected(call: Call, request: Request, door: Door) -> bytes:
     raw = json.dumps(door.render(status, headers, b"".join(parts))).encode()
     if len(raw) <= door.max_bytes:
         return raw
-    why = f"The answer takes {len(raw)} bytes, and the {door.name} does not take more than {door.max_bytes}."
-    too_large = RequestError(why, code="answer_too_large")
+    too_large = _too_large(len(raw), f"the {door.name}", door.max_bytes)
     kept = tuple(pair for pair in headers if not pair[0].startswith("content-"))
     head = (*kept, ("content-type", "application/json"))
     return json.dumps(door.render(too_large.status, head, json.dumps(too_large.body()).encode())).encode()
 
 
+def _too_large(size_bytes: int, taker: str, limit_bytes: int) -> RequestError:
+    why = f"The answer takes {size_bytes} bytes, and {taker} does not take more than {limit_bytes}."
+    return RequestError(why, code="answer_too_large")
+
+
 def _fault(error: RequestError) -> Fault:
-    return Fault(f"Worker.{error.code or type(error).__name__}", error.message, dict[str, Any](error.body()))
+    return _fault_of({**error.body()["error"], "status": error.status})
+
+
+def _fault_of(error: dict[str, Any]) -> Fault:
+    """OpenAI's error object as Lambda has an error."""
+    return Fault(f"Worker.{error['code']}", error["message"], {"error": error})

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 from urllib.parse import unquote, urlencode
 
@@ -182,4 +182,4 @@ def _text(body: bytes) -> dict[str, Any]:
 
 
 def _described(status: int) -> str:
-    return f"{status} {HTTPStatus(status).phrase}"
+    return f"{status} {responses.get(status, 'Unknown')}"

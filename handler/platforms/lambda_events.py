@@ -1,7 +1,6 @@
 """Which kind of event a Lambda function was invoked with.
 
-The first thing that one kind alone has decides. Imports AWS's models, half a second: not before
-the engine is there.
+The first thing that one kind alone has decides. Imports AWS's models: not before the engine is there.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import base64
 import http.client
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ DELIMITER = b"\0" * 8
 ERROR_TYPE = "Lambda-Runtime-Function-Error-Type"
 ERROR_BODY = "Lambda-Runtime-Function-Error-Body"
 
+LONGEST_S = 900.0
+"""What an invocation may take, if Lambda does not say."""
 READ_BYTES = 64 * 1024
 END_S = 10.0
 """How long the end of an answer may take to be heard. It is next door: this is for when it hangs."""
@@ -95,8 +98,9 @@ class Runtime:
         request_id = first(headers, "lambda-runtime-aws-request-id")
         if status != 200 or request_id is None:
             raise RuntimeApiFailed(f"asked for an invocation, the Runtime API answered {status}", status)
-        deadline_ms = float(first(headers, "lambda-runtime-deadline-ms") or "inf")
-        return Invocation(request_id, deadline_ms / 1000, headers, event)
+        deadline_ms = first(headers, "lambda-runtime-deadline-ms")
+        deadline_s = time.time() + LONGEST_S if deadline_ms is None else float(deadline_ms) / 1000
+        return Invocation(request_id, deadline_s, headers, event)
 
     async def respond(self, invocation: Invocation, body: bytes) -> None:
         """Answer `invocation` with JSON, at once and whole."""
@@ -130,7 +134,7 @@ class Runtime:
             if stream.begun:
                 await stream.end()
             ended = True
-        except OSError as error:
+        except ConnectionError as error:
             raise AnswerCut(f"Lambda has closed the answer: {error}") from error
         finally:
             stream.leave()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from handler import sse
 from tests.lambda_doors import FrontDoors
 from tests.lambda_runtime import BrokenStream, RuntimeApi
-from tests.servers import KEY, MAX_MODEL_LEN, MODEL, ROOT, Server, engine_environ
+from tests.servers import KEY, MAX_MODEL_LEN, MODEL, Server, engine_environ, worker_process
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 LONG = {**ASK, "max_tokens": MAX_MODEL_LEN - 64, "stream": True}
@@ -44,21 +43,8 @@ async def environment(
             "API_KEY": KEY,
             **(environ or {}),
         }
-        with (folder / "said").open("w") as said:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "handler"),
-                cwd=ROOT,
-                env={name: value for name, value in given.items() if value},
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-        try:
+        async with worker_process(given, folder / "said") as process:
             yield api, process
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
     assert api.faults == []
 
 
@@ -104,6 +90,7 @@ async def test_a_worker_that_is_told_to_stop_ends_what_it_has(tiny_model: Path, 
     """It asks for nothing more; what does not end in time is told so; exit 0."""
     async with environment(tiny_model, tmp_path, {"DRAIN_TIMEOUT_S": "0"}) as (api, process):
         await api.polled(4)
+        assert "cold start {" in (tmp_path / "said").read_text()
         assert api.extensions == ["firsttoken"]
         long = await api.invoke(direct({**LONG, **ON, "n": 4, "temperature": 1}))
         short = await api.invoke(direct({**ASK, "max_tokens": 8}))
@@ -116,28 +103,36 @@ async def test_a_worker_that_is_told_to_stop_ends_what_it_has(tiny_model: Path, 
         assert broken.value.told is not None
         assert broken.value.told["errorType"] == "Worker.worker_stopping"
         assert await process.wait() == 0
-    said = (tmp_path / "said").read_text()
-    assert "cold start {" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+@asynccontextmanager
+async def streaming(api: RuntimeApi) -> AsyncIterator[Any]:
+    """A client's stream through a REST API, which has begun."""
+    doors = FrontDoors(api)
+    async with doors.open(["rest"]), Server(doors.urls["rest"]).client() as client:
+        stream = await client.chat.completions.create(**LONG, extra_body=ON)
+        await anext(aiter(stream))
+        yield stream
+
+
+async def read(stream: Any) -> None:
+    """Read the rest."""
+    async for _ in stream:
+        pass
 
 
 async def test_a_worker_whose_engine_dies_fails_what_it_holds_and_exits(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The stream ends with an error, the invocation has failed; exit 70, so that Lambda replaces it."""
+    """The stream ends with an error; exit 70, so that Lambda replaces the worker."""
     async with environment(tiny_model, tmp_path, {"ENGINE_MODE": "fork"}) as (api, process):
         await api.polled(4)
-        doors = FrontDoors(api)
-        async with doors.open(["rest"]):
-            client = Server(doors.urls["rest"]).client()
-            stream = await client.chat.completions.create(**LONG, extra_body=ON)
-            await anext(aiter(stream))
+        async with streaming(api) as stream:
             (core,) = children(process.pid)
             os.kill(core, signal.SIGKILL)
             with pytest.raises(openai.APIError) as raised:
-                async for _ in stream:
-                    pass
-            await client.close()
+                await read(stream)
         assert raised.value.code == "engine_dead"
         assert await process.wait() == 70
 
@@ -146,16 +141,10 @@ async def test_a_worker_that_is_killed_answers_nothing_more(tiny_model: Path, tm
     """Its connections end with it, by which Lambda knows: the client of a stream gets no end."""
     async with environment(tiny_model, tmp_path) as (api, process):
         await api.polled(4)
-        doors = FrontDoors(api)
-        async with doors.open(["rest"]):
-            client = Server(doors.urls["rest"]).client()
-            stream = await client.chat.completions.create(**LONG, extra_body=ON)
-            await anext(aiter(stream))
+        async with streaming(api) as stream:
             process.kill()
             with pytest.raises(openai.APIConnectionError):
-                async for _ in stream:
-                    pass
-            await client.close()
+                await read(stream)
 
 
 async def test_a_model_that_is_not_there_is_told_to_lambda(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from handler.errors import UpstreamFailed
 from handler.platforms import batch_shift, batch_source, batch_upload
 from handler.platforms.aws_clients import Clients
 from handler.platforms.batch_lease import Lease, Leases, Taken
@@ -21,7 +22,6 @@ from handler.platforms.batch_window import Pace, Part
 from tests import batch_stack
 from tests.batch_stack import (
     CHAT,
-    MODEL,
     QUICK,
     QUICK_QUEUE,
     URL,
@@ -34,6 +34,7 @@ from tests.batch_stack import (
 )
 from tests.object_store import ObjectStore
 from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer
+from tests.servers import MODEL
 from tests.until import until
 
 
@@ -593,7 +594,7 @@ def test_a_part_that_is_missing_is_not_passed_over(store: BatchStore) -> None:
     """Rather no results than wrong ones."""
     store.put_part("v1", a_part(0, b"a", 10))
     store.put_part("v1", a_part(20, b"c", 30))
-    with pytest.raises(batch_shift.UpstreamFailed, match="begins at 10 is missing, another is at 20"):
+    with pytest.raises(UpstreamFailed, match="begins at 10 is missing, another is at 20"):
         store.merge("v1", store.results(), lambda: True)
 
 

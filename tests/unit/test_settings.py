@@ -9,8 +9,9 @@ import pytest
 
 from gateway.settings import TABLE as GATEWAY_TABLE
 from gateway.settings import GatewaySettings
+from handler import platforms
 from handler.errors import BadSettings
-from handler.settings import DEFAULT_MODEL, TABLE, Settings, public_name, render_markdown
+from handler.settings import DEFAULT_MODEL, TABLE, Settings, public_name, readable, render_markdown
 from handler.table import Kind, Setting
 from handler.unread import UNREAD
 
@@ -296,6 +297,47 @@ def test_spellings_that_differ_are_a_fault() -> None:
 def test_empty_is_not_set(empty: str) -> None:
     """Templates and compose files leave variables empty; that is no value."""
     assert Settings.from_environ({row.name: empty for row in TABLE}) == Settings.from_environ({})
+
+
+@pytest.mark.parametrize(
+    "environ", [{"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}, {"PLATFORM": "aws_lambda", "HOST": "0.0.0.0"}]
+)
+def test_a_function_needs_keys(environ: dict[str, str]) -> None:
+    """A URL may be in front of it; on which address a server would listen does not matter there."""
+    (fault,) = faults(environ)
+    assert fault.startswith(
+        "there is no key for those who call the function through a URL; set API_KEYS_SECRET"
+    )
+    for given in ({"API_KEYS_SECRET": "keys"}, {"API_KEY": "ft-1"}, {"AUTH": "off"}):
+        Settings.from_environ({**environ, **given})
+    assert readable(environ).api_key, "why it does not start is not for everybody"
+
+
+@pytest.mark.parametrize(
+    ("environ", "platform"),
+    [
+        ({}, "http"),
+        ({"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}, "aws_lambda"),
+        ({"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001", "PLATFORM": "http"}, "http"),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "https://..."}, "runpod"),
+        ({"AWS_LAMBDA_RUNTIME_API": ""}, "http"),
+    ],
+)
+def test_the_platform_is_found(environ: dict[str, str], platform: str) -> None:
+    """By what it sets, unless another is named."""
+    assert platforms.chosen(environ) == platform
+
+
+def test_places_for_answers() -> None:
+    """Queues and prefixes of buckets."""
+    queue = "https://sqs.eu-central-1.amazonaws.com/123456789012/answers"
+    assert Settings.from_environ({"REPLY_TO": f"{queue}, s3://bucket/a b/"}).reply_to == (
+        queue,
+        "s3://bucket/a b/",
+    )
+    for wrong in ("answers", "s3://", "https://host", "gs://bucket"):
+        (fault,) = faults({"REPLY_TO": wrong})
+        assert fault.startswith(f"REPLY_TO='{wrong}' is not allowed; allowed: URLs of queues")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "worker.internal"])
