@@ -32,6 +32,8 @@ from tests.batch_stack import (
     echoing,
     line,
 )
+from tests.integration.test_lambda_platform import sqs
+from tests.lambda_function import function
 from tests.object_store import ObjectStore
 from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer
 from tests.servers import MODEL
@@ -363,6 +365,29 @@ async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
     assert int(found.metadata["attempt"]) > 2
     assert resources.dead() == []
     assert sorted(set(asked(app))) == sorted(ids)
+    assert echoes(resources.lines("a", "output.jsonl")) == ids
+
+
+async def test_a_lambda_function_runs_batches(resources: Resources) -> None:
+    """From the same messages; before an invocation's time is over it asks for the next by one of its own."""
+    ids = [str(number) + "x" for number in range(40)]
+    resources.put("a", [line(custom_id) for custom_id in ids])
+    app = paced(0.1)
+    settings = {**resources.environ, "MAX_CONCURRENCY": "1"}
+    invocations = 0
+    async with function(app, settings, at_once=1, timeout_s=4.0) as on:
+        while not resources.is_over("a"):
+            said = await asyncio.to_thread(
+                resources.sqs.receive_message, QueueUrl=resources.queue_url, WaitTimeSeconds=5
+            )
+            for message in said["Messages"]:
+                invocations += 1
+                told = await (await on.api.invoke(sqs(message["Body"]), timeout_s=4.0)).whole()
+                assert told == {"batchItemFailures": []}
+                resources.sqs.delete_message(
+                    QueueUrl=resources.queue_url, ReceiptHandle=message["ReceiptHandle"]
+                )
+    assert invocations > 1
     assert echoes(resources.lines("a", "output.jsonl")) == ids
 
 
