@@ -288,7 +288,9 @@ async def test_a_file_beyond_openais_limits_is_a_failed_batch(
 
 async def test_only_files_under_the_prefix_are_batches(resources: Resources) -> None:
     """A worker never reads what it writes, whatever it is told; another bucket is a mistake that is kept."""
-    for key in ("out/a/output.jsonl", "out/in/b.jsonl", "in/readme.txt", "in/.jsonl", "other.jsonl"):
+    keys = ["in/readme.txt", "in/.jsonl", "other.jsonl", "out/a/output.jsonl", "out/in/b.jsonl"]
+    for key in keys:
+        resources.s3.put_object(Bucket=resources.bucket, Key=key, Body=line("x"))
         event = resources.created("a")
         event["Records"][0]["s3"]["object"]["key"] = key
         resources.send(event)
@@ -299,7 +301,8 @@ async def test_only_files_under_the_prefix_are_batches(resources: Resources) -> 
     async with consuming(ScriptedApp({}), resources):
         await resources.quiet()
     assert resources.dead() == [event]
-    assert resources.s3.list_objects_v2(Bucket=resources.bucket).get("Contents", []) == []
+    found = resources.s3.list_objects_v2(Bucket=resources.bucket)["Contents"]
+    assert [one["Key"] for one in found] == sorted(keys)
 
 
 # --- events that come twice, late, or side by side ----------------------------------------------
@@ -437,7 +440,8 @@ async def test_a_worker_that_stops_hands_its_batch_on(resources: Resources) -> N
     ids = [str(number) + "x" for number in range(30)]
     resources.put("a", [line(custom_id) for custom_id in ids])
     first, second = slow(after=4), echoing()
-    async with consuming(first, resources, {"MAX_CONCURRENCY": "2"}) as (consumer, _):
+    times = replace(QUICK, lease_s=600.0)
+    async with consuming(first, resources, {"MAX_CONCURRENCY": "2"}, times=times) as (consumer, _):
         await first.gate("rest").reached.wait()
         consumer.stop()
         first.gate("rest").opened.set()
