@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from handler import edge
 from handler.drain import Drain
@@ -30,8 +30,6 @@ if TYPE_CHECKING:  # they import AWS's models of events, for half a second
     from handler.platforms.usage_table import UsageTable
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PAUSE_S, PAUSE_MAX_S = 1.0, 30.0
 """How long the queue is left alone after it could not be asked; the pause doubles."""

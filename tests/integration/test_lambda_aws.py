@@ -21,14 +21,6 @@ from tests.scripted_app import Fail, Script, ScriptedApp
 from tests.servers import MODEL
 
 
-@pytest.fixture
-def aws(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """AWS, as boto3 finds it by the environment."""
-    for name, value in object_store.environ.items():
-        monkeypatch.setenv(name, value)
-    return object_store
-
-
 def name() -> str:
     """A name that no other test has."""
     return f"test-{uuid.uuid4()}"

@@ -440,7 +440,8 @@ async def test_why_a_worker_does_not_start_is_told_to_lambda() -> None:
 async def test_nothing_of_awss_is_imported_before_the_engine_is_there() -> None:
     """It would take the time of the engine's own imports."""
     names = "boto3", "botocore", "aws_lambda_powertools", "pydantic"
-    program = f"import sys, handler.platforms.aws_lambda; print(*{{*{names}}} & sys.modules.keys())"
+    ours = "handler.platforms.aws_lambda, handler.platforms.sqs"
+    program = f"import sys, {ours}; print(*{{*{names}}} & sys.modules.keys())"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program), cwd=ROOT, stdout=asyncio.subprocess.PIPE
     )

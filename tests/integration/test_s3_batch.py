@@ -47,20 +47,6 @@ from tests.servers import MODEL
 from tests.until import until
 
 
-@pytest.fixture
-def aws(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """AWS, as boto3 finds it by the environment."""
-    for name, value in object_store.environ.items():
-        monkeypatch.setenv(name, value)
-    return object_store
-
-
-@pytest.fixture
-def resources(aws: ObjectStore) -> Resources:
-    """A bucket, a queue and a table of the test's own."""
-    return batch_stack.make(aws)
-
-
 def slow(name: str = "rest", *, after: int = 0) -> ScriptedApp:
     """The application, whose answers but the first `after` wait at the gate called `name`."""
     calls = 0

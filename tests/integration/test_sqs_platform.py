@@ -14,26 +14,11 @@ from handler.errors import AwsFailed, ModelNotFound
 from handler.platforms import sqs
 from handler.settings import Settings
 from handler.supervision import Notifier
-from tests import batch_stack
 from tests.batch_stack import CHAT, QUICK_QUEUE, URL, Resources, consuming, echo, line
 from tests.contract import recorded
 from tests.object_store import ObjectStore
 from tests.scripted_app import Fail, Pause, Script, ScriptedApp, Seen
 from tests.until import until
-
-
-@pytest.fixture
-def aws(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """AWS, as boto3 finds it by the environment."""
-    for name, value in object_store.environ.items():
-        monkeypatch.setenv(name, value)
-    return object_store
-
-
-@pytest.fixture
-def resources(aws: ObjectStore) -> Resources:
-    """A queue of the test's own, and a bucket for answers."""
-    return batch_stack.make(aws)
 
 
 def job(resources: Resources, name: str, text: str = "Hi", **more: Any) -> dict[str, Any]:
