@@ -13,6 +13,7 @@ import json
 import os
 
 from handler import engine
+from handler.supervision import watch_lifeline
 
 
 def start() -> None:
@@ -21,6 +22,8 @@ def start() -> None:
     phases.listen = lambda name: print(json.dumps({"phase": name}), flush=True)
     settings = read_settings(os.environ)
     open_log(settings)
+    if settings.lifeline_fd is not None:
+        watch_lifeline(settings.lifeline_fd)
     engine.check(settings, os.environ)
     prepared = engine.prepare(settings, phases, os.environ)
     loaded = engine.Engine.start(settings, phases, os.environ, prepared)
@@ -30,7 +33,7 @@ def start() -> None:
         found = {
             "report": phases.report(),
             "settings": prepared.shaping,
-            "flags": sorted(vars(prepared.args)),
+            "flags": sorted(vars(prepared.args).keys() - engine.NOT_SHAPING),
             "kv_cache": loaded.kv_cache(),
         }
         print(json.dumps(found), flush=True)
