@@ -22,6 +22,7 @@ from typing import Any
 
 from builder import disk, store
 from builder.console import Console
+from builder.credentials import without_secrets
 from builder.state import State
 from handler import baked, manifest, readahead
 from handler.errors import (
@@ -42,10 +43,8 @@ KEPT = ("cuda", "firsttoken", "flashinfer", "torchinductor", "triton", "vllm")
 PASSING = (".draft", ".lock", ".pid", ".tmp")
 """Files of a moment."""
 
-SECRET = re.compile(r"(^|_)(CREDENTIALS?|KEYS?|PAT|TOKEN)(_FILE|_ID|_PATH)?$|PASS(PHRASE|WD|WORD)|SECRET")
-"""Names of the environment that no start from a folder needs."""
 WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
-"""Nor values: a proxy's address, a database's."""
+"""Values of the environment that no start from a folder needs: a proxy's address, a database's."""
 SHAPING = ("CUDA_", "CXX", "FLASHINFER_", "NCCL_", "OMP_", "TORCH", "TRITON_", "VLLM_")
 """How names begin that libraries read, beside the flags of vLLM."""
 NAMES = next(row.names for row in TABLE if row.field == "served_model_name")
@@ -93,8 +92,8 @@ def start_environ(bake: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the starts: the settings of `environ` for this model, and no secrets."""
     given = {
         name: value
-        for name, value in environ.items()
-        if name not in OF_ONE_START and not SECRET.search(name.upper()) and not WITH_PASSWORD.search(value)
+        for name, value in without_secrets(environ).items()
+        if name not in OF_ONE_START and not WITH_PASSWORD.search(value)
     }
     given["MODEL_NAME"] = str((bake / MODEL).absolute())
     given["AUTH"] = "off"  # nobody is listened to

@@ -35,6 +35,7 @@ STATE = ".bake.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Files that take seconds to read as a whole; the quick check compares their sizes."""
 PIECE_BYTES = 1 << 20
+_CONFIGS = ("config.json", "params.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,7 +88,7 @@ class Manifest:
                     raise ManifestMismatch(f"{file}: {name!r} is no file in its folder")
             files = {name: _file(entry) for name, entry in found["files"].items()}
             return cls(
-                model={name: _kind(found["model"][name], str) for name in {"name", *found["model"]}},
+                model={name: _text(found["model"][name]) for name in {"name", *found["model"]}},
                 files=files,
                 made_with=_made_with(found["made_with"]),
                 settings=dict(found["settings"]),
@@ -117,8 +118,8 @@ class Manifest:
 
 
 def is_bake(folder: Path) -> bool:
-    """Whether `folder` was baked, as far as its manifest says."""
-    return (folder / NAME).is_file()
+    """Whether `folder` was baked, as far as its manifest says; a model may have a file of that name too."""
+    return (folder / NAME).is_file() and not any((folder / name).is_file() for name in _CONFIGS)
 
 
 def is_of_bake(model: Path) -> bool:
@@ -212,6 +213,12 @@ def _start(found: Mapping[str, Any]) -> dict[str, Any]:
         for number in chain([found["total_s"]], *numbers):
             _kind(number, (int, float))
     return dict(found)
+
+
+def _text(value: Any) -> str:
+    if not _kind(value, str).isprintable():
+        raise ValueError(f"{value!r} can't be shown")
+    return str(value)
 
 
 def _kind(value: Any, kind: type | tuple[type, ...]) -> Any:

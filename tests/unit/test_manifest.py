@@ -124,6 +124,8 @@ def test_told_how_far_it_is(bake: Path) -> None:
         ({"model": None}, "is no manifest"),
         ({"model": {}}, "is no manifest"),
         ({"model": {"name": 1}}, "is no manifest"),
+        ({"model": {"name": "\x1b[2J"}}, "is no manifest"),
+        ({"model": {"name": "\ud800"}}, "is no manifest"),
         ({"made_with": {"cpu": 1}}, "is no manifest"),
         ({"made_with": {"cpu": [1]}}, "is no manifest"),
         ({"start": {"total_s": "3"}}, "is no manifest"),
@@ -167,3 +169,12 @@ def test_a_link_is_no_file_of_a_bake(
     assert list(map(str, found(bake, full=full))) == [
         "model/config.json: missing: expected 2 bytes, found a link"
     ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_a_model_with_a_file_of_that_name_is_no_bake(tmp_path: Path, name: str) -> None:
+    """Other programs have manifests too."""
+    (tmp_path / manifest.NAME).write_text("{}")
+    assert manifest.is_bake(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert not manifest.is_bake(tmp_path)
