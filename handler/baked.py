@@ -8,6 +8,7 @@ and may be read-only. Caches that don't fit this machine are passed over, and th
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -49,7 +50,7 @@ def folder(model_name: str) -> Path | None:
     """The folder of the bake that `model_name` names: the folder itself, or the model in it."""
     if not model_name:
         return None
-    path = Path(model_name)
+    path = Path(model_name).expanduser()
     if is_bake(path):
         return path
     return path.parent if path.name == MODEL and is_bake(path.parent) else None
@@ -78,7 +79,7 @@ def adopt(environ: MutableMapping[str, str]) -> None:
     with suppress(ManifestMismatch, OSError):
         manifest = Manifest.load(bake)
         if manifest.made_with and not any(misfits(bake, manifest)):
-            show(bake / CACHE, place(manifest), environ)
+            show(bake / CACHE, place(bake, manifest), environ)
 
 
 def show(cache: Path, at: Path, environ: MutableMapping[str, str]) -> None:
@@ -103,20 +104,24 @@ def link(cache: Path, at: Path) -> None:
     """
     _own_folder(at.parent)
     _own_folder(at)
+    cache = cache.resolve()  # what was looked at stays what is meant
     for parent, _, files in os.walk(cache):
         shown = at / Path(parent).relative_to(cache)
         shown.mkdir(mode=0o700, exist_ok=True)
         for name in files:
             with suppress(FileExistsError):  # of an earlier start, or written since
-                (shown / name).symlink_to(Path(parent, name).absolute())
+                (shown / name).symlink_to(Path(parent, name))
 
 
-def place(manifest: Manifest) -> Path:
-    """Where the caches of `manifest` are shown to this user: the same folder at every start.
+def place(bake: Path, manifest: Manifest) -> Path:
+    """Where the caches of `bake` are shown to this user: the same folder at every start.
 
-    A file that is compiled into another, or that a process maps, may be remembered by its path.
+    A file that is compiled into another, or that a process maps, may be remembered by its path. A bake
+    that was moved or copied has another: the links of the first lead to where it was, where by now
+    somebody else may have put something.
     """
-    return Path(tempfile.gettempdir()) / f"firsttoken-{os.geteuid()}" / manifest.digest()[:16]
+    named = hashlib.sha256(os.fsencode(bake.resolve()) + b"\0" + manifest.digest().encode()).hexdigest()
+    return Path(tempfile.gettempdir()) / f"firsttoken-{os.geteuid()}" / named[:16]
 
 
 def made_with() -> dict[str, Any]:
@@ -141,14 +146,14 @@ def misfits(bake: Path, manifest: Manifest) -> Iterator[str]:
             yield f"made with {name} {made.get(name) or 'none'}, here is {here[name] or 'none'}"
     if lacking := sorted(set(made.get("cpu", ())) - set(here["cpu"])):
         yield f"made for a processor with {', '.join(lacking)}"
-    if foreign := _foreign(bake / CACHE):
+    if foreign := _foreign(bake):
         yield f"{foreign} can be written to by another user, and what is in it would run here"
 
 
-def check(model_name: str, *, full: bool = False) -> None:
+def check(model_name: str, environ: Mapping[str, str], *, full: bool = False) -> None:
     """Raise `ManifestMismatch` if the model was baked and is not what was baked any more, file by file.
 
-    Logs why its caches are passed over. With `full` every byte is compared.
+    Logs why a start in `environ` passes its caches over. With `full` every byte is compared.
     """
     if (bake := folder(model_name)) is None:
         return
@@ -157,8 +162,20 @@ def check(model_name: str, *, full: bool = False) -> None:
         raise ManifestMismatch(told(bake, different))
     if not manifest.made_with:
         log.info("the bake has no caches; `python -m builder warm` makes them", extra={"bake": str(bake)})
-    for reason in misfits(bake, manifest) if manifest.made_with else ():
+        return
+    for reason in [*misfits(bake, manifest)] or _unshown(bake, manifest, environ):
         log.warning("the caches of the bake are not used", extra={"bake": str(bake), "reason": reason})
+
+
+def _unshown(bake: Path, manifest: Manifest, environ: Mapping[str, str]) -> Iterator[str]:
+    """Why `adopt` could not show the caches of `bake`; nothing if it has."""
+    try:
+        at = place(bake, manifest)
+    except OSError as error:
+        yield f"there is no temporary folder to show them in: {error.strerror}"
+        return
+    if environ.get("XDG_CACHE_HOME") != str(at):
+        yield f"{at} can't be made in the temporary folder, or could be written to by another user"
 
 
 def told(bake: Path, different: list[Difference]) -> str:
@@ -205,15 +222,17 @@ def _own_folder(path: Path) -> None:
         raise PermissionError(f"{path} is not ours alone")
 
 
-def _foreign(cache: Path) -> Path | None:
-    """A file or folder of `cache` that somebody else than this user or root can write to."""
-    for parent, _, files in os.walk(cache):
-        for path in (Path(parent), *(Path(parent, name) for name in files)):
-            found = path.lstat()
-            if (
-                stat.S_ISLNK(found.st_mode)
-                or found.st_uid not in {0, os.geteuid()}
-                or found.st_mode & kept.FOREIGN
-            ):
-                return path
+def _foreign(bake: Path) -> Path | None:
+    """A file or folder of its cache that somebody else than this user or root can write to, or replace."""
+    paths = [bake.resolve(), *([bake / CACHE] if os.path.lexists(bake / CACHE) else [])]
+    for parent, folders, files in os.walk(bake / CACHE):
+        paths += [Path(parent, name) for name in (*folders, *files)]
+    for path in paths:
+        found = path.lstat()
+        if (
+            stat.S_ISLNK(found.st_mode)
+            or found.st_uid not in {0, os.geteuid()}
+            or found.st_mode & kept.FOREIGN
+        ):
+            return path
     return None

@@ -313,7 +313,7 @@ def check(settings: Settings, environ: MutableMapping[str, str]) -> None:
     """Raise `StartError` for what can be known to fail before the slow imports."""
     prerequisites.check()
     model.check(settings.model_name, environ)
-    baked.check(settings.model_name, full=settings.verify_weights == "full")
+    baked.check(settings.model_name, environ, full=settings.verify_weights == "full")
 
 
 def touched_device() -> str | None:
