@@ -15,7 +15,7 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,17 @@ def adopt(environ: MutableMapping[str, str]) -> None:
     with suppress(ManifestMismatch, OSError):
         manifest = Manifest.load(bake)
         if manifest.made_with and not any(misfits(bake, manifest)):
-            show(bake / CACHE, place(bake, manifest), environ)
+            show(bake / CACHE, place(bake, manifest), environ, manifest.files)
 
 
-def show(cache: Path, at: Path, environ: MutableMapping[str, str]) -> None:
+def show(
+    cache: Path, at: Path, environ: MutableMapping[str, str], files: Collection[str] | None = None
+) -> None:
     """Have `environ` name `at` for every cache, a folder with links to the files of `cache`.
 
-    Raises `OSError`.
+    Of a bake to those of its `files` only. Raises `OSError`.
     """
-    link(cache, at)
+    link(cache, at, files)
     home = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     if home != at:
         environ.setdefault("HF_HOME", str(home / "huggingface"))  # the user's own models and token
@@ -97,18 +99,21 @@ def show(cache: Path, at: Path, environ: MutableMapping[str, str]) -> None:
     environ.setdefault("VLLM_ENABLE_STARTUP_PLAN", "1")  # what a GPU has room for was measured
 
 
-def link(cache: Path, at: Path) -> None:
+def link(cache: Path, at: Path, files: Collection[str] | None = None) -> None:
     """Make `at` a folder like `cache`, with a link to each of its files where nothing is yet.
 
-    Raises `OSError`, also if somebody else could write to `at`.
+    With `files`, paths that begin with the name of `cache`, to these only. Raises `OSError`, also if
+    somebody else could write to `at`.
     """
     _own_folder(at.parent)
     _own_folder(at)
     cache = cache.resolve()  # what was looked at stays what is meant
-    for parent, _, files in os.walk(cache):
+    for parent, _, names in os.walk(cache):
         shown = at / Path(parent).relative_to(cache)
         shown.mkdir(mode=0o700, exist_ok=True)
-        for name in files:
+        for name in names:
+            if files is not None and Path(parent, name).relative_to(cache.parent).as_posix() not in files:
+                continue
             with suppress(FileExistsError):  # of an earlier start, or written since
                 (shown / name).symlink_to(Path(parent, name))
 

@@ -127,13 +127,15 @@ def is_of_bake(model: Path) -> bool:
     return model.name == MODEL and any((model.parent / name).is_file() for name in (NAME, STATE))
 
 
-def contents(folder: Path) -> list[str]:
+def contents(folder: Path, *tops: str) -> list[str]:
     """What a manifest of `folder` names, sorted: paths with `/`, of files and of all else but folders.
+
+    With `tops` of these folders in it.
 
     Links are among them, to folders too, which are not gone through.
     """
     found = []
-    for top in (MODEL, CACHE):
+    for top in tops or (MODEL, CACHE):
         for parent, folders, names in os.walk(folder / top):
             found += [Path(parent, name) for name in names]
             found += [path for path in (Path(parent, name) for name in folders) if path.is_symlink()]
@@ -154,12 +156,12 @@ def differences(
     """The files of `folder` that are not as in `manifest`, sorted by path.
 
     Sizes are compared of all; bytes of what is read quickly, the model's files but its weights, and
-    with `full` of everything, and a file too many is a difference as well. `told` hears how many bytes
-    were read.
+    with `full` of everything. A file too many is a difference in the model, which vLLM would read, and
+    with `full` anywhere. `told` hears how many bytes were read.
     """
     listed = dict(manifest.files)
-    extra = sorted(set(contents(folder)) - listed.keys()) if full else []
-    for path in sorted({*listed, *extra}):
+    there = contents(folder, *((MODEL, CACHE) if full else (MODEL,)))
+    for path in sorted({*listed, *there}):
         if (expected := listed.get(path)) is None:
             yield Difference(path, "not in the manifest", "no such file", "one")
             continue

@@ -87,6 +87,15 @@ def test_caches_are_shown_in_the_temporary_folder(bake: Path, temporary: Path) -
     assert not any(path.stat().st_mode & 0o077 for path in (shown.parent, shown, shown / "vllm"))
 
 
+def test_a_file_too_many_in_the_cache_is_not_shown(bake: Path) -> None:
+    """What nobody has sealed is not run."""
+    (bake / "cache/vllm/modelinfos/b.json").write_text("{}")
+    environ = {"MODEL_NAME": str(bake)}
+    baked.adopt(environ)
+    shown = Path(environ["XDG_CACHE_HOME"]) / "vllm/modelinfos"
+    assert [path.name for path in shown.iterdir()] == ["a.json"]
+
+
 def test_adopting_twice_is_adopting_once(bake: Path) -> None:
     """A warm parent has, and so does its worker; what was written meanwhile stays."""
     environ = {"MODEL_NAME": str(bake)}

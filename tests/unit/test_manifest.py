@@ -89,13 +89,17 @@ def test_missing_and_cut_files_are_found_by_name(bake: Path, *, full: bool) -> N
     ]
 
 
+MORE = (("model", "safetensors"), ("cache/vllm", "so"))
+
+
 def test_a_file_too_many_is_found(bake: Path) -> None:
     """vLLM may read it; beside the manifest's folders anything may lie."""
     (bake / "model/more.safetensors").write_bytes(b"")
     (bake / ".bake.json").write_bytes(b"")
-    assert [(one.path, one.what) for one in found(bake, full=True)] == [
-        ("model/more.safetensors", "not in the manifest")
-    ]
+    (bake / "cache/vllm/more.so").write_bytes(b"")
+    model, cache = ((f"{top}/more.{end}", "not in the manifest") for top, end in MORE)
+    assert [(one.path, one.what) for one in found(bake, full=True)] == [cache, model]
+    assert [(one.path, one.what) for one in found(bake, full=False)] == [model]  # the cache's is not shown
 
 
 def test_told_how_far_it_is(bake: Path) -> None:

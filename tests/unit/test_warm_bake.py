@@ -187,13 +187,22 @@ def test_a_start_does_not_outlive_who_asked_for_it(bake: Path) -> None:
         process.communicate(timeout=20)
 
 
+LONG_START = """
+import threading
+from builder import start
+from handler import engine
+engine.check = lambda *_: threading.Event().wait()
+start.start()
+"""
+
+
 def test_a_start_ends_with_who_asked_for_it(bake: Path) -> None:
-    """As the pipe tells it."""
+    """As the pipe tells it, however far the start is."""
     theirs, ours = os.pipe()
     os.close(ours)
     environ = {"PATH": os.environ["PATH"], "MODEL_NAME": str(bake / "model"), "AUTH": "off"}
     done = subprocess.run(
-        [sys.executable, "-m", "builder.start"],
+        [sys.executable, "-c", LONG_START],
         env={**environ, "LIFELINE_FD": str(theirs)},
         pass_fds=(theirs,),
         capture_output=True,
