@@ -159,7 +159,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         phases = Phases(time.monotonic())
         phases.facts["parent"] = "snapshot"
         environ.update(late)
-        settings = freeze.resumed_settings(given, late)
+        settings = freeze.resumed_settings(given, late, listens=platforms.listens(environ))
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
         platform = platforms.load(platforms.chosen(environ), settings)
@@ -258,7 +258,7 @@ def explain_start(source: str | None, picture: Path | None, environ: MutableMapp
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
     """The settings; what is wrong with them and with vLLM's flags is reported together."""
     try:
-        return model.at_hand(Settings.from_environ(environ))
+        return model.at_hand(Settings.from_environ(environ, listens=platforms.listens(environ)))
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]

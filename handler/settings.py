@@ -305,13 +305,13 @@ class Settings:
         )
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Self:
-        """The settings that `environ` holds.
+    def from_environ(cls, environ: Mapping[str, str], *, listens: bool = True) -> Self:
+        """The settings that `environ` holds, of a worker that `listens`, or takes jobs and can't be reached.
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
         values, faults = read(TABLE, environ, others=UNREAD)
-        if _open_to_all(**values):
+        if listens and _open_to_all(**values):
             faults.append(
                 f"HOST={values['host']} can be reached from other machines and there is no API_KEY; "
                 "set API_KEY, or AUTH=off if something in front of the worker asks for a key"

@@ -300,6 +300,11 @@ def test_listening_beyond_this_machine_needs_a_key(host: str) -> None:
         assert Settings.from_environ({"HOST": host, **enough}).host == host
 
 
+def test_who_takes_jobs_needs_no_key() -> None:
+    """The image listens on every address, and on a platform of jobs a worker listens on none."""
+    assert Settings.from_environ({"HOST": "0.0.0.0"}, listens=False).api_key is None
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
     """On this machine alone a key is optional."""
