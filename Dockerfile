@@ -38,11 +38,11 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
  && { pip install --no-deps "${TORCH}" \
    || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "${TORCH}"; } \
  && python /tmp/image.py settle /opt/venv
+COPY --from=requirements /requirements.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,from=requirements,source=/requirements.txt,target=/tmp/requirements.txt \
     --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
-    pip install -r /tmp/requirements.txt \
+    pip install -r /opt/requirements.txt \
  && pip install --no-deps "${RUNPOD}" \
  && pip uninstall -y torchvision torchaudio torchcodec \
  && python /tmp/image.py settle /opt/venv
@@ -52,13 +52,13 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-engine
 ARG RUNPOD=runpod==1.12.0
 ENV PATH=/opt/venv/bin:${PATH}
+COPY --from=requirements /requirements.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,from=requirements,source=/requirements.txt,target=/tmp/requirements.txt \
     --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
     packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
  && python3 -m venv --system-site-packages --without-pip /opt/venv \
- && python -m pip install -r /tmp/requirements.txt \
+ && python -m pip install -r /opt/requirements.txt \
  && python -m pip install --no-deps "${RUNPOD}" \
  && python /tmp/image.py settle "${packages}" /opt/venv
 
@@ -75,10 +75,10 @@ RUN --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
 # A model. It depends on no engine and on those files only that a fetch imports, so that it is seldom fetched
 # again; if it is, from a cache that the builder keeps. Its files get one time: the same model is the same layer.
 FROM slim AS fetch
+COPY --from=requirements /fetch.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,from=requirements,source=/fetch.txt,target=/tmp/fetch.txt \
-    pip install -r /tmp/fetch.txt
+    pip install -r /opt/fetch.txt
 WORKDIR /app
 COPY handler/__init__.py handler/errors.py handler/levers.py handler/messages.py handler/prerequisites.py \
      handler/settings.py handler/table.py handler/unread.py handler/
@@ -127,11 +127,11 @@ LABEL org.opencontainers.image.title="firsttoken" \
 # WARM=auto leaves them out there, WARM=off everywhere.
 FROM runtime AS warm
 USER 0:0
+COPY --link --from=fetch /out/ /
+COPY --link --from=code /out/ /
 ARG ENGINE
 ARG WARM=auto
-RUN --mount=type=bind,from=fetch,source=/out/bake/model,target=/bake/model \
-    --mount=type=bind,from=code,source=/out/app,target=/app \
-    export HOST=127.0.0.1 \
+RUN export HOST=127.0.0.1 \
  && case "${WARM}-${ENGINE}" in \
       on-* | auto-cpu) python -m builder warm /bake ;; \
       auto-gpu) if [ -e /dev/nvidiactl ]; then python -m builder warm /bake; fi ;; \

@@ -149,11 +149,12 @@ def pip_settings() -> tuple[str, list[str]]:
     )
     found = dict(re.findall(r"^\S+\.([\w-]+)=(.*)$", done.stdout, re.MULTILINE))
     values = {name: str(ast.literal_eval(value)) for name, value in found.items() if name != "index"}
-    words = [word.removeprefix("file://") for value in values.values() for word in value.split()]
+    words = [word for value in values.values() for word in value.split()]
+    # The pages of an index in a folder name files beside it.
+    named = [word for word in words if word[0] == "/"]
+    named += [str(Path(word.removeprefix("file://")).parent) for word in words if word.startswith("file:///")]
     lines = [f"{name} = {value}" for name, value in values.items()]
-    return "\n".join(["[global]", *lines, ""]), [
-        word for word in words if word[0] == "/" and Path(word).exists()
-    ]
+    return "\n".join(["[global]", *lines, ""]), [path for path in named if Path(path).exists()]
 
 
 @contextmanager
