@@ -17,9 +17,9 @@ FROM python:3.11-slim-bookworm AS slim
 # What is to be installed, and nothing else of pyproject.toml: its other lines install nothing again.
 FROM slim AS requirements
 ARG ENGINE
-COPY pyproject.toml scripts/image.py /
-RUN python /image.py requirements "${ENGINE}" runpod < /pyproject.toml > /requirements.txt \
- && python /image.py requirements fetch < /pyproject.toml > /fetch.txt
+COPY pyproject.toml scripts/requirements.py /
+RUN python /requirements.py "${ENGINE}" runpod < /pyproject.toml > /requirements.txt \
+ && python /requirements.py fetch < /pyproject.toml > /fetch.txt
 
 
 # docs/decisions/0002-install.md: torch has a step of its own, and PyTorch's index is asked for torch alone.
@@ -33,47 +33,43 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
     python -m venv /opt/venv \
  && { pip install --no-deps "${TORCH}" \
-   || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "${TORCH}"; } \
- && python /tmp/image.py settle /opt/venv
+   || pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "${TORCH}"; }
 COPY --from=requirements /requirements.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
     pip install -r /opt/requirements.txt \
  && pip install --no-deps "${RUNPOD}" \
- && pip uninstall -y torchvision torchaudio torchcodec \
- && python /tmp/image.py settle /opt/venv
+ && pip uninstall -y torchvision torchaudio torchcodec
 
 
-# vLLM is in the system's Python; what it lacks goes beside it, and nothing of it is replaced.
+# vLLM is in the system's Python; what it lacks goes beside it, and nothing of it is replaced. uv, which has
+# installed it, compiles nothing, and not every file is for this Python: templates, tests.
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-engine
 ARG RUNPOD=runpod==1.12.0
 ENV PATH=/opt/venv/bin:${PATH}
 COPY --from=requirements /requirements.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
     packages=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
  && python3 -m venv --system-site-packages --without-pip /opt/venv \
  && python -m pip install -r /opt/requirements.txt \
  && python -m pip install --no-deps "${RUNPOD}" \
- && python /tmp/image.py settle "${packages}" /opt/venv
+ && { python -m compileall -q -j 0 "${packages}" || true; }
 
 
 # Our code, compiled by the Python that runs it.
 FROM ${ENGINE}-engine AS code
 COPY handler /out/app/handler
 COPY builder /out/app/builder
-RUN --mount=type=bind,source=scripts/image.py,target=/tmp/image.py \
-    chmod -R u=rwX,go=rX /out \
- && python /tmp/image.py settle /out
+RUN chmod -R u=rwX,go=rX /out \
+ && python -m compileall -q /out
 
 
 # A model. It depends on no engine and on those files only that a fetch imports, so that it is seldom fetched
-# again; if it is, from a cache that the builder keeps. Its files get one time: the same model is the same layer.
+# again; if it is, from a cache that the builder keeps. Modes and time are those that `seal` gives: the same model
+# is the same layer.
 FROM slim AS fetch
 COPY --from=requirements /fetch.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -93,7 +89,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
  && mkdir -p /out/bake \
  && cp -R "${folder}" /out/bake/model \
  && chmod -R u=rwX,go=rX /out \
- && find /out -exec touch --no-dereference --date=@0 {} +
+ && find /out -exec touch --no-dereference --date=@315532800 {} +
 
 
 # What every worker has. HOME is a folder that exists and can be written to when all else is read-only and the
@@ -131,8 +127,7 @@ COPY --link --from=fetch /out/ /
 COPY --link --from=code /out/ /
 ARG ENGINE
 ARG WARM=auto
-RUN export HOST=127.0.0.1 \
- && case "${WARM}-${ENGINE}" in \
+RUN case "${WARM}-${ENGINE}" in \
       on-* | auto-cpu) python -m builder warm /bake ;; \
       auto-gpu) if [ -e /dev/nvidiactl ]; then python -m builder warm /bake; fi ;; \
     esac \
@@ -141,7 +136,7 @@ RUN export HOST=127.0.0.1 \
  && mv /bake/manifest.json /out/bake/ \
  && if [ -e /bake/cache ]; then mv /bake/cache /out/bake/; fi \
  && chmod -R u=rwX,go=rX /out \
- && find /out -exec touch --no-dereference --date=@0 {} +
+ && find /out -exec touch --no-dereference --date=@315532800 {} +
 
 
 # The worker with a model in it.

@@ -9,7 +9,7 @@ PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint format types test-criu test-image judge-vllm judge-openai bench-overhead \
-        bench-stream bench-coldstart bench-coldstart-gpu clean
+        bench-stream bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
 bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token at none
 	@$(INSTALL) $(ENGINE) dev runpod
 	@$(PY) -m bench.stream
+
+bench-bake: ## A start from a bake, from the same model unbaked, and of vLLM's own server
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) -m bench.bake
 
 bench-coldstart: ## Process start to first token beside vLLM's own server; LEVERS=1: what each lever gives
 	@$(INSTALL) $(ENGINE) dev

@@ -164,14 +164,14 @@ class Run:
         self._outlook = Outlook()
         self._todo: list[Turn] = []
         self._number = 0
-        self._folder = Path(tempfile.mkdtemp(prefix="firsttoken-coldstart-", dir=place))
+        self.folder = Path(tempfile.mkdtemp(prefix="firsttoken-coldstart-", dir=place))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if len(self._failures) == self._failed_before:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def announce(self, todo: Sequence[Turn]) -> None:
         """Say how much there is to do."""
@@ -198,15 +198,21 @@ class Run:
                 self._tell(turn, said)
         return found
 
+    def caches(self, variant: Variant, folder: Path) -> dict[str, str]:  # noqa: ARG002 - for who bakes
+        """The environment in which a start of `variant` has its caches in `folder`."""
+        return caches(folder)
+
     def _start(self, turn: Turn, parent: Parent | None) -> Start:
         if turn.variant.kind == "fork":
             if parent is None:
                 raise NotStarted("there is no warm parent")
             return parent.start()
         self._number += 1
-        own = self._folder / f"{self._number}-{turn.variant.name or 'all'}"
+        own = self.folder / f"{self._number}-{turn.variant.name or 'all'}"
         own.mkdir()
-        environ = caches(own / "caches" if turn.mode == "empty" else self._folder / "caches")
+        environ = self.caches(
+            turn.variant, own / "caches" if turn.mode == "empty" else self.folder / "caches"
+        )
         if turn.mode == "nopyc":
             environ |= {"PYTHONPYCACHEPREFIX": str(own / "pyc"), "PYTHONDONTWRITEBYTECODE": "1"}
         if turn.mode == "dropped":
@@ -218,7 +224,7 @@ class Run:
     def _warm_parent(self, stack: ExitStack) -> Parent | None:
         """A warm parent that has made a worker, which taught it what to import; None if it can't."""
         print("  a warm parent, and a worker that it learns from", file=sys.stderr, flush=True)
-        parent = Parent(self.case, caches(self._folder / "caches"), self._folder)
+        parent = Parent(self.case, caches(self.folder / "caches"), self.folder)
         stack.callback(parent.close)
         try:
             parent.start()

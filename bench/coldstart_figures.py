@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from bench.start import VARIANTS, Start
+from bench.start import VARIANTS, Start, Variant
 
 Found = Mapping[str, Sequence[Start]]
 """The starts of each variant in one mode, by its name."""
@@ -31,7 +31,7 @@ QUIET_CORES = 0.1
 _MIB = 1 << 20
 
 
-def table(found: Found) -> str:
+def table(found: Found, variants: Mapping[str, Variant] = VARIANTS) -> str:
     """A line for each variant: median (min - max) of the time to first token, ratios, CPU, memory."""
     lines = [
         _row(
@@ -48,12 +48,12 @@ def table(found: Found) -> str:
     ]
     for variant, starts in found.items():
         if not starts:
-            lines.append(f"  {VARIANTS[variant].label:<20}did not start")
+            lines.append(f"  {variants[variant].label:<20}did not start")
             continue
-        of = [_ratio(found, variant, peer) for peer in ("vllm", "vllm-eager")]
+        of = [ratio(found, variant, peer) for peer in ("vllm", "vllm-eager")]
         lines.append(
             _row(
-                VARIANTS[variant].label,
+                variants[variant].label,
                 (f"{first_s(starts):.2f} s", 12),
                 (_spread([start.first_s for start in starts]), 16),
                 (str(len(starts)), 3),
@@ -90,6 +90,19 @@ def phases(starts: Sequence[Start]) -> dict[str, dict[str, float]]:
             "major_faults": median(span["major_faults"] for span in spans),
         }
     return found
+
+
+def side_by_side(found: Found, variants: Mapping[str, Variant]) -> str:
+    """The median wall time of each phase, a column for each variant that reports them."""
+    of = {name: phases(starts) for name, starts in found.items() if any(start.report for start in starts)}
+    widths = {name: max(9, len(variants[name].label) + 2) for name in of}
+    lines = [_row("", *((variants[name].label, widths[name]) for name in of))]
+    for phase in dict.fromkeys(phase for reported in of.values() for phase in reported):
+        walls = [(reported.get(phase, {}).get("wall_s"), widths[name]) for name, reported in of.items()]
+        lines.append(
+            _row(phase, *(("" if wall is None else f"{wall:.2f} s", width) for wall, width in walls))
+        )
+    return "\n".join(lines)
 
 
 def phase_table(starts: Sequence[Start]) -> str:
@@ -135,10 +148,10 @@ def ratios(found: Mapping[str, Found]) -> dict[str, float | None]:
     warm, dropped = found.get("warm", {}), found.get("dropped", {})
     memory = [_peak_mib(warm[name]) for name in ("worker", "vllm") if warm.get(name)]
     return {
-        "ratio_default": _ratio(warm, "worker", "vllm"),
-        "ratio_eager": _ratio(warm, "worker", "vllm-eager"),
-        "ratio_cold_cache": _ratio(dropped, "worker", "vllm"),
-        "ratio_fork": _ratio(warm, "fork", "vllm"),
+        "ratio_default": ratio(warm, "worker", "vllm"),
+        "ratio_eager": ratio(warm, "worker", "vllm-eager"),
+        "ratio_cold_cache": ratio(dropped, "worker", "vllm"),
+        "ratio_fork": ratio(warm, "fork", "vllm"),
         "memory_ratio": round(memory[0] / memory[1], 3) if len(memory) == 2 else None,
     }
 
@@ -225,7 +238,8 @@ def _gives_s(found: Found, name: str) -> float | None:
     return round(first_s(found[name]) - first_s(found[""]), 3) if found[""] and found[name] else None
 
 
-def _ratio(found: Found, ours: str, theirs: str) -> float | None:
+def ratio(found: Found, ours: str, theirs: str) -> float | None:
+    """The median of `ours` by that of `theirs`; None if one was not measured."""
     if not found.get(ours) or not found.get(theirs):
         return None
     return round(first_s(found[ours]) / first_s(found[theirs]), 4)

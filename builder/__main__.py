@@ -13,7 +13,7 @@ from typing import TextIO
 from builder.console import Console
 from handler.errors import StartError
 
-COMMANDS = ("fetch",)
+COMMANDS = ("bake", "fetch", "warm", "seal", "verify")
 """Each is a module of `builder.commands`."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TextIO
 
+CLEAR = "\r\x1b[K"
+
 
 @dataclass(frozen=True, slots=True)
 class Console:
@@ -20,8 +22,16 @@ class Console:
         return self.stream.isatty()
 
     def say(self, text: str) -> None:
-        """Write one line."""
-        print(f"{self.name}: {text}", file=self.stream, flush=True)
+        """Write one line, in the place of what a terminal shows now."""
+        clear = CLEAR if self.terminal else ""
+        print(f"{clear}{self.name}: {text}", file=self.stream, flush=True)
+
+    def step(self, text: str) -> None:
+        """Say what is being done now: on a terminal in the place of what was said so before."""
+        if self.terminal:
+            print(f"{CLEAR}{self.name}: {text}", end="", file=self.stream, flush=True)
+        else:
+            self.say(text)
 
 
 def size(count_bytes: int) -> str:

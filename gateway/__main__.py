@@ -28,7 +28,7 @@ from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
-from handler import early, logs
+from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     args = parser.parse_args(argv)
     given = {"UPSTREAM": args.upstream} if getattr(args, "upstream", None) else {}
     try:
-        settings = GatewaySettings.from_environ({**os.environ, **given})
+        settings = GatewaySettings.from_environ({**os.environ, **baked.names(os.environ), **given})
         logs.to_stderr("gateway", settings.log_level)
         logs.to_stderr("handler", settings.log_level)
         logs.to_stderr("uvicorn", "WARNING")

@@ -25,7 +25,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import explain, freeze, logs, machine, model, platforms, readahead
+from handler import baked, explain, freeze, logs, machine, model, platforms, readahead
 from handler.engine import Engine, flag_checks, make_parser
 from handler.errors import BadSettings, StartError, Unfit, UsageError
 from handler.flags import flag_faults
@@ -138,8 +138,8 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
     """Load the model and wait in `folder` to be captured; each copy serves. Raises `StartError`."""
     barrier = freeze.Barrier(folder)
     barrier.clear()
-    given = dict(environ)
     phases = begin(environ)
+    given = dict(environ)
     settings = freeze.settings_to_freeze(read_settings(environ), accelerator=machine.has_accelerator())
     open_log(settings)
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -197,7 +197,8 @@ def tell_parent(settings: Settings, phases: Phases) -> Notifier:
 
 
 def begin(environ: MutableMapping[str, str]) -> Phases:
-    """What comes before everything: files are asked for, the clock runs."""
+    """What comes before everything: a bake is found, files are asked for, the clock runs."""
+    baked.adopt(environ)
     readahead.begin(environ)
     phases = Phases(process_started_s())
     phases.until_now("interpreter")

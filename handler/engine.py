@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import copy
 import gc
 import importlib
 import json
 import logging
+import math
 import mmap
 import os
 import sys
@@ -31,11 +33,13 @@ import uvloop
 
 from handler import (
     asgi,
+    baked,
     caches,
     generated,
     kept,
     loader,
     machine,
+    manifest,
     model,
     pack,
     prerequisites,
@@ -94,6 +98,7 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "renderer_from_config": ("vllm.renderers",),
     "register_kernels": ("vllm.triton_utils.dispatcher",),
     "ModelRegistry": ("vllm.model_executor.models",),
+    "ModelConfig": ("vllm.config",),
 }
 """Every name of vLLM that the worker uses."""
 
@@ -132,6 +137,8 @@ class Prepared:
     vllm_config: Any
     mode: str
     weights: loader.Choice
+    shaping: Mapping[str, str]
+    """What of the settings decides which caches are made and found."""
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
     memories: tuple[kept.Memory, ...] = ()
@@ -222,10 +229,17 @@ class Engine:
         """
         config = self._llm.vllm_config
         batch = int(config.scheduler_config.max_num_seqs)
-        tokens = int((config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size)
+        tokens = math.prod(self.kv_cache().values() or (0,))
         if not tokens:  # a model without a KV cache
             return batch
         return max(1, min(batch, tokens // min(int(config.model_config.max_model_len), TYPICAL_TOKENS)))
+
+    def kv_cache(self) -> dict[str, int]:
+        """What the KV cache holds: `blocks` of `block_size` tokens each; empty for a model without one."""
+        cache = self._llm.vllm_config.cache_config
+        if not cache.num_gpu_blocks:
+            return {}
+        return {"blocks": int(cache.num_gpu_blocks), "block_size": int(cache.block_size)}
 
     def close(self) -> None:
         """Stop the engine and free the model; one that still opens is left to the end of the process."""
@@ -301,6 +315,7 @@ def check(settings: Settings, environ: MutableMapping[str, str]) -> None:
     """Raise `StartError` for what can be known to fail before the slow imports."""
     prerequisites.check()
     model.check(settings.model_name, environ)
+    baked.check(settings.model_name, full=settings.verify_weights == "full")
 
 
 def touched_device() -> str | None:
@@ -398,8 +413,13 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
             look_for_kernels_in_vllm()
         if on_cpu and not args.enforce_eager and pulled("aot", environ):
             accept_compiled_models()
+        shaped = shaping(parser, args, mode, environ)  # before vLLM adds to its arguments
+        for line in baked.unlike(settings.model_name, shaped):
+            log.warning("a setting is not as when the model was baked", extra={"reason": line})
         vllm_config = configure(args, mode)
-    return Prepared(settings, args, vllm_config, mode, weights, memories=memories)
+        if not args.enforce_eager and manifest.is_of_bake(Path(settings.model_name)):
+            name_compiled_models(manifest.MODEL)
+    return Prepared(settings, args, vllm_config, mode, weights, shaped, memories=memories)
 
 
 def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
@@ -410,6 +430,47 @@ def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
         yield modules
     if pulled("generated", environ):
         yield generated.keep(environ)
+
+
+NOT_SHAPING = frozenset(
+    {
+        *("api_key", "chat_template", "config", "hf_token", "host", "model", "model_tag", "port", "revision"),
+        *("served_model_name", "subparser", "tokenizer", "uds"),
+        *(flag.replace("-", "_") for flag in loader.FLAGS),
+    }
+)
+"""Flags (by `dest`) that no cache depends on, and secrets."""
+
+
+def shaping(parser: ArgumentParser, args: Namespace, mode: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """What of a start decides which caches it makes and finds: flags that are not vLLM's default, as text.
+
+    And the compiler that is named, which torch has in its keys though nothing is compiled.
+    """
+    found = {
+        name: str(value)
+        for name, value in vars(args).items()
+        if name not in NOT_SHAPING and value != parser.get_default(name)
+    }
+    compiler = {name: environ[name] for name in ("CXX",) if environ.get(name)}
+    return {**found, "engine_mode": mode, **compiler}
+
+
+def name_compiled_models(name: str) -> None:
+    """Have vLLM know a compiled model by `name`, not by the folder that the model is in today.
+
+    The key of its cache has every field of the model's configuration in it, so that a model which was
+    moved is compiled again.
+    """
+    config = seam("ModelConfig")
+    theirs = config.compute_hash
+
+    def compute_hash(self: Any) -> Any:
+        named = copy.copy(self)
+        named.model = name
+        return theirs(named)
+
+    config.compute_hash = compute_hash
 
 
 def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
@@ -425,6 +486,8 @@ def facts(ready: Prepared, phases: Phases) -> dict[str, Any]:
         found["weights_bytes"] = weights_bytes
         if took_s := phases.wall_s("weights"):
             found["weights_gb_per_s"] = round(weights_bytes / took_s / 1e9, 2)
+    if (expected_s := baked.expected_s(ready.settings.model_name)) is not None:
+        found["expected_s"] = expected_s
     if ready.settings.levers_off:
         found["levers_off"] = list(ready.settings.levers_off)
     return found

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 _ACCELERATORS = {"/dev/nvidiactl": "cuda", "/dev/kfd": "rocm"}
+_VECTORS = ("amx", "asimd", "avx", "bf16", "fma", "sve")
+_CPUINFO = Path("/proc/cpuinfo")
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
@@ -19,6 +22,25 @@ def has_accelerator() -> bool:
 def accelerator() -> str | None:
     """`cuda` or `rocm` if a GPU's device file is there, else None."""
     return next((kind for device, kind in _ACCELERATORS.items() if Path(device).exists()), None)
+
+
+def gpu(folder: Path = _NVIDIA) -> str | None:
+    """What the first NVIDIA GPU is called, as its driver says in /proc; None if there is none to be seen."""
+    for file in sorted(folder.glob("*/information")):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "Model":
+                return value.strip()
+    return None
+
+
+def instructions(cpuinfo: Path = _CPUINFO) -> list[str]:
+    """The sets of vector instructions of the first processor that code may be compiled for, sorted."""
+    for line in cpuinfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in {"flags", "Features"}:  # x86, Arm
+            return sorted(word for word in value.split() if word.startswith(_VECTORS))
+    return []
 
 
 def cores() -> int:

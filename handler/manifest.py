@@ -26,6 +26,8 @@ NAME = "manifest.json"
 MODEL = "model"
 CACHE = "cache"
 START = f"{CACHE}/start.json"
+STATE = ".bake.json"
+"""What the builder remembers; it is beside what was baked and not a part of it."""
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Files that take seconds to read as a whole; the quick check compares their sizes."""
@@ -104,14 +106,23 @@ class Manifest:
         }
         return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
+    def digest(self) -> str:
+        """What names this manifest, in hexadecimal: another one if a byte of it is another."""
+        return hashlib.sha256(self.dump()).hexdigest()
+
 
 def is_bake(folder: Path) -> bool:
     """Whether `folder` was baked, as far as its manifest says."""
     return (folder / NAME).is_file()
 
 
+def is_of_bake(model: Path) -> bool:
+    """Whether the folder `model` is the model of a bake, sealed or in the making."""
+    return model.name == MODEL and any((model.parent / name).is_file() for name in (NAME, STATE))
+
+
 def contents(folder: Path) -> list[str]:
-    """Every file that a manifest of `folder` names, sorted: paths with `/`, links and other things left out."""
+    """The files that a manifest of `folder` names, sorted: paths with `/`. Links are none."""
     found = []
     for top in (MODEL, CACHE):
         for parent, _, names in os.walk(folder / top):
@@ -143,9 +154,8 @@ def differences(
             yield Difference(path, "missing", f"{expected.size_bytes} bytes", "no such file")
         elif size_bytes != expected.size_bytes:
             yield Difference(path, "size", f"{expected.size_bytes} bytes", f"{size_bytes} bytes")
-        elif full or _quick(path):
-            if (found := sha256(file, told)) != expected.sha256:
-                yield Difference(path, "sha256", expected.sha256, found)
+        elif (full or _quick(path)) and (found := sha256(file, told)) != expected.sha256:
+            yield Difference(path, "sha256", expected.sha256, found)
 
 
 def sha256(file: Path, told: Callable[[int], object] = lambda _: None) -> str:

@@ -30,6 +30,9 @@ THREADS = 4
 THREAD = "read-ahead"
 """What each of them is called."""
 
+BAKED = "baked.txt"
+"""The list of a bake."""
+
 SAMPLE = 4
 RESIDENT = 0.9
 """The files count as read if this much of the `SAMPLE` largest is in the page cache."""
@@ -57,11 +60,17 @@ def weights(model: str) -> list[str]:
 
 
 def place(environ: Mapping[str, str]) -> Path:
-    """Where the list of files is kept: one for each model and state of the packages, in the user's cache."""
-    cache = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firsttoken" / "readahead"
-    installed = os.stat(sysconfig.get_path("purelib")).st_mtime_ns  # noqa: PTH116
+    """Where the list of files is kept: one for each model and state of the packages, in the user's cache.
+
+    Of a bake there is one, wherever it is. Times are whole seconds here and wherever a cache depends on
+    one: an image has no others.
+    """
+    folder = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "firsttoken" / "readahead"
+    if (baked := folder / BAKED).exists():
+        return baked
+    installed = int(os.stat(sysconfig.get_path("purelib")).st_mtime)  # noqa: PTH116
     kind = "\0".join([sys.prefix, sys.version, str(installed), environ.get("MODEL_NAME", "")])
-    return cache / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.txt"
+    return folder / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.txt"
 
 
 def recorded(path: Path) -> list[str]:

@@ -61,7 +61,9 @@ PLATFORMS = ("runpod", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
 
 TABLE: Table = (
-    Setting("MODEL_NAME", "model_name", MODEL, DEFAULT_MODEL, "The model to serve."),
+    Setting(
+        "MODEL_NAME", "model_name", MODEL, DEFAULT_MODEL, "The model to serve; also the folder of a bake."
+    ),
     Setting(
         "MODEL_REVISION",
         "model_revision",
@@ -75,7 +77,8 @@ TABLE: Table = (
         "served_model_name",
         NAME,
         None,
-        "What clients call the model. If not set: `MODEL_NAME`; of a folder, its last part.",
+        "What clients call the model. If not set: `MODEL_NAME`; of a folder, its last part; of a bake, "
+        "the name that it was baked by.",
         ("OPENAI_SERVED_MODEL_NAME_OVERRIDE",),
     ),
     Setting(
@@ -116,6 +119,14 @@ TABLE: Table = (
         TEXT,
         None,
         "Flags of vLLM as words, quoted as in a shell.",
+    ),
+    Setting(
+        "VERIFY_WEIGHTS",
+        "verify_weights",
+        choice("size", "full"),
+        "size",
+        "What is compared of the weights of a baked model before they are loaded: the `size` of each file, "
+        "or in `full` each byte, about 1 s per GB.",
     ),
     Setting(
         "ENGINE_MODE",
@@ -269,6 +280,7 @@ class Settings:
     custom_chat_template: str | None = field(repr=False)
     hf_token: str | None = field(repr=False)
     max_concurrency: int | None
+    verify_weights: str
     engine_mode: str
     host: str
     port: int

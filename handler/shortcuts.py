@@ -169,12 +169,12 @@ def _metadata(folder: str) -> Any:
     try:
         with os.scandir(folder or ".") as entries:
             return folder, sorted(
-                (entry.name, entry.stat().st_mtime_ns)
+                (entry.name, int(entry.stat().st_mtime))
                 for entry in entries
                 if entry.name.endswith((".dist-info", ".egg-info", ".egg"))
             )
     except NotADirectoryError:  # an archive
         stat = Path(folder).stat()
-        return folder, stat.st_mtime_ns, stat.st_size
+        return folder, int(stat.st_mtime), stat.st_size
     except OSError:
         return folder, None

@@ -70,5 +70,5 @@ def _models(asked: Path) -> Path | None:
 def _fingerprint(models: Path, asked: str, prefix: str | None) -> str:
     """Another one when transformers, its folder of models or Python is another."""
     files = (models, models / "__init__.py", models.parent / "__init__.py")
-    stats = [(str(file), stat.st_mtime_ns, stat.st_size) for file in files for stat in [file.stat()]]
+    stats = [(str(file), int(stat.st_mtime), stat.st_size) for file in files for stat in [file.stat()]]
     return hashlib.sha256(repr((stats, asked, prefix, sys.version)).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
-from handler import engine, machine, readahead
+from handler import baked, engine, machine, readahead
 from handler.engine import Prepared
 from handler.errors import StartError
 from handler.phases import Phases
@@ -102,12 +102,14 @@ class Parent:
 
     def fork(self, asked: Asked, tell: Tell) -> Fork:
         """In the fork: what the worker goes on from."""
+        given = dict(asked.environ)
+        baked.adopt(given)
         os.environ.clear()
-        os.environ.update({**self.added, **asked.environ})
+        os.environ.update({**self.added, **given})
         phases = Phases(asked.at_s)
         phases.inherit(self.phases)
         phases.facts["parent"] = "warm"
-        return Fork(asked.environ, phases, self.prepared, self.known, tell)
+        return Fork(given, phases, self.prepared, self.known, tell)
 
     def zygote(self, serve: Callable[[Fork], int]) -> Zygote:
         """What forks this process; its workers do `serve`, and return its exit code."""

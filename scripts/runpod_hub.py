@@ -62,6 +62,7 @@ NOT_SHOWN = frozenset(
         ),  # no port
         *("PLATFORM", "ENGINE_MODE"),  # found
         *("LIFELINE_FD", "NOTIFY_SOCKET"),  # for a parent process
+        "VERIFY_WEIGHTS",  # for a model in an image of one's own
         *("LEVERS_OFF", "FOREIGN_NAMES"),  # for measurements, for environments that others share
     }
 )

@@ -63,10 +63,9 @@ from handler.prerequisites import check
 check()
 sources = [path for folder in ("/opt/venv/lib", "/app") for path in Path(folder).rglob("*.py")]
 missing = [path for path in sources if not os.path.exists(cache_from_source(str(path)))]
-young = [path for path in Path("/opt/venv").rglob("*") if path.lstat().st_mtime_ns % 10**9]
 ours = [path for folder in ("/app", "/bake", "/opt") for path in Path(folder).rglob("*")]
 writable = [path for path in ours if os.access(path, os.W_OK)]
-print(len(sources), len(missing), len(young), len(writable), os.getuid())
+print(len(sources), len(missing), len(writable), os.getuid())
 """
 
 NOT_TRIED = (
@@ -273,8 +272,8 @@ def run() -> dict[str, Any]:
         assert (1, "starting") in seen, seen
         answer = within(name, ASK.format(key=KEY))
         assert answer == [MODEL, "The capital of France is Paris."], answer
-        sources, missing, young, writable, uid = map(int, within(name, LOOK)[-1].split())
-        assert (young, writable, uid) == (0, 0, int(USER.partition(":")[0])), (young, writable, uid)
+        sources, missing, writable, uid = map(int, within(name, LOOK)[-1].split())
+        assert (writable, uid) == (0, int(USER.partition(":")[0])), (writable, uid)
         assert missing < sources / 100, (
             missing,
             sources,

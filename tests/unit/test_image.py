@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import py_compile
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import cache_from_source, find_spec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,12 @@ import hcl2
 import pytest
 from e2b_dockerfile_utils import DockerfileInstruction, PatternMatcher, parse_dockerfile_ast
 
+from builder.seal import MTIME_S
 from handler.errors import BadSettings
 from handler.prerequisites import TORCH_EXTRAS
 from handler.settings import DEFAULT_MODEL, TABLE, Settings
-from scripts import image, install
+from scripts import install
+from scripts.requirements import requirements
 from tests.unit.test_layers import files, imports
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +129,18 @@ def origins(stage: Stage) -> Iterator[str]:
     yield from (mount["from"] for mount in mounts(stage) if "from" in mount)
 
 
+def of_a_fetch() -> set[Path]:
+    """The files of ours that `python -m builder fetch` imports."""
+    seen: set[Path] = set()
+    todo = [path for name in ("builder.__main__", "builder.commands.fetch") for path in files(name)]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += [found for name in imports(path) for found in files(name)]
+    return seen
+
+
 def filled(text: str, values: dict[str, Any]) -> str:
     """`text` with the variables of `values` in it."""
     return re.sub(r"\$\{(\w+)\}", lambda match: str(values[match[1]]), text)
@@ -202,19 +214,12 @@ def test_the_versions_are_those_of_the_repository() -> None:
     assert install.TORCH_INDEX in (ROOT / "Dockerfile").read_text()
     assert DEFAULTS["VERSION"] == PYPROJECT["version"]
     assert DEFAULTS["MODEL"] == DEFAULT_MODEL
-    assert f"pip uninstall -y {' '.join(TORCH_EXTRAS)} " in BY_NAME["cpu-engine"].of("RUN")[-1].original
+    assert BY_NAME["cpu-engine"].of("RUN")[-1].original.endswith(f"pip uninstall -y {' '.join(TORCH_EXTRAS)}")
 
 
 def test_a_fetch_reads_those_files_of_the_worker_that_it_imports() -> None:
     """One too few ends the fetch; one too many fetches a model again whenever it changes."""
-    seen: set[Path] = set()
-    todo = [path for name in ("builder.__main__", "builder.commands.fetch") for path in files(name)]
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += [found for name in imports(path) for found in files(name)]
-    needed = {str(path.relative_to(ROOT)) for path in seen}
+    needed = {str(path.relative_to(ROOT)) for path in of_a_fetch()}
     copied = sources(BY_NAME["fetch"])
     assert {path for path in copied if path.startswith("handler")} == {
         path for path in needed if path.startswith("handler")
@@ -228,7 +233,7 @@ def test_a_fetch_reads_those_files_of_the_worker_that_it_imports() -> None:
 def test_a_change_of_our_code_moves_neither_engine_nor_model() -> None:
     """The code is in no stage that these are made of, and the last layer of the image."""
     for name in ("cpu-engine", "gpu-engine", "runtime"):
-        assert set(sources(BY_NAME[name])) <= {"scripts/image.py"}
+        assert sources(BY_NAME[name]) == []
         assert {origin for origin in origins(BY_NAME[name]) if origin in BY_NAME} <= {"slim", "requirements"}
     assert [(step.flags, step.args) for step in BY_NAME["baked"].of("COPY")] == [
         (["--link", f"--from={origin}"], ["/out/", "/"]) for origin in ("fetch", "warm", "code")
@@ -239,7 +244,7 @@ def test_a_change_of_our_code_moves_neither_engine_nor_model() -> None:
 def test_the_model_is_the_same_layer_each_time() -> None:
     """Its files and folders get one time, and are copied together with the folders above them."""
     fetch = BY_NAME["fetch"].of("RUN")[-1].original
-    assert fetch.endswith("find /out -exec touch --no-dereference --date=@0 {} +")
+    assert fetch.endswith(f"find /out -exec touch --no-dereference --date=@{MTIME_S} {{}} +")
     assert "mkdir -p /out/bake" in fetch
 
 
@@ -253,11 +258,10 @@ def test_no_secret_is_in_an_argument_or_a_variable() -> None:
 
 
 def test_modules_are_compiled() -> None:
-    """Nothing keeps pip from it, and each stage that installs or copies code sees to it."""
-    text = (ROOT / "Dockerfile").read_text()
-    assert not re.search("PYTHONDONTWRITEBYTECODE|no-compile|NO_COMPILE", text)
-    for name in ("cpu-engine", "gpu-engine", "code"):
-        assert "/tmp/image.py settle" in BY_NAME[name].of("RUN")[-1].original
+    """Nothing keeps pip from it; what uv has installed, and our code, is compiled by a step."""
+    assert not re.search("PYTHONDONTWRITEBYTECODE|no-compile|NO_COMPILE", (ROOT / "Dockerfile").read_text())
+    for name in ("gpu-engine", "code"):
+        assert "python -m compileall -q" in BY_NAME[name].of("RUN")[-1].original
 
 
 def test_the_image_runs_the_worker_and_looks_after_it() -> None:
@@ -331,48 +335,21 @@ def unquoted(text: str) -> str:
     return text[1:-1]
 
 
-def test_requirements_are_those_of_the_extras(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line each, with the plain dependencies; a fetch needs none of these."""
+def test_requirements_are_those_of_the_extras() -> None:
+    """With the plain dependencies, of which a fetch needs none."""
     project = b'project.dependencies = ["a>=1"]\n'
     project += b'project.optional-dependencies = {cpu = ["b==2"], fetch = ["c"]}\n'
-    image.main(["requirements", "cpu", "fetch"], io.BytesIO(project))
-    image.main(["requirements", "fetch"], io.BytesIO(project))
-    assert capsys.readouterr().out == "a>=1\nb==2\nc\nc\n"
-    with pytest.raises(SystemExit, match=r"image\.py settle FOLDER"):
-        image.main(["settle"], io.BytesIO())
+    assert list(requirements(io.BytesIO(project), ["cpu", "fetch"])) == ["a>=1", "b==2", "c"]
+    assert list(requirements(io.BytesIO(project), ["fetch"])) == ["c"]
 
 
 def test_what_a_fetch_imports_of_others_is_in_its_extra() -> None:
     """The stage of the model installs that extra and nothing else."""
     names = {re.split(r"[^\w-]", line)[0] for line in PYPROJECT["optional-dependencies"]["fetch"]}
-    ours = {"builder", "handler"}
-    paths = [ROOT / path for path in TRACKED if re.fullmatch(r"builder/\w+\.py", path)]
-    theirs = {name.partition(".")[0] for path in paths for name in imports(path)}
-    theirs -= {
-        *sys.stdlib_module_names,
-        *ours,
-        "httpx2",
-    }  # the last is huggingface_hub's own, in its interface
+    theirs = {name.partition(".")[0] for path in of_a_fetch() for name in imports(path)}
+    theirs -= {*sys.stdlib_module_names, "builder", "handler"}
+    theirs -= {"httpx2"}  # huggingface_hub's own, in its interface
     assert theirs == {name.replace("-", "_") for name in names}
-
-
-def test_settled_modules_are_compiled_and_keep_whole_seconds(tmp_path: Path) -> None:
-    """So that a layer, which has no fractions, changes no time; what Python can't read is passed over."""
-    good, bad, link = tmp_path / "good.py", tmp_path / "bad.py", tmp_path / "link"
-    good.write_text("a = 1\n")
-    bad.write_text("a = {{ template }}}\n")
-    link.symlink_to("nowhere")
-    os.utime(good, ns=(7_900_000_000, 7_900_000_000))
-    image.settle(str(tmp_path))
-    compiled = Path(cache_from_source(str(good)))
-    assert compiled.is_file()
-    assert good.stat().st_mtime_ns == 7_000_000_000
-    everything = [tmp_path, *tmp_path.rglob("*")]
-    assert len(everything) == 6
-    assert not [path for path in everything if path.lstat().st_mtime_ns % 10**9]
-    held = compiled.read_bytes()
-    py_compile.compile(str(good), doraise=True)  # as Python does that finds it out of date
-    assert compiled.read_bytes() == held
 
 
 def test_the_hub_finds_a_handler_that_is_the_image_s_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,27 @@ def test_a_file_that_others_can_write_is_not_read(file: Path, mode: int) -> None
     assert kept.read(file) is None
 
 
-def test_a_link_is_not_followed(file: Path) -> None:
-    """Whoever can make one need not be able to write where it leads."""
+@pytest.fixture
+def link(file: Path) -> Path:
+    """A link to what was written."""
     moved = file.with_name("moved")
     file.rename(moved)
     file.symlink_to(moved)
-    assert kept.read(file) is None
-    assert kept.read(moved) == DATA
+    return file
+
+
+def test_a_link_of_ours_is_followed(link: Path) -> None:
+    """To what nobody else can write."""
+    assert kept.read(link) == DATA
+    link.readlink().chmod(0o666)
+    assert kept.read(link) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_link_of_another_user_is_not_followed(link: Path) -> None:
+    """Whoever can make one need not be able to write where it leads."""
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    assert kept.read(link) is None
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?", lambda _: b""])

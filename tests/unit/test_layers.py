@@ -23,6 +23,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"asgi"},
     {"admission", "slots"},
     {
+        "baked",
         "caches",
         "drain",
         "early",
@@ -32,7 +33,6 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "jobs",
         "listener",
         "loader",
-        "manifest",
         "metrics",
         "model",
         "prerequisites",
@@ -54,7 +54,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "supervision",
         "tracing",
     },
-    {"pack", "phases", "zygote"},
+    {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
     {"imports", "kept", "levers", "messages", "ties", "unread"},
 )

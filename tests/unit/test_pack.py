@@ -175,7 +175,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "another index": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"),
     "others can write": lambda file: file.chmod(0o646),
-    "a link": lambda file: file.symlink_to(file.rename(file.with_suffix(".moved"))),
     "a folder": lambda file: Path.mkdir(file.rename(file.with_suffix(".moved")).with_suffix(".pack")),
 }
 

@@ -47,6 +47,7 @@ def test_worker_defaults() -> None:
         custom_chat_template=None,
         hf_token=None,
         max_concurrency=None,
+        verify_weights="size",
         engine_mode="auto",
         host="127.0.0.1",
         port=8000,

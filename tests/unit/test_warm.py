@@ -30,7 +30,7 @@ def warmed(monkeypatch: pytest.MonkeyPatch) -> Parent:
     def prepare(settings: Settings, _: Phases, environ: dict[str, str]) -> engine.Prepared:
         environ["VLLM_SET_LATE"] = "by preparing"
         environ.setdefault("OMP_NUM_THREADS", "1")
-        return engine.Prepared(settings, None, None, "thread", None)  # type: ignore[arg-type] # not looked at
+        return engine.Prepared(settings, None, None, "thread", None, {})  # type: ignore[arg-type] # not looked at
 
     monkeypatch.setattr(engine, "check", lambda *_: None)
     monkeypatch.setattr(engine, "prepare", prepare)

@@ -1,0 +1,109 @@
+"""A bake's manifest: every file with its size and sha256, what made them, nothing of a clock.
+
+The same files give the same bytes. Modes and times of the files are the same each time too, so that
+an image that holds them has the same layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from builder import store
+from builder.console import Console, size
+from builder.progress import progress
+from builder.state import State
+from builder.warm import model_name
+from handler.errors import UsageError
+from handler.manifest import CACHE, MODEL, NAME, START, File, Manifest, contents, sha256
+
+MTIME_S = 315_532_800
+"""1980-01-01: the first moment that every archive can hold."""
+FILE_MODE, FOLDER_MODE = 0o644, 0o755
+"""Everybody may read: a worker runs as a user of its own."""
+THREADS = 4
+"""hashlib lets go of the interpreter, and a disk likes more than one reader."""
+
+
+def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
+    """Write the manifest of `bake`; returns whether it is another one than before.
+
+    `SERVED_MODEL_NAME` in `environ` is what the model is called; else it is its repository, or its
+    folder's last part. Raises `UsageError`.
+    """
+    name = model_name(bake, environ)
+    for link in (path for top in (MODEL, CACHE) for path in (bake / top).rglob("*") if path.is_symlink()):
+        raise UsageError(f"{link} is a link; what is baked is in the folder itself")
+    for top in (MODEL, CACHE):
+        level(bake / top)
+    state = State.of(bake)
+    note = json.loads((bake / MODEL / store.NOTE).read_bytes())
+    start = _start(bake)
+    manifest = Manifest(
+        model={"name": name, **{key: note[key] for key in ("commit", "source") if key in note}},
+        files=_files(bake, state, console),
+        made_with=start.get("made_with", {}),
+        settings=start.get("settings", {}),
+        start=start.get("start", {}),
+    )
+    state.save()
+    data, file = manifest.dump(), bake / NAME
+    if file.is_file() and file.read_bytes() == data:
+        return False
+    draft = bake / f".{NAME}.draft"
+    draft.write_bytes(data)
+    draft.chmod(FILE_MODE)
+    draft.replace(file)
+    total_bytes = sum(of.size_bytes for of in manifest.files.values())
+    console.say(f"{name}: {len(manifest.files)} files, {size(total_bytes)}, sealed in {file}")
+    return True
+
+
+def level(top: Path) -> None:
+    """Give every file and folder of `top` the modes and times that all bakes have."""
+    for parent, _, names in os.walk(top, topdown=False):
+        for path, mode in (*((Path(parent, name), FILE_MODE) for name in names), (Path(parent), FOLDER_MODE)):
+            found = path.stat()
+            if found.st_mode & 0o7777 != mode:
+                path.chmod(mode)
+            if found.st_mtime != MTIME_S:
+                os.utime(path, (MTIME_S, MTIME_S))
+
+
+def _files(bake: Path, state: State, console: Console) -> dict[str, File]:
+    """Every file, hashed unless it is the one that was hashed before."""
+    now = {path: _identity(bake / path) for path in contents(bake)}
+    known = {path: was for path, was in state.hashes.items() if was[:-1] == now.get(path)}
+    new = [path for path in now if path not in known]
+    with progress(console, "hashing", sum(now[path][0] for path in new)) as advance:
+        for path, digest in zip(new, _hashed([bake / path for path in new], advance), strict=True):
+            known[path] = [*now[path], digest]
+    state.hashes = known
+    return {path: File(known[path][0], known[path][-1]) for path in now}
+
+
+def _hashed(files: list[Path], advance: Callable[[int], object]) -> list[str]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda file: sha256(file, advance), files))
+
+
+def _identity(file: Path) -> list[int]:
+    """What is another when a file was written to: its time of change can't be set."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _start(bake: Path) -> Mapping[str, Any]:
+    """What warming wrote down; nothing if there are no caches."""
+    file = bake / START
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{file} is damaged: `python -m builder warm {bake} --again` makes it") from error
+    return found if isinstance(found, dict) else {}

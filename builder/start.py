@@ -1,0 +1,42 @@
+"""A start as a worker makes it, for what it leaves behind: `python -m builder.start`.
+
+Settings come from the environment. Standard output has a line of JSON for each phase as it begins,
+`{"phase"}`, and a last one, `{"report", "settings", "flags", "kv_cache"}`; exit codes are the worker's.
+"""
+
+from __future__ import annotations
+
+from handler.__main__ import begin, end, exit_code, open_log, read_settings, remember_start  # isort: skip
+# First, because it turns garbage collection off, as a worker does.
+
+import json
+import os
+
+from handler import engine
+
+
+def start() -> None:
+    """Load the model, make a token, write down what the next start can use. Raises `StartError`."""
+    phases = begin(os.environ)
+    phases.listen = lambda name: print(json.dumps({"phase": name}), flush=True)
+    settings = read_settings(os.environ)
+    open_log(settings)
+    engine.check(settings, os.environ)
+    prepared = engine.prepare(settings, phases, os.environ)
+    loaded = engine.Engine.start(settings, phases, os.environ, prepared)
+    try:
+        loaded.wait_open()
+        remember_start(loaded, os.environ)
+        found = {
+            "report": phases.report(),
+            "settings": prepared.shaping,
+            "flags": sorted(vars(prepared.args)),
+            "kv_cache": loaded.kv_cache(),
+        }
+        print(json.dumps(found), flush=True)
+    finally:
+        loaded.close()
+
+
+if __name__ == "__main__":
+    end(exit_code(start))

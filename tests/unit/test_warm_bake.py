@@ -1,0 +1,143 @@
+"""`builder.warm` without an engine: what a start is told, and what is kept of what it leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from builder import warm as warming
+from builder.console import Console
+from builder.warm import start_environ, warm
+from handler import baked
+from handler.errors import BadSettings, EngineFailed, ModelNotFound
+from handler.manifest import START
+
+STARTED = """
+import json, os
+from pathlib import Path
+cache = Path(os.environ["XDG_CACHE_HOME"])
+number = len(list(cache.glob("vllm/*.json")))
+for name in ("vllm", "firsttoken/readahead", "mesa"):
+    (cache / name).mkdir(parents=True, exist_ok=True)
+(cache / f"vllm/{number}.json").write_text("{}")
+(cache / "vllm/passing.lock").write_text("")
+(cache / "mesa/shader").write_text("")
+if not (cache / "firsttoken/readahead/baked.txt").exists():
+    lines = ["/usr/lib/a.so", f"{cache}/vllm/0.json", os.environ["MODEL_NAME"] + "/model.safetensors"]
+    (cache / "firsttoken/readahead/abc.txt").write_text("\\n".join(lines) + "\\n")
+print("a library's word")
+print(json.dumps({"phase": "import vllm"}))
+phases = [{"name": "import vllm", "begin_s": 0.5, "end_s": 2.25}]
+report = {"total_s": 3.0 - number, "facts": {"engine_mode": "thread"}, "phases": phases}
+found = {"report": report, "settings": {"dtype": "half"}, "flags": ["dtype"], "kv_cache": {"blocks": 4}}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def bake(tmp_path: Path) -> Path:
+    """A folder with a fetched model."""
+    folder = tmp_path / "bake"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model/fetched.json").write_text(json.dumps({"model": "org/name", "files": {}}))
+    (folder / "model/model.safetensors").write_text("weights")
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that leaves what a start may leave."""
+    monkeypatch.setattr(warming, "START_COMMAND", (sys.executable, "-c", STARTED))
+
+
+def warmed(bake: Path, **settings: str) -> tuple[bool, str]:
+    """Whether there was anything to do, and what was said."""
+    stream = io.StringIO()
+    return warm(bake, environ=settings, console=Console(stream, "warm")), stream.getvalue()
+
+
+@pytest.mark.usefixtures("started")
+def test_what_the_starts_leave_is_kept(bake: Path) -> None:
+    """Of both, by where the next one will look; nothing of a moment, nothing that is not ours to keep."""
+    done, said = warmed(bake)
+    assert done
+    assert said.splitlines() == [
+        "warm: making the caches: import vllm",
+        "warm: a start with them: import vllm",
+        "warm: org/name makes its first token 2.0 s after its start",
+    ]
+    cache = bake / "cache"
+    assert sorted(str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()) == [
+        "firsttoken/readahead/baked.txt",
+        "start.json",
+        "vllm/0.json",
+        "vllm/1.json",
+    ]
+    assert (cache / "firsttoken/readahead/baked.txt").read_text() == "/usr/lib/a.so\n"
+    assert json.loads((bake / START).read_text()) == {
+        "made_with": baked.made_with(),
+        "settings": {"dtype": "half"},
+        "start": {
+            "facts": {"engine_mode": "thread"},
+            "kv_cache": {"blocks": 4},
+            "phases": {"import vllm": 1.75},
+            "total_s": 2.0,
+            "weights": ["model.safetensors"],
+        },
+    }
+
+
+@pytest.mark.usefixtures("started")
+def test_nothing_is_done_twice(bake: Path) -> None:
+    """Until a setting, or the model, is another one."""
+    warmed(bake, DTYPE="half", PATH="/bin")
+    assert warmed(bake, DTYPE="half", PATH="/usr/bin") == (False, "")
+    assert warmed(bake, DTYPE="float32")[0]
+    assert warmed(bake, DTYPE="float32", VLLM_USE_V2="1")[0]
+    assert warmed(bake, DTYPE="float32", VLLM_USE_V2="1") == (False, "")
+    (bake / "model/fetched.json").write_text(json.dumps({"model": "org/name", "commit": "c0ffee"}))
+    assert warmed(bake, DTYPE="float32", VLLM_USE_V2="1")[0]
+
+
+@pytest.mark.usefixtures("started")
+def test_what_changes_is_no_longer_sealed(bake: Path) -> None:
+    """A bake that was interrupted is none."""
+    (bake / "manifest.json").write_text("{}")
+    warmed(bake)
+    assert not (bake / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(66, ModelNotFound), (70, EngineFailed), (78, BadSettings), (1, EngineFailed)]
+)
+def test_a_start_that_fails_ends_it(
+    bake: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    """With the exit code that the worker would have."""
+    monkeypatch.setattr(warming, "START_COMMAND", (sys.executable, "-c", f"raise SystemExit({code})"))
+    with pytest.raises(error):
+        warmed(bake)
+
+
+def test_a_start_is_told_no_secret(bake: Path) -> None:
+    """Nor where one is; settings whose names sound alike are no secrets."""
+    hugging_face = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+    amazon = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CREDENTIALS")
+    others = ("API_KEY", "RUNPOD_AI_API_KEY", "DB_PASSWORD")
+    secrets = dict.fromkeys((*hugging_face, *amazon, *others), "canary")
+    harmless = {
+        "TOKENIZER_MODE": "auto",
+        "MAX_NUM_BATCHED_TOKENS": "64",
+        "KEY_VALUE": "1",
+        "MAX_MODEL_LEN": "8",
+    }
+    assert start_environ(bake, secrets | harmless | {"TRITON_CACHE_DIR": "/mine"}) == harmless | {
+        "AUTH": "off",
+        "LOG_LEVEL": "ERROR",
+        "MODEL_NAME": str(bake / "model"),
+        "SERVED_MODEL_NAME": "org/name",
+    }
