@@ -46,9 +46,11 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 
 # vLLM is in the system's Python; what it lacks goes beside it, and nothing of it is replaced. uv, which has
 # installed it, compiles nothing, and not every file is for this Python: templates, tests.
+# The second folder is where Lambda has the driver (aws/deep-learning-containers, docker/lambda/Dockerfile).
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-engine
 ARG RUNPOD=runpod==1.12.0
-ENV PATH=/opt/venv/bin:${PATH}
+ENV PATH=/opt/venv/bin:${PATH} \
+    LD_LIBRARY_PATH=${LD_LIBRARY_PATH}:/x86_64-bottlerocket-linux-gnu/sys-root/usr/lib/nvidia
 COPY --from=requirements /requirements.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
@@ -128,8 +130,10 @@ COPY --link --from=code /out/ /
 ARG ENGINE
 ARG WARM=auto
 RUN case "${WARM}-${ENGINE}" in \
-      on-* | auto-cpu) python -m builder warm /bake ;; \
-      auto-gpu) if [ -e /dev/nvidiactl ]; then python -m builder warm /bake; fi ;; \
+      off-*) ;; \
+      auto-gpu) [ ! -e /dev/nvidiactl ] || python -m builder warm /bake ;; \
+      auto-cpu | on-*) python -m builder warm /bake ;; \
+      *) echo "WARM=${WARM}: auto, on or off is meant" >&2; exit 64 ;; \
     esac \
  && python -m builder seal /bake \
  && mkdir -p /out/bake \

@@ -189,7 +189,9 @@ def test_every_stage_that_is_named_comes_before(engine: str) -> None:
 def test_every_variable_is_declared_where_it_is_used(stage: Stage) -> None:
     """An ARG ends with its stage: elsewhere its name stands for nothing, and nobody says so."""
     assert set(re.findall(r"\$\{?(\w+)", stage.base)) <= set(BEFORE)
-    known = {"PATH"} | (BY_NAME[stage.base].environ().keys() if stage.base in BY_NAME else set())
+    known = {"PATH", "LD_LIBRARY_PATH"} | (
+        BY_NAME[stage.base].environ().keys() if stage.base in BY_NAME else set()
+    )
     for step in stage.steps:
         if step.name == "ARG":
             known |= declared(step).keys()
