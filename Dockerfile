@@ -70,28 +70,30 @@ RUN chmod -R u=rwX,go=rX /out \
 
 
 # A model. It depends on no engine and on those files only that a fetch imports, so that it is seldom fetched
-# again; if it is, from a cache that the builder keeps. Modes and time are those that `seal` gives: the same model
-# is the same layer.
+# again; if it is, from a cache that the builder keeps. Its files have the modes and the one time that a fetch
+# gives them, and the folder above them too: the same model is the same layer.
 FROM slim AS fetch
 COPY --from=requirements /fetch.txt /opt/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     pip install -r /opt/fetch.txt
 WORKDIR /app
-COPY handler/__init__.py handler/errors.py handler/levers.py handler/messages.py handler/prerequisites.py \
-     handler/settings.py handler/table.py handler/unread.py handler/
+COPY handler/__init__.py handler/errors.py handler/levers.py handler/manifest.py handler/messages.py \
+     handler/prerequisites.py handler/settings.py handler/table.py handler/unread.py handler/
 COPY builder builder
 ARG MODEL=HuggingFaceTB/SmolLM2-135M-Instruct
 ARG REVISION
 ARG HF_ENDPOINT
+ARG AWS_REGION
+ARG AWS_ENDPOINT_URL
 RUN --mount=type=secret,id=HF_TOKEN \
+    --mount=type=secret,id=aws,target=/root/.aws/credentials \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/var/cache/firsttoken,sharing=locked \
     folder=$(XDG_CACHE_HOME=/var/cache python -m builder fetch "${MODEL}" ${REVISION:+--revision "${REVISION}"}) \
  && mkdir -p /out/bake \
- && cp -R "${folder}" /out/bake/model \
- && chmod -R u=rwX,go=rX /out \
- && find /out -exec touch --no-dereference --date=@315532800 {} +
+ && cp -a "${folder}" /out/bake/model \
+ && touch --date=@315532800 /out/bake
 
 
 # What every worker has. HOME is a folder that exists and can be written to when all else is read-only and the
@@ -139,8 +141,7 @@ RUN case "${WARM}-${ENGINE}" in \
  && mkdir -p /out/bake \
  && mv /bake/manifest.json /out/bake/ \
  && if [ -e /bake/cache ]; then mv /bake/cache /out/bake/; fi \
- && chmod -R u=rwX,go=rX /out \
- && find /out -exec touch --no-dereference --date=@315532800 {} +
+ && touch --date=@315532800 /out/bake/manifest.json /out/bake
 
 
 # The worker with a model in it.

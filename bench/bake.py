@@ -20,10 +20,11 @@ from bench.coldstart import FLAGS, Run, ending, environment, named, planned
 from bench.overhead import describe_machine, describe_versions
 from bench.schedule import turns
 from bench.start import MODEL_ID, VARIANTS, Case, Variant
-from builder.__main__ import run as build
 from builder.console import Console
 from builder.fetch import fetch
-from handler.errors import EngineFailed
+from builder.seal import seal
+from builder.warm import warm
+from handler.manifest import MODEL
 from handler.settings import DEFAULT_MODEL
 from judge.servers import as_settings
 
@@ -72,13 +73,15 @@ class BakedRun(Run):
         out = self.folder / name
         settings = as_settings(["--served-model-name", MODEL_ID, *self.case.flags])
         environ = {**self.case.environ, **settings, **BAKES[name]}
-        if code := build(["bake", self.case.model, "--out", str(out)], environ, sys.stderr):
-            raise EngineFailed(f"{name}: the bake ended with code {code}")
+        console = Console(sys.stderr, name)
+        fetch(self.case.model, environ=environ, console=console, out=out / MODEL)
+        warm(out, environ=environ, console=console)
+        seal(out, environ=environ, console=console)
         return out
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and print what comes out; returns the line of JSON."""
+    """Measure, and print what comes out; returns the line of JSON. Raises `StartError`."""
     about = {
         "machine": describe_machine(),
         "versions": describe_versions(),

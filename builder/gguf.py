@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,29 @@ class BadGguf(ValueError):
     """The bytes are not GGUF version 3, or hold a model that can't be converted."""
 
 
-def convert(data: bytes, folder: Path) -> None:
+def convert(data: bytes | mmap, folder: Path, room: Callable[[int], object] = lambda _: None) -> None:
     """Write the model that `data`, the bytes of a GGUF file, holds into `folder`.
 
     Makes config.json, generation_config.json, model.safetensors, tokenizer.json and
-    tokenizer_config.json, the same bytes every time. Raises `BadGguf`.
+    tokenizer_config.json, the same bytes every time. `room` hears before that how many bytes the
+    weights take. Raises `BadGguf`.
     """
     gguf = read(data)
     family, tokenizer = gguf.metadata.get("general.architecture"), gguf.metadata.get("tokenizer.ggml.pre")
     if (family, tokenizer) != ("llama", "smollm"):
-        raise BadGguf(f"a model of family {family!r} with a tokenizer of family {tokenizer!r} is not known")
-    _write_json(folder / "config.json", config(gguf))
-    _write_json(folder / "generation_config.json", _special_ids(gguf.metadata))
-    _write_json(folder / "tokenizer.json", tokenizer_json(gguf.metadata))
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf.metadata))
-    write_safetensors(folder / "model.safetensors", gguf)
+        raise BadGguf(
+            f"a model of family {family!r} with a tokenizer of family {tokenizer!r} is not known, "
+            "only 'llama' with 'smollm' is"
+        )
+    room(sum(_size_bytes(tensor) for tensor in gguf.tensors.values()))
+    try:
+        _write_json(folder / "config.json", config(gguf))
+        _write_json(folder / "generation_config.json", _special_ids(gguf.metadata))
+        _write_json(folder / "tokenizer.json", tokenizer_json(gguf.metadata))
+        _write_json(folder / "tokenizer_config.json", tokenizer_config(gguf.metadata))
+        write_safetensors(folder / "model.safetensors", gguf)
+    except LookupError as error:
+        raise BadGguf(f"the header lacks {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,7 @@ class Tensor:
 class Gguf:
     """A GGUF file: what it says of itself, and its tensors by name."""
 
-    data: bytes
+    data: bytes | mmap
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
@@ -84,11 +93,13 @@ class Gguf:
             raise BadGguf(f"{name} is of kind {tensor.kind}, and known are {sorted(_KINDS)}")
         kind = _KINDS[tensor.kind]
         blocks = math.prod(tensor.shape) // kind.block
+        if tensor.offset + blocks * kind.block_bytes > len(self.data):
+            raise BadGguf(f"the file ends before {name} does")
         raw = np.frombuffer(self.data, np.uint8, blocks * kind.block_bytes, tensor.offset)
         return kind.floats(raw.reshape(blocks, kind.block_bytes)).reshape(tensor.shape)
 
 
-def read(data: bytes) -> Gguf:
+def read(data: bytes | mmap) -> Gguf:
     """Read the header of `data`. Raises `BadGguf`."""
     cursor = _Cursor(data)
     try:
@@ -106,7 +117,7 @@ def read(data: bytes) -> Gguf:
 
 
 class _Cursor:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | mmap) -> None:
         self.data = data
         self.position = 0
 
@@ -265,7 +276,7 @@ def write_safetensors(path: Path, gguf: Gguf) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in gguf.tensors.items():
-        start, end = end, end + 2 * math.prod(tensor.shape)
+        start, end = end, end + _size_bytes(tensor)
         header[_hub_name(name)] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -274,6 +285,10 @@ def write_safetensors(path: Path, gguf: Gguf) -> None:
         file.write(text)
         for weights in _hub_weights(gguf):
             file.write(bfloat16(weights).tobytes())
+
+
+def _size_bytes(tensor: Tensor) -> int:
+    return 2 * math.prod(tensor.shape)
 
 
 def bfloat16(numbers: Floats) -> NDArray[np.uint16]:

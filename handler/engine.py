@@ -569,12 +569,18 @@ def accept_compiled_models() -> None:
 
     It calls `finalize_loading` on what it has loaded. On a CPU that is a plain function, which
     has no such method, so vLLM throws it away and compiles again. Gone once vLLM asks first.
+
+    And torch compiles its headers, for 5 s, before it looks whether there is anything to compile.
     """
     compiler: Any = importlib.import_module("torch.compiler")
     load = compiler.load_compiled_function
 
     def load_with_end(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
+        codecache: Any = importlib.import_module("torch._inductor.codecache")
+        with ExitStack() as stack:
+            if hasattr(codecache, "_precompile_header"):
+                stack.enter_context(replaced(codecache, "_precompile_header", lambda *_, **__: None))
+            loaded = load(*args, **kwargs)
         function = loaded._artifacts.compiled_fn  # noqa: SLF001 - where vLLM looks
         if not hasattr(function, "finalize_loading"):
             function.finalize_loading = lambda *_: None

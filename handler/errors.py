@@ -21,7 +21,9 @@ FirstTokenError
 └── StartError              ends the process with an exit code from sysexits.h
     ├── UsageError          64
     ├── ManifestMismatch    65
+    ├── Damaged             65
     ├── ModelNotFound       66
+    ├── StoreFailed         69
     ├── EngineFailed        70
     ├── NoResources         75
     │   └── Unfit           75  the platform's own checks: only another machine helps
@@ -249,10 +251,26 @@ class ManifestMismatch(StartError):
     exit_code = 65
 
 
+class Damaged(StartError):
+    """What was downloaded is not what its source says of it."""
+
+    exit_code = 65
+
+
 class ModelNotFound(StartError):
     """The model is neither a folder nor a repository that can be reached."""
 
     exit_code = 66
+
+
+class StoreFailed(StartError):
+    """An object store can't be reached or refuses; `code` is its own word for why, if it gave one."""
+
+    exit_code = 69
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineFailed(StartError):

@@ -140,7 +140,7 @@ def add_comment(path: Path) -> None:
 def check() -> None:
     """All of it."""
     files = {path.name: path.read_bytes() for path in (ROOT / "tests/tinychat/model").iterdir()}
-    with serving(Hub({MODEL: files}, token=None)) as hub, context() as folder:
+    with serving(Hub({MODEL: files}, token=TOKEN)) as hub, context() as folder:
         arguments = {
             "ENGINE": "cpu",
             "MODEL": MODEL,

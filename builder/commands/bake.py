@@ -11,7 +11,6 @@ from pathlib import Path
 
 from builder.commands import fetch as fetching
 from builder.console import Console
-from builder.fetch import fetch
 from builder.seal import seal
 from builder.warm import warm
 from handler.errors import NoResources
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], console: Consol
             "'firsttoken[gpu]', or bake without caches by --no-warm"
         )
     bake: Path = options.out
-    fetch(options.model, environ=environ, console=console, revision=options.revision, out=bake / MODEL)
+    fetching.fetched(options, environ, console, bake / MODEL)
     warmed = not options.no_warm and warm(bake, environ=environ, console=console)
     if not seal(bake, environ=environ, console=console) and not warmed:
         console.say("nothing has changed")

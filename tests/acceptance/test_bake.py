@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,8 @@ import pytest
 
 from builder.wheel import NAME as WHEEL
 from handler.settings import DEFAULT_MODEL
+from tests.hub import COMMIT, Hub, serving
+from tests.secrets_watch import holding, watching
 from tests.servers import KEY, ROOT, START_TIMEOUT_S, Server, first_line, program
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="no engine is installed")
@@ -209,6 +212,25 @@ def test_a_second_bake_changes_nothing(default_bake: Bake) -> None:
     assert (default_bake.folder / "manifest.json").read_bytes() == manifest
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in files(default_bake.folder)}
     assert after == before
+
+
+def test_a_secret_stays_one(tiny_model: Path) -> None:
+    """The token opens the hub, and is on no command line, in no file, in no log, and told to no start."""
+    canary = f"hf_canary{secrets.token_hex(16)}"
+    model = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    with (
+        serving(Hub({"org/private": model}, token=canary)) as hub,
+        everybodys_folder() as folder,
+        watching(canary) as watch,
+    ):
+        environ = user(folder / "home", HF_ENDPOINT=hub.url, HF_TOKEN=canary, TMPDIR=str(folder))
+        done = build(("bake", "org/private", "--out", str(folder / "bake")), environ)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((folder / "bake/manifest.json").read_bytes())["model"]["commit"] == COMMIT
+        assert holding(folder, canary) == []
+    assert canary not in done.stdout + done.stderr
+    assert watch.looks > 100
+    assert watch.seen == []
 
 
 def test_a_flipped_byte_in_any_file_is_found_by_name(tiny_bake: Bake, tmp_path: Path) -> None:

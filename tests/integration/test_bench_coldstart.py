@@ -133,9 +133,9 @@ def test_an_interrupted_start_leaves_nothing_behind(case: Case, tmp_path: Path) 
     assert has_ended(left)
 
 
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    """`python -m bench.coldstart_gpu`, run to its end."""
-    command = [sys.executable, "-m", "bench.coldstart_gpu", *options]
+def bench(*options: str, module: str = "coldstart_gpu") -> subprocess.CompletedProcess[str]:
+    """`python -m bench.MODULE`, run to its end."""
+    command = [sys.executable, "-m", f"bench.{module}", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -153,6 +153,25 @@ def test_the_benchmark_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "import vllm" not in starts["fork"]["phases"]
     assert starts["worker"]["facts"]["weights_bytes"] > 0
     assert "tiny, caches warm" in done.stdout
+
+
+def test_a_start_from_a_bake_is_measured_beside_one_without(tiny_model: Path) -> None:
+    """Both with no caches of their own; phases side by side, the ratio, the line of JSON."""
+    options = ("--model", str(tiny_model), "--rounds", "1", "--variants", "unbaked", "baked")
+    done = bench(*options, module="bake")
+    assert done.returncode == 0, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert result["failures"] == []
+    starts = result["results"]
+    assert starts["baked"]["texts"] == starts["unbaked"]["texts"]
+    assert result["baked_of_unbaked"] == pytest.approx(
+        starts["baked"]["first_median_s"] / starts["unbaked"]["first_median_s"], abs=0.01
+    )
+    assert "expected_s" in starts["baked"]["facts"]
+    assert "expected_s" not in starts["unbaked"]["facts"]
+    assert result["baked_of_vllm"] is None
+    phases = next(line for line in done.stdout.splitlines() if line.strip().startswith("import vllm"))
+    assert phases.count(" s") == 2
 
 
 @pytest.mark.skipif(machine.has_accelerator(), reason="there is a GPU")

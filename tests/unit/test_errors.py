@@ -154,7 +154,9 @@ def test_start_errors_exit_with_sysexits() -> None:
     assert codes == {
         "UsageError": 64,
         "ManifestMismatch": 65,
+        "Damaged": 65,
         "ModelNotFound": 66,
+        "StoreFailed": 69,
         "EngineFailed": 70,
         "NoResources": 75,
         "BarrierFailed": 75,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -14,11 +15,15 @@ from builder import store
 from builder.__main__ import run
 from builder.console import Console, size
 from builder.fetch import fetch
-from builder.selection import needed
+from builder.selection import Choice, needed, remarks
+from builder.store import Asked
 from handler.errors import ModelNotFound, UsageError
 from handler.settings import DEFAULT_MODEL
+from tests.gguf_file import gguf_bytes, metadata, weights
 
-ORIGIN = {"model": "org/name", "source": "a test"}
+NAMES = ("config.json", "model.safetensors")
+ASKED = Asked("org/name")
+ORIGIN = {"source": "a test"}
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def console() -> Console:
     return Console(io.StringIO())
 
 
-def made(folder: Path, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> Path:
+def made(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
     """A folder with files of those names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +46,11 @@ def made(folder: Path, names: tuple[str, ...] = ("config.json", "model.safetenso
     return folder
 
 
-def cached(environ: dict[str, str], console: Console, name: str) -> Path:
-    """A model that an earlier fetch put in the cache."""
-    folder = store.models(environ) / name
-    with store.filling(folder, console) as work:
+def kept(folder: Path, asked: Asked = ASKED, names: tuple[str, ...] = NAMES) -> Path:
+    """A model that an earlier fetch has put there."""
+    with store.filling(folder, asked, Console(io.StringIO())) as work:
         assert work is not None
-        store.keep(made(work), folder, ORIGIN)
+        store.keep(made(work, names), folder, asked, ORIGIN)
     return folder
 
 
@@ -61,6 +65,18 @@ def test_folder_is_itself(tmp_path: Path, environ: dict[str, str], console: Cons
     folder = made(tmp_path / "model")
     assert fetch(str(folder), environ=environ, console=console) == folder
     assert said(console) == ""
+
+
+def test_bake_is_itself_and_its_model_goes_where_out_says(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """A worker takes the whole of it; a copy is of the model."""
+    bake = tmp_path / "bake"
+    made(bake / "model")
+    (bake / "manifest.json").write_text("{}")
+    assert fetch(str(bake), environ=environ, console=console) == bake
+    out = fetch(str(bake), environ=environ, console=console, out=tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "fetched.json", "model.safetensors"]
 
 
 def test_folder_goes_where_out_says(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
@@ -80,7 +96,7 @@ def test_path_without_a_model_is_not_found(model: str, environ: dict[str, str], 
 
 
 @pytest.mark.parametrize(
-    "model", ["s3://bucket/prefix", "a/b/c", "org/..", "name with spaces", "org/--x/../y"]
+    "model", ["gs://bucket/prefix", "a/b/c", "org/..", "name with spaces", "org/--x/../y"]
 )
 def test_what_is_no_id_is_not_found(model: str, environ: dict[str, str], console: Console) -> None:
     """And nothing outside the cache is touched for it."""
@@ -119,7 +135,7 @@ def test_cached_model_is_taken(
     model: str | None, revision: str | None, name: str, environ: dict[str, str], console: Console
 ) -> None:
     """Without a network, and without a word."""
-    folder = cached(environ, console, name)
+    folder = kept(store.models(environ) / name, Asked(model or DEFAULT_MODEL, revision))
     assert fetch(model, environ=environ, console=console, revision=revision) == folder
     assert said(console) == ""
 
@@ -133,7 +149,7 @@ def test_cache_follows_xdg(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["shorter", "gone", "note"])
 def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], console: Console) -> None:
     """A file of another size, one that is gone, a note that can't be read."""
-    folder = cached(environ, console, "org--name")
+    folder = kept(store.models(environ) / "org--name")
     if damage == "shorter":
         (folder / "model.safetensors").write_text("short")
     elif damage == "gone":
@@ -145,18 +161,133 @@ def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], co
     assert "is damaged" in said(console)
 
 
-def test_kept_model_replaces_the_damaged_one(tmp_path: Path, console: Console) -> None:
+def test_kept_model_replaces_the_damaged_one(tmp_path: Path) -> None:
     """Whole, with nothing of the old one and nothing beside it."""
-    folder = made(tmp_path / "model", ("stale.json", store.NOTE))
-    with store.filling(folder, console) as work:
-        assert work is not None
-        store.keep(made(work), folder, ORIGIN)
-    assert store.intact(folder)
+    folder = kept(made(tmp_path / "model", ("stale.json", store.NOTE)))
+    assert store.intact(folder, ASKED)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", store.NOTE, "model.safetensors"]
     assert list(tmp_path.iterdir()) == [folder]
-    assert json.loads((folder / store.NOTE).read_text()) == ORIGIN | {
-        "files": {"config.json": 11, "model.safetensors": 17}
+    assert json.loads((folder / store.NOTE).read_text()) == {
+        "model": "org/name",
+        "revision": None,
+        "pickles": [],
+        "code": False,
+        "source": "a test",
+        "files": {"config.json": 11, "model.safetensors": 17},
     }
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "message"),
+    [
+        (Asked("org/a"), Asked("org/b"), "holds org/a, and org/b is asked for"),
+        (Asked("org/a"), Asked("org/a", "v1"), "holds org/a, and org/a at v1 is asked for"),
+        (Asked("org/a", "v1"), Asked("org/a"), "holds org/a at v1, and org/a is asked for"),
+        (Asked("org/a", "v1"), Asked("org/a", "v2"), "holds org/a at v1, and org/a at v2 is asked for"),
+    ],
+)
+def test_folder_of_another_model_or_revision_is_left_alone(
+    tmp_path: Path, environ: dict[str, str], console: Console, held: Asked, asked: Asked, message: str
+) -> None:
+    """Neither is the old one passed off as the new, nor is it replaced; both are named."""
+    out = kept(tmp_path / "out", held)
+    with pytest.raises(UsageError) as caught:
+        fetch(asked.model, environ=environ, console=console, revision=asked.revision, out=out)
+    assert str(caught.value) == f"{out} {message}: name another folder or remove it"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_revision_may_be_the_commit_that_is_there(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """Whatever it was called when it was fetched."""
+    out = tmp_path / "out"
+    with store.filling(out, ASKED, console) as work:
+        assert work is not None
+        store.keep(made(work), out, ASKED, {"commit": "5eed"})
+    assert fetch("org/name", environ=environ, console=console, revision="5eed", out=out) == out
+
+
+@pytest.mark.parametrize("choice", [Choice(code=True), Choice(pickles=("*.bin",))])
+def test_folder_of_another_choice_is_fetched_again(
+    environ: dict[str, str], console: Console, choice: Choice
+) -> None:
+    """What is in it is not all that is asked for."""
+    kept(store.models(environ) / "org--name")
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        fetch("org/name", environ=environ, console=console, choice=choice)
+    assert "org--name was fetched with other options; fetching the model again" in said(console)
+
+
+def test_copy_follows_its_folder(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
+    """A model that was trained on has other bytes in files of the same size and, who knows, the same time."""
+    source, out = made(tmp_path / "model"), tmp_path / "out"
+    fetch(str(source), environ=environ, console=console, out=out)
+    (source / "model.safetensors").write_text("MODEL.SAFETENSORS")
+    os.utime(source / "model.safetensors", (0, 0))
+    fetch(str(source), environ=environ, console=console, out=out)
+    assert (out / "model.safetensors").read_text() == "MODEL.SAFETENSORS"
+    assert said(console).splitlines()[1:] == [
+        f"fetch: {out} is not what {source} is now; fetching the model again",
+        f"fetch: {source} is in {out}",
+    ]
+    fetch(str(source), environ=environ, console=console, out=out)
+    assert len(said(console).splitlines()) == 3
+
+
+def test_folder_s_code_and_pickles_are_taken_on_demand(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """With a word about each."""
+    source = made(tmp_path / "model", ("config.json", "deep/code.py", "code.py", "model.bin", "other.bin"))
+    choice, out = Choice(pickles=("model.bin",), code=True), tmp_path / "out"
+    fetch(str(source), environ=environ, console=console, out=out, choice=choice)
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert files == ["code.py", "config.json", "deep/code.py", "fetched.json", "model.bin"]
+    assert said(console).splitlines()[0] == (
+        "fetch: warning: pickled, so loading it runs the code of whoever made it: model.bin"
+    )
+
+
+def test_gguf_file_is_converted_into_the_cache(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """Once; another one under its name is converted again."""
+    file = tmp_path / "small.gguf"
+    file.write_bytes(gguf_bytes(metadata(), weights()))
+    folder = fetch(str(file), environ=environ, console=console)
+    assert folder.parent == store.models(environ)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "fetched.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert fetch(str(file), environ=environ, console=console) == folder
+    assert len(said(console).splitlines()) == 2
+    file.write_bytes(gguf_bytes(metadata(llama__context_length=64), weights()))
+    assert fetch(str(file), environ=environ, console=console) == folder
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 64
+
+
+def test_gguf_file_of_another_family_is_refused(
+    tmp_path: Path, environ: dict[str, str], console: Console
+) -> None:
+    """With what it is, and what is known; so is one that is none."""
+    file = tmp_path / "small.gguf"
+    file.write_bytes(gguf_bytes(metadata(general__architecture="qwen2"), weights()))
+    with pytest.raises(ModelNotFound) as caught:
+        fetch(str(file), environ=environ, console=console)
+    assert str(caught.value) == (
+        f"{file} can't be converted: a model of family 'qwen2' with a tokenizer of family 'smollm' is not "
+        "known, only 'llama' with 'smollm' is"
+    )
+    for body in (b"", b"GGUF", b"no such thing"):
+        file.write_bytes(body)
+        with pytest.raises(ModelNotFound, match="can't be converted: "):
+            fetch(str(file), environ=environ, console=console)
 
 
 def test_foreign_folder_is_not_replaced(tmp_path: Path, environ: dict[str, str], console: Console) -> None:
@@ -173,15 +304,15 @@ def test_second_fetch_waits_for_the_first(tmp_path: Path) -> None:
     first, second = _Told(Event()), _Told(filled)
 
     def late() -> Path | None:
-        with store.filling(folder, Console(second)) as work:
+        with store.filling(folder, ASKED, Console(second)) as work:
             return work
 
     with ThreadPoolExecutor() as pool:
-        with store.filling(folder, Console(first)) as work:
+        with store.filling(folder, ASKED, Console(first)) as work:
             assert work is not None
             waiting = pool.submit(late)
             assert filled.wait(10)  # the second said that it waits
-            store.keep(made(work), folder, ORIGIN)
+            store.keep(made(work), folder, ASKED, ORIGIN)
         assert waiting.result(10) is None
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -190,14 +321,14 @@ def test_second_fetch_goes_on_where_the_first_failed(tmp_path: Path, console: Co
     """What is there already stays there, for a download to go on."""
 
     def failing() -> None:
-        with store.filling(tmp_path / "model", console) as work:
+        with store.filling(tmp_path / "model", ASKED, console) as work:
             assert work is not None
             made(work, ("half.safetensors",))
             raise OSError("no route")
 
     with pytest.raises(OSError, match="no route"):
         failing()
-    with store.filling(tmp_path / "model", console) as work:
+    with store.filling(tmp_path / "model", ASKED, console) as work:
         assert work is not None
         assert [path.name for path in work.iterdir()] == ["half.safetensors"]
 
@@ -226,9 +357,86 @@ def test_mistral_s_own_weights_are_taken_only_alone() -> None:
 
 
 def test_pickles_alone_are_refused() -> None:
-    """With the reason."""
-    with pytest.raises(ModelNotFound, match="run the code of whoever made them"):
+    """With the reason, and with the way to take them nevertheless."""
+    with pytest.raises(ModelNotFound, match=r"run the code of whoever made them.*--pickle '\*\.bin'$"):
         needed(["config.json", "pytorch_model.bin"])
+
+
+def test_pickles_are_taken_where_they_are_named() -> None:
+    """By path or by pattern, in which `*` does not cross a `/`; beside safetensors too."""
+    names = ["config.json", "a.bin", "b.bin", "deep/c.bin", "d.pt", "e.pth", "f.bin.txt"]
+    assert needed(names, Choice(pickles=("*.bin",))) == ["a.bin", "b.bin", "config.json", "f.bin.txt"]
+    assert needed(names, Choice(pickles=("deep/c.bin", "e.*"))) == [
+        "config.json",
+        "deep/c.bin",
+        "e.pth",
+        "f.bin.txt",
+    ]
+    assert needed(["a.bin", "model.safetensors"], Choice(pickles=("a.bin",))) == [
+        "a.bin",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["no.bin", "config.json", "*"])
+def test_pickle_that_is_not_there_is_an_error(pattern: str) -> None:
+    """And so is a name that is no pickle's; what there is, is said."""
+    with pytest.raises(UsageError) as caught:
+        needed(["config.json", "model.safetensors", "x/a.bin"], Choice(pickles=(pattern,)))
+    assert str(caught.value) == f"--pickle {pattern} names no pickle of the model's; there is x/a.bin"
+
+
+def test_code_is_taken_where_it_is_asked_for() -> None:
+    """Wherever it lies: one file of it imports another."""
+    names = ["code.py", "deep/code.py", "model.safetensors"]
+    assert needed(names) == ["model.safetensors"]
+    assert needed(names, Choice(code=True)) == names
+
+
+@pytest.mark.parametrize("name", ["../x.py", "a/../x.py", "/x.py", "a//x.py", "./x.py", "a/./x.py", "x\n.py"])
+def test_name_that_leads_elsewhere_is_not_taken(name: str) -> None:
+    """A server can name any."""
+    assert needed([name, "model.safetensors"], Choice(code=True)) == ["model.safetensors"]
+
+
+def test_what_can_run_code_is_said() -> None:
+    """What was taken of it, and what was not."""
+    names = ["b.py", "a.py", "model.safetensors", "x.pt", "y.bin"]
+    assert list(remarks(names, ["model.safetensors", "x.pt"])) == [
+        "warning: pickled, so loading it runs the code of whoever made it: x.pt",
+        "not taken, as it is Python code: a.py, b.py; --trust-remote-code takes it",
+    ]
+    assert list(remarks(names, ["a.py", "b.py", "model.safetensors"])) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "expected"),
+    [
+        ([], {}, {"pickles": [], "code": False}),
+        (
+            ["--pickle", "b.bin", "--pickle", "a.*", "--pickle", "b.bin"],
+            {},
+            {"pickles": ["a.*", "b.bin"], "code": False},
+        ),
+        (["--trust-remote-code"], {}, {"pickles": [], "code": True}),
+        ([], {"TRUST_REMOTE_CODE": "True"}, {"pickles": [], "code": True}),
+        ([], {"TRUST_REMOTE_CODE": "0"}, {"pickles": [], "code": False}),
+    ],
+)
+def test_command_asks_for_what_can_run_code(
+    tmp_path: Path,
+    environ: dict[str, str],
+    console: Console,
+    words: list[str],
+    more: dict[str, str],
+    expected: dict[str, object],
+) -> None:
+    """By its options or, for code, by what vLLM's flag is called in the environment."""
+    source = made(tmp_path / "model", (*NAMES, "a.bin", "b.bin"))
+    command = ["fetch", str(source), "--out", str(tmp_path / "out"), *words]
+    assert run(command, environ | more, console.stream) == 0
+    note = json.loads((tmp_path / "out" / store.NOTE).read_text())
+    assert {name: note[name] for name in expected} == expected
 
 
 def test_command_prints_the_folder_and_nothing_else(

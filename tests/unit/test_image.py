@@ -18,7 +18,7 @@ import hcl2
 import pytest
 from e2b_dockerfile_utils import DockerfileInstruction, PatternMatcher, parse_dockerfile_ast
 
-from builder.seal import MTIME_S
+from builder.store import MTIME_S
 from handler.errors import BadSettings
 from handler.prerequisites import TORCH_EXTRAS
 from handler.settings import DEFAULT_MODEL, TABLE, Settings
@@ -244,10 +244,12 @@ def test_a_change_of_our_code_moves_neither_engine_nor_model() -> None:
 
 
 def test_the_model_is_the_same_layer_each_time() -> None:
-    """Its files and folders get one time, and are copied together with the folders above them."""
+    """Its files and folders keep their one time, and are copied together with the folder above them."""
     fetch = BY_NAME["fetch"].of("RUN")[-1].original
-    assert fetch.endswith(f"find /out -exec touch --no-dereference --date=@{MTIME_S} {{}} +")
-    assert "mkdir -p /out/bake" in fetch
+    assert 'cp -a "${folder}" /out/bake/model' in fetch
+    assert fetch.endswith(f"touch --date=@{MTIME_S} /out/bake")
+    warm = BY_NAME["warm"].of("RUN")[-1].original
+    assert warm.endswith(f"touch --date=@{MTIME_S} /out/bake/manifest.json /out/bake")
 
 
 def test_no_secret_is_in_an_argument_or_a_variable() -> None:
@@ -350,7 +352,7 @@ def test_what_a_fetch_imports_of_others_is_in_its_extra() -> None:
     names = {re.split(r"[^\w-]", line)[0] for line in PYPROJECT["optional-dependencies"]["fetch"]}
     theirs = {name.partition(".")[0] for path in of_a_fetch() for name in imports(path)}
     theirs -= {*sys.stdlib_module_names, "builder", "handler"}
-    theirs -= {"httpx2"}  # huggingface_hub's own, in its interface
+    theirs -= {"botocore", "httpx2"}  # boto3's and huggingface_hub's own, in their interfaces
     assert theirs == {name.replace("-", "_") for name in names}
 
 

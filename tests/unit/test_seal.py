@@ -15,7 +15,8 @@ import pytest
 from builder import seal as sealing
 from builder.__main__ import run
 from builder.console import Console
-from builder.seal import MTIME_S, seal
+from builder.seal import seal
+from builder.store import MTIME_S
 from handler.errors import UsageError
 from handler.manifest import NAME, File, Manifest
 
