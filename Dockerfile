@@ -1,5 +1,3 @@
-# syntax=docker/dockerfile:1
-
 # The worker as an image: docs/builder.md says how to build and run it, docs/decisions/0009-image.md why
 # it is built so. Without arguments it is the worker for GPUs, without a model. docker-bake.hcl has the rest:
 #
