@@ -16,7 +16,7 @@ FROM python:3.11-slim-bookworm AS slim
 FROM slim AS requirements
 ARG ENGINE
 COPY pyproject.toml scripts/requirements.py /
-RUN python /requirements.py "${ENGINE}" runpod < /pyproject.toml > /requirements.txt \
+RUN python /requirements.py "${ENGINE}" aws runpod < /pyproject.toml > /requirements.txt \
  && python /requirements.py fetch < /pyproject.toml > /fetch.txt
 
 

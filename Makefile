@@ -9,7 +9,7 @@ PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint format types test-criu test-image judge-vllm judge-openai bench-overhead \
-        bench-stream bench-bake bench-coldstart bench-coldstart-gpu clean
+        bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) dev runpod --with-node
+	@$(INSTALL) $(ENGINE) aws dev runpod --with-node
 	@$(MAKE) --no-print-directory lint types
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
@@ -63,6 +63,10 @@ judge-openai: ## openai-python's own tests of its resources against our URL
 bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m bench.overhead
+
+bench-lambda: ## What Lambda's way costs a stream, beside plain HTTP to the same worker
+	@$(INSTALL) $(ENGINE) aws dev
+	@$(PY) -m bench.lambda_path
 
 bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token at none
 	@$(INSTALL) $(ENGINE) dev runpod

@@ -18,11 +18,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import aiohttp
 
@@ -230,24 +231,32 @@ PATHS = {
 }
 
 
-def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The command line."""
-    command = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
+def common_parser(environ: Mapping[str, str], name: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of the benchmark `name`, with what those of streams share."""
+    command = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     command.add_argument(
         "--model", default=environ.get("MODEL_NAME", "tests/tinychat/model"), help="a folder"
     )
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--tokens", type=int, default=300, help="of each steady stream")
     command.add_argument("--tokens-per-s", type=float, default=200.0)
-    command.add_argument("--round-trip-ms", type=float, default=30.0)
     command.add_argument("--requests", type=int, default=20, help="for the time to first token, a round")
     return command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the last line of standard output is its result as JSON."""
+def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The command line."""
+    command = common_parser(environ, "stream", __doc__)
+    command.add_argument("--round-trip-ms", type=float, default=30.0)
+    return command
+
+
+Measure = Callable[[argparse.Namespace, Mapping[str, str], Path], Coroutine[Any, Any, dict[str, object]]]
+
+
+def carry_out(measure: Measure, options: argparse.Namespace) -> int:
+    """Run a benchmark; the last line of standard output is its result as JSON."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are ended
-    options = parser(os.environ).parse_args(argv)
     environ = {name: value for name, value in os.environ.items() if name not in NOT_OURS_TO_GIVE}
     try:
         with tempfile.TemporaryDirectory(prefix="firsttoken-bench-") as logs:
@@ -258,6 +267,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this one."""
+    return carry_out(measure, parser(os.environ).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TextIO
 from builder.console import Console
 from handler.errors import StartError
 
-COMMANDS = ("bake", "fetch", "warm", "seal", "verify", "push", "pull")
+COMMANDS = ("plan", "bake", "fetch", "warm", "seal", "verify", "push", "pull")
 """Each is a module of `builder.commands`."""
 
 
@@ -34,11 +34,15 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
     console = Console(stream, options.command)
     try:
         status: int = options.run(options, environ, console)
+        sys.stdout.flush()
     except StartError as error:
         console.say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `... | head` has seen enough; nor does Python's end say more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 

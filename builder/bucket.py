@@ -53,6 +53,18 @@ class Prefix:
             download(files, work, self.console)
         return {"source": "S3", "state": self._state()}
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every object below the location, by its name there. Raises `ModelNotFound`."""
+        with _not_found(self.location):
+            _, listed, _ = self._found
+        return {name: found.size_bytes for name, found in listed.items()}
+
+    def get(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes of an object from `begin` to before `end`. Raises `ModelNotFound`."""
+        with _not_found(self.location):
+            bucket, listed, _ = self._found
+            return b"".join(bucket.wanted(name, listed[name], None).read(begin, end))
+
     def _state(self) -> str:
         with _not_found(self.location):
             _, listed, names = self._found

@@ -63,18 +63,17 @@ def fetch(
     `model` is a Hugging Face id, `s3://bucket/prefix`, the path of a folder or of a GGUF file; without
     it the default one is meant. `revision` is of a Hugging Face repository. With `out` the model is put
     there and not in the user's cache, also from a folder, which else is what is returned; of a bake its
-    model. Reads
-    HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from `environ`; boto3
-    reads the process's own. Raises `ModelNotFound`, within seconds where a server can't be reached,
-    `Damaged` where what arrives is not what was sent, `NoResources` where the disk is too full,
-    `UsageError` where `out` is taken or `choice` names what is not there.
+    model. Reads HF_ENDPOINT, HF_TOKEN, HF_TOKEN_PATH, HF_HUB_OFFLINE, XDG_CACHE_HOME and HOME from
+    `environ`; boto3 reads the process's own. Raises `ModelNotFound`, within seconds where a server can't
+    be reached, `Damaged` where what arrives is not what was sent, `NoResources` where the disk is too
+    full, `UsageError` where `out` is taken or `choice` names what is not there.
     """
     model = model or DEFAULT_MODEL
     path = Path(model).expanduser()
     if out is None and (is_bake(path) or (path / "config.json").is_file()):
         return path
-    source = _source(model, revision, choice, environ, console)
-    folder = out or store.models(environ) / _name(source.asked)
+    source = source_of(model, revision, choice, environ, console)
+    folder = out or store.models(environ) / cached_as(source.asked)
     if store.intact(folder, source.asked):
         return folder
     with store.filling(folder, source.asked, console) as work:
@@ -85,9 +84,10 @@ def fetch(
     return folder
 
 
-def _source(
+def source_of(
     model: str, revision: str | None, choice: Choice, environ: Mapping[str, str], console: Console
 ) -> Source:
+    """Where `model` is, as far as its name says; nobody is asked. Raises `ModelNotFound` and `UsageError`."""
     path = Path(model).expanduser()
     if is_bake(path):
         path /= MODEL
@@ -110,7 +110,7 @@ def _source(
     return Repository(Asked(model, revision, choice), environ, console)
 
 
-def _name(asked: Asked) -> str:
+def cached_as(asked: Asked) -> str:
     """What the user's cache calls the folder of a model."""
     if _HUB_ID.fullmatch(asked.model):
         name = asked.model.replace("/", "--")
@@ -150,7 +150,7 @@ class Repository:
         return {"source": f"{wheel.NAME} {wheel.VERSION}"}
 
     def _download(self, work: Path) -> dict[str, str]:
-        endpoint = _hub(self.environ)
+        endpoint = hub_endpoint(self.environ)
         from builder import hub  # noqa: PLC0415 - takes a while to import, and a hub that is away needs none
 
         asked = self.asked
@@ -166,7 +166,8 @@ class Repository:
         return {"source": without_password(endpoint), "commit": commit}
 
 
-def _hub(environ: Mapping[str, str]) -> str:
+def hub_endpoint(environ: Mapping[str, str]) -> str:
+    """The hub that `environ` names. Raises `ModelNotFound`, within seconds, where it can't be reached."""
     if environ.get("HF_HUB_OFFLINE", "").lower() in TRUE:
         raise ModelNotFound("HF_HUB_OFFLINE is set")
     endpoint = environ.get("HF_ENDPOINT") or HUB

@@ -6,8 +6,9 @@ check nothing but its size, so that only requests and their errors are its.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -75,6 +76,35 @@ def fetch(
             console.say(remark)
         download(files, work, console)
     return info.sha
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository that is looked at and not downloaded: its commit, and its files with their sizes."""
+
+    commit: str
+    files: Mapping[str, int]
+    get: Callable[[str, int, int], bytes]
+    """The bytes of a file from one position to before another. Raises `ModelNotFound`."""
+
+
+def look(model: str, revision: str | None, *, endpoint: str, token: str | None) -> Repository:
+    """What `model` consists of. Raises `ModelNotFound`."""
+    shown, known = without_password(endpoint), token is not None
+    with _refusals(model, revision, shown, known=known):
+        api = HfApi(endpoint=endpoint, token=token, library_name=LIBRARY)
+        info = api.model_info(model, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
+    commit = info.sha
+    assert commit is not None, "the hub names the commit of what it lists"
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    headers = build_hf_headers(token=token, library_name=LIBRARY)
+
+    def get(file: str, begin: int, end: int) -> bytes:
+        url = hf_hub_url(model, file, revision=commit, endpoint=endpoint)
+        with _refusals(model, revision, shown, known=known):
+            return b"".join(_Remote(url, headers, files[file]).read(begin, end))
+
+    return Repository(commit, files, get)
 
 
 def _wanted(file: RepoSibling, url: str, headers: Mapping[str, str]) -> Wanted:

@@ -28,6 +28,9 @@ def progress(
 
     What takes less than `report_s` says nothing where no bar can be drawn.
     """
+    if not total_bytes:
+        yield lambda _: None
+        return
     shown = _bar if console.terminal and installed("tqdm") else _lines
     with shown(console, doing, total_bytes, report_s) as advance:
         yield advance

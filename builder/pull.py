@@ -42,31 +42,29 @@ def pull(location: Location, folder: Path, console: Console) -> None:
             raise ModelNotFound(
                 f"{location} has no {manifest.NAME}: nothing was pushed there, or a push has not ended"
             )
-        if _is_there(folder, raw) or not _fill(folder, bucket, raw, console):
-            console.say(f"{folder} has this bake; nothing changed")
+        with _alone(folder, console):
+            if _is_there(folder, raw):
+                console.say(f"{folder} has this bake; nothing changed")
+                return
+            _fill(folder, bucket, raw, console)
+    console.say(f"{location} is in {folder}")
 
 
-def _fill(folder: Path, bucket: Bucket, raw: bytes, console: Console) -> bool:
-    """Do it; returns False where another pull did it meanwhile."""
-    with _alone(folder, console):
-        if _is_there(folder, raw):
-            return False
-        work = folder / WORK
-        files = work / "files"
-        files.mkdir(parents=True, exist_ok=True)
-        (work / manifest.NAME).write_bytes(raw)
-        sealed = Manifest.load(work)
-        wanted = _missing(folder, _wanted(bucket, sealed), console)
-        disk.need(work, missing_bytes(wanted, files))
-        total_bytes = sum(file.size_bytes for file in wanted)
-        console.say(
-            f"downloading {bucket.location}: {len(wanted)} files, {size(total_bytes)}; "
-            f"{len(sealed.files) - len(wanted)} are here"
-        )
-        download(wanted, files, console)
-        _place(folder, sealed, [file.name for file in wanted])
-    console.say(f"{bucket.location} is in {folder}")
-    return True
+def _fill(folder: Path, bucket: Bucket, raw: bytes, console: Console) -> None:
+    work = folder / WORK
+    files = work / "files"
+    files.mkdir(parents=True, exist_ok=True)
+    (work / manifest.NAME).write_bytes(raw)
+    sealed = Manifest.load(work)
+    wanted = _missing(folder, _wanted(bucket, sealed), console)
+    disk.need(work, missing_bytes(wanted, files))
+    total_bytes = sum(file.size_bytes for file in wanted)
+    console.say(
+        f"downloading {bucket.location}: {len(wanted)} files, {size(total_bytes)}; "
+        f"{len(sealed.files) - len(wanted)} are here"
+    )
+    download(wanted, files, console)
+    _place(folder, sealed, [file.name for file in wanted])
 
 
 def _is_there(folder: Path, raw: bytes) -> bool:
@@ -132,7 +130,8 @@ def _size(file: Path) -> int | None:
 
 def _place(folder: Path, sealed: Manifest, names: list[str]) -> None:
     """Put what was pulled in the place of what is there; meanwhile there is no manifest."""
-    (folder / manifest.NAME).unlink(missing_ok=True)
+    for name in (manifest.NAME, manifest.STATE):
+        (folder / name).unlink(missing_ok=True)
     for name in set(manifest.contents(folder)) - sealed.files.keys():
         (folder / name).unlink()
     for name in names:

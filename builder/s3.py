@@ -1,7 +1,7 @@
 """A prefix in a store that speaks S3: its objects, their digests, and what it means when it refuses.
 
-The only file that imports boto3. Endpoint, region and credentials are what boto3 finds by itself in
-the process's environment and files (AWS_ENDPOINT_URL, AWS_PROFILE, a role, ...), so that any store
+The one file of the builder that imports boto3. Endpoint, region and credentials are what it finds by itself
+in the process's environment and files (AWS_ENDPOINT_URL, AWS_PROFILE, a role, ...), so that any store
 that speaks S3 will do: https://docs.aws.amazon.com/boto3/latest/guide/configuration.html
 """
 

@@ -17,6 +17,9 @@ PICKLES = (".bin", ".pt", ".pth")
 CODE = ".py"
 """vLLM imports it where TRUST_REMOTE_CODE is set."""
 
+NOTE = "fetched.json"
+"""Ours, in a folder that was fetched: what is fetched from there gets one of its own."""
+
 _POOLING = re.compile(r"\d_\w+/[^/]+")
 """What sentence-transformers keep of an embedding model beside the root."""
 
@@ -77,8 +80,8 @@ def _code(names: Iterable[str]) -> list[str]:
 
 
 def _inside(name: str) -> bool:
-    """Whether a server that names a file `name` can only mean one in the model's folder."""
-    return name.isprintable() and not {"", ".", ".."}.intersection(name.split("/"))
+    """Whether a server that names a file `name` can only mean one in the model's folder, and not ours."""
+    return name.isprintable() and name != NOTE and not {"", ".", ".."}.intersection(name.split("/"))
 
 
 def _placed(name: str) -> bool:

@@ -13,13 +13,8 @@ from typing import Self
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import SWITCH, Kind, Setting, Table, choice, matching, public_name, read, seconds, whole
+from handler.table import ENDPOINT_ID, SWITCH, Setting, Table, choice, public_name, read, seconds, whole
 from handler.unread import UNREAD
-
-ENDPOINT_ID = Kind(
-    "at most 64 letters, digits, `-` and `_`, the first a letter or a digit",
-    matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"),
-)
 
 UPSTREAMS = ("local", "runpod")
 

@@ -96,6 +96,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         settings = read_settings(environ)
     except BadSettings as failure:
         if not platforms.answers_failure(name, environ):
+            if name in platforms.TOLD:
+                platforms.load(name, readable(environ)).refuse(failure)
             raise
         settings = readable(environ)
         open_log(settings)
@@ -159,7 +161,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         phases = Phases(time.monotonic())
         phases.facts["parent"] = "snapshot"
         environ.update(late)
-        settings = freeze.resumed_settings(given, late, listens=platforms.listens(environ))
+        settings = freeze.resumed_settings(given, late)
         logging.getLogger("handler").setLevel(settings.log_level)
         notifier = tell_parent(settings, phases)
         platform = platforms.load(platforms.chosen(environ), settings)
@@ -259,7 +261,7 @@ def explain_start(source: str | None, picture: Path | None, environ: MutableMapp
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
     """The settings; what is wrong with them and with vLLM's flags is reported together."""
     try:
-        return model.at_hand(Settings.from_environ(environ, listens=platforms.listens(environ)))
+        return model.at_hand(Settings.from_environ(environ))
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]

@@ -103,8 +103,6 @@ SEAM: Mapping[str, tuple[str, ...]] = {
 """Every name of vLLM that the worker uses."""
 
 LARGE_MODEL_BYTES = 64 << 20
-MIN_KV_CACHE_BYTES = 64 << 20
-MAX_KV_CACHE_BYTES = 1 << 30
 CANARY_TIMEOUT_S = 600.0
 CLOSE_GRACE_S = 10.0
 """What vLLM gets to end beyond the drain's deadline; then the process ends without it."""
@@ -322,6 +320,12 @@ def touched_device() -> str | None:
     """Why this process can have no fork that uses a GPU, or None."""
     cuda: Any = importlib.import_module("torch.cuda")
     return "CUDA is initialised" if cuda.is_initialized() else None
+
+
+def architecture() -> str | None:
+    """The compute capability of the GPU, as `9.0`; None where there is none."""
+    capability = seam("current_platform").get_device_capability()
+    return None if capability is None else str(capability.as_version_str())
 
 
 def settle(ready: Prepared) -> Prepared:
@@ -634,16 +638,11 @@ def configure(args: Namespace, mode: str) -> Any:
 
 
 def plan_kv_cache_bytes(vllm_config: Any) -> int:
-    """How much memory to give the KV cache on a CPU, where vLLM would take most of it.
-
-    Room for 32 sequences of full length, within 64 MiB and 1 GiB; always for two of them, if
-    40 % of the free memory hold that. Each GiB costs half a second of page faults at the start.
-    """
+    """How much memory to give the KV cache on a CPU, where vLLM would take most of it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    sequence = 2 * heads * model.get_head_size() * model.dtype.itemsize * model.max_model_len
-    wanted = max(2 * sequence, min(max(32 * sequence, MIN_KV_CACHE_BYTES), MAX_KV_CACHE_BYTES))
-    return int(min(wanted, 0.4 * machine.free_memory_bytes()))
+    token = 2 * heads * model.get_head_size() * model.dtype.itemsize
+    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes())
 
 
 def build(ready: Prepared, environ: Mapping[str, str]) -> Any:

@@ -18,10 +18,13 @@ FirstTokenError
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
 │   │   └── StartFailed     503  worker_start_failed, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
+├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
+│   └── AnswerCut           nobody reads the rest of an answer
 └── StartError              ends the process with an exit code from sysexits.h
     ├── UsageError          64
     ├── ManifestMismatch    65
     ├── Damaged             65
+    ├── BadModel            65
     ├── ModelNotFound       66
     ├── StoreFailed         69
     ├── EngineFailed        70
@@ -233,6 +236,18 @@ class DeadlineExceeded(RequestError):
     code = "deadline_exceeded"
 
 
+class RuntimeApiFailed(FirstTokenError):
+    """Lambda's Runtime API did not take what was said to it; `status` is its answer, None for silence."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class AnswerCut(RuntimeApiFailed):
+    """Lambda has closed an answer before its end: nobody reads the rest."""
+
+
 class StartError(FirstTokenError):
     """The process can't start, or can't go on. `exit_code` is from sysexits.h."""
 
@@ -253,6 +268,12 @@ class ManifestMismatch(StartError):
 
 class Damaged(StartError):
     """What was downloaded is not what its source says of it."""
+
+    exit_code = 65
+
+
+class BadModel(StartError):
+    """The model's files are there and can't be understood."""
 
     exit_code = 65
 

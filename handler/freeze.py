@@ -295,11 +295,10 @@ def _fits_environ(name: str, value: object) -> bool:
     return name.isidentifier() and isinstance(value, str) and value.isprintable()
 
 
-def resumed_settings(given: Mapping[str, str], late: Mapping[str, str], *, listens: bool = True) -> Settings:
+def resumed_settings(given: Mapping[str, str], late: Mapping[str, str]) -> Settings:
     """The settings of a copy: those of the worker's environment `given`, and `late` ones over them.
 
-    `listens` is as for `Settings.from_environ`. Raises `BadSettings` with every fault, among them what
-    `late` would change of the snapshot.
+    Raises `BadSettings` with every fault, among them what `late` would change of the snapshot.
     """
     allowed = {name for row in LATE for name in row.names}
     faults = [
@@ -309,7 +308,7 @@ def resumed_settings(given: Mapping[str, str], late: Mapping[str, str], *, liste
     ]
     kept = {name: value for name, value in given.items() if name not in OF_THE_PARENT}
     try:
-        settings = Settings.from_environ({**kept, **late}, listens=listens)
+        settings = Settings.from_environ({**kept, **late})
     except BadSettings as error:
         raise BadSettings([*faults, *error.faults]) from None
     if faults:

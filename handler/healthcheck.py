@@ -1,8 +1,8 @@
 """Whether the worker of this container is well: `python -m handler.healthcheck`, for an image's HEALTHCHECK.
 
 Exit code 0 is healthy, 1 is not, or not yet; one line says which. Docker asks again and again, each
-time with a new process: the standard library only, and none of it that is slow to import. What the
-answers of `/ping` mean is in `handler.platforms.door`.
+time with a new process: nothing is imported that is slow to import. What the answers of `/ping` mean is
+in `handler.platforms.door`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from handler.platforms import listens
+from handler.settings import rows
 
 TIMEOUT_S = 3.0
 """The image's HEALTHCHECK gives up a little later."""
 
-PORT = "8000"
-"""What the worker listens on if nothing is set; as the two below."""
-HOST = "127.0.0.1"
+DEFAULTS = {row.name: row.default or "" for row in rows("HOST", "PORT")}
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - what a worker is told to listen on
 """Where to reach what listens on every address."""
 
@@ -43,10 +42,10 @@ def look(environ: Mapping[str, str], processes: Path = Path("/proc")) -> tuple[b
     free, its process has to run.
     """
     given = {name: value.strip() for name, value in environ.items()}
-    port = given.get("PORT_HEALTH") or given.get("PORT") or PORT
+    port = given.get("PORT_HEALTH") or given.get("PORT") or DEFAULTS["PORT"]
     if not listens(environ) or (port == "0" and not given.get("UDS")):
         return running(processes)
-    host = given.get("HOST") or HOST
+    host = given.get("HOST") or DEFAULTS["HOST"]
     try:
         return ping(given.get("UDS") or (ANY.get(host, host), int(port)))
     except (OSError, ValueError, OverflowError) as error:  # the last two of a port that is none

@@ -9,9 +9,13 @@ _ACCELERATORS = {"/dev/nvidiactl": "cuda", "/dev/kfd": "rocm"}
 _VECTORS = ("amx", "asimd", "avx", "bf16", "fma", "sve")
 _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_AMD = Path("/sys/class/kfd/kfd/topology/nodes")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
+
+MIN_KV_CACHE_BYTES = 64 << 20
+MAX_KV_CACHE_BYTES = 1 << 30
 
 
 def has_accelerator() -> bool:
@@ -24,13 +28,21 @@ def accelerator() -> str | None:
     return next((kind for device, kind in _ACCELERATORS.items() if Path(device).exists()), None)
 
 
-def gpu(folder: Path = _NVIDIA) -> str | None:
-    """What the first NVIDIA GPU is called, as its driver says in /proc; None if there is none to be seen."""
-    for file in sorted(folder.glob("*/information")):
+def gpu(nvidia: Path = _NVIDIA, amd: Path = _AMD) -> str | None:
+    """What kind the first GPU is, as its driver says in /proc or /sys; None if there is none to be seen.
+
+    Of NVIDIA's the name, of AMD's the version of its instruction set, as `gfx 90402`.
+    """
+    for file in sorted(nvidia.glob("*/information")):
         for line in file.read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "Model":
                 return value.strip()
+    for file in sorted(amd.glob("*/properties")):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "gfx_target_version" and value != "0":  # 0 is a processor's node
+                return f"gfx {value}"
     return None
 
 
@@ -60,6 +72,16 @@ def free_memory_bytes() -> int:
     if limit and used and limit[0] != "max":
         free = min(free, max(0, int(limit[0]) - int(used[0])))
     return free
+
+
+def kv_cache_bytes(sequence_bytes: int, free_bytes: int) -> int:
+    """How much of `free_bytes` a KV cache gets on a CPU, if a sequence of full length takes `sequence_bytes`.
+
+    Room for 32 such sequences, within 64 MiB and 1 GiB; always for two of them, if 40 % of the free
+    memory hold that. Each GiB costs half a second of page faults at the start.
+    """
+    wanted = min(max(32 * sequence_bytes, MIN_KV_CACHE_BYTES), MAX_KV_CACHE_BYTES)
+    return int(min(max(2 * sequence_bytes, wanted), 0.4 * free_bytes))
 
 
 def _words(path: Path) -> list[str]:

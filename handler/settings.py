@@ -20,11 +20,15 @@ from typing import Self
 from handler.errors import BadSettings
 from handler.levers import LEVERS
 from handler.table import (
+    AWS_SECRET,
+    AWS_TABLE,
+    ENDPOINT_ID,
     HOST,
     MODEL,
     NAME,
     NAMES,
     ORIGINS,
+    PLACES,
     SECRET,
     SIZE,
     SOCKET,
@@ -57,8 +61,12 @@ __all__ = [
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PLATFORMS = ("runpod", "http")
+PLATFORMS = ("runpod", "aws_lambda", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
+
+LAMBDA = "AWS_LAMBDA_RUNTIME_API"
+RUNPOD = "RUNPOD_WEBHOOK_GET_JOB"
+"""What an environment of Lambda is known by, and one of a RunPod queue."""
 
 TABLE: Table = (
     Setting(
@@ -142,7 +150,7 @@ TABLE: Table = (
         whole(1, 100_000),
         None,
         "How many requests one worker runs at once; more wait their turn. If not set: no limit, on RunPod as "
-        "many jobs as the engine batches and its KV cache holds.",
+        "many jobs as the engine batches and its KV cache holds, on Lambda what the environment may have.",
     ),
     Setting(
         "PLATFORM",
@@ -185,6 +193,41 @@ TABLE: Table = (
         "on",
         "`on`: whoever listens beyond this machine needs an `API_KEY`. "
         "`off`: no key is asked for, because something in front does.",
+    ),
+    Setting(
+        "API_KEYS_SECRET",
+        "api_keys_secret",
+        AWS_SECRET,
+        None,
+        "On Lambda, the secret in Secrets Manager that holds the hashes of keys: docs/aws.md.",
+    ),
+    Setting(
+        "USAGE_TABLE",
+        "usage_table",
+        AWS_TABLE,
+        None,
+        "On Lambda, the table of DynamoDB to which the tokens of each key are added: docs/aws.md.",
+    ),
+    Setting(
+        "ENDPOINT_ID",
+        "endpoint_id",
+        ENDPOINT_ID,
+        None,
+        "On Lambda, the id in the URL `/v2/{ENDPOINT_ID}/openai/v1`. If not set: any.",
+    ),
+    Setting(
+        "LAMBDA_RESPONSE_MODE",
+        "lambda_response_mode",
+        choice("stream", "buffered"),
+        "stream",
+        "How the function's URL or REST API is set up: it streams answers, or wants each whole.",
+    ),
+    Setting(
+        "REPLY_TO",
+        "reply_to",
+        PLACES,
+        "",
+        "On Lambda, where the answers to messages may go. If not set: nowhere.",
     ),
     Setting(
         "CORS_ORIGINS",
@@ -288,6 +331,11 @@ class Settings:
     uds: str | None
     api_key: str | None = field(repr=False)
     auth: bool
+    api_keys_secret: str | None
+    usage_table: str | None
+    endpoint_id: str | None
+    lambda_response_mode: str
+    reply_to: tuple[str, ...]
     cors_origins: tuple[str, ...]
     max_body_bytes: int
     drain_timeout_s: float
@@ -317,17 +365,14 @@ class Settings:
         )
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str], *, listens: bool = True) -> Self:
-        """The settings that `environ` holds, of a worker that `listens`, or takes jobs and can't be reached.
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """The settings that `environ` holds.
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
         values, faults = read(TABLE, environ, others=UNREAD)
-        if listens and _open_to_all(**values):
-            faults.append(
-                f"HOST={values['host']} can be reached from other machines and there is no API_KEY; "
-                "set API_KEY, or AUTH=off if something in front of the worker asks for a key"
-            )
+        if fault := _unguarded(environ, **values):
+            faults.append(fault)
         if faults:
             raise BadSettings(faults)
         return cls(**values, notes=_notes(environ), rest=rest(environ))
@@ -338,7 +383,7 @@ def readable(environ: Mapping[str, str]) -> Settings:
     values, _ = read(TABLE, environ, others=UNREAD)
     defaults, _ = read(TABLE, {})
     usable = {name: defaults[name] if value is None else value for name, value in values.items()}
-    if _open_to_all(**usable):  # the reason is not for everybody
+    if _unguarded(environ, **usable):  # the reason is not for everybody
         usable["api_key"] = secrets.token_urlsafe()
     return Settings(**usable)
 
@@ -350,15 +395,42 @@ def rest(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value.strip() for name, value in ours(environ).items() if name not in taken}
 
 
-def _open_to_all(
-    *, host: str | None, uds: str | None, auth: bool | None, api_key: str | None, **_: object
-) -> bool:
-    if host is None or uds is not None or auth is not True or api_key is not None:
-        return False
+def _unguarded(
+    environ: Mapping[str, str],
+    *,
+    platform: str | None,
+    auth: bool | None,
+    api_key: str | None,
+    api_keys_secret: str | None,
+    host: str | None,
+    uds: str | None,
+    **_: object,
+) -> str | None:
+    """Why everybody could ask this worker, if that was not said to be wanted."""
+    if auth is not True or api_key is not None:
+        return None
+    if platform == "aws_lambda" or (platform is None and environ.get(LAMBDA)):
+        if api_keys_secret is not None:
+            return None
+        return (
+            "there is no key for those who call the function through a URL; set API_KEYS_SECRET or API_KEY, "
+            "or AUTH=off if something in front of the function asks for a key"
+        )
+    if platform == "runpod" or (platform is None and environ.get(RUNPOD)):
+        return None  # it asks for its jobs, and listens nowhere
+    if host is None or uds is not None or _is_loopback(host):
+        return None
+    return (
+        f"HOST={host} can be reached from other machines and there is no API_KEY; "
+        "set API_KEY, or AUTH=off if something in front of the worker asks for a key"
+    )
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        return not ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host != "localhost"
+        return host == "localhost"
 
 
 def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -287,6 +287,13 @@ def _names(value: str) -> tuple[str, ...]:
     return tuple(_variable(item) for item in _list(value))
 
 
+_queue = matching(r"https?://[^/\s,]+(/[^/\s,]+)+")
+
+
+def _places(value: str) -> tuple[str, ...]:
+    return tuple(_bucket(item) if item.startswith("s3://") else _queue(item) for item in _list(value))
+
+
 def _socket(value: str) -> str:
     if len(value.encode()) > SOCKET_PATH_BYTES:
         raise ValueError(value)
@@ -304,6 +311,13 @@ SWITCH = Kind("`true`, `false`, `on`, `off`, `yes`, `no`, `1`, `0`", _switch)
 SIZE = Kind("from 1KiB to 1GiB: bytes, or with `KiB`, `MiB`, `GiB`, `KB`, `MB`, `GB`", _size)
 HOST = Kind("an IP address or a host name", _host)
 ORIGINS = Kind("`*`, or origins such as `https://app.example`, separated by commas", _origins)
+ENDPOINT_ID = Kind(
+    "at most 64 letters, digits, `-` and `_`, the first a letter or a digit",
+    matching(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"),
+)
+AWS_SECRET = Kind("a name or an ARN", matching(r"[A-Za-z0-9/_+=.@:-]{1,2048}"))
+AWS_TABLE = Kind("a name or an ARN", matching(r"[A-Za-z0-9_.:/-]{3,1024}"))
+PLACES = Kind("URLs of queues, and `s3://bucket` or `s3://bucket/prefix`, separated by commas", _places)
 NAMES = Kind("names of environment variables, separated by commas", _names)
 SOCKET = Kind(f"a path of at most {SOCKET_PATH_BYTES} bytes", _socket)
 YAML = Kind("a path that ends in `.yaml` or `.yml`", matching(r"(?s).+\.ya?ml"))

@@ -61,6 +61,7 @@ NOT_SHOWN = frozenset(
             "MAX_BODY_BYTES",
         ),  # no port
         *("PLATFORM", "ENGINE_MODE"),  # found
+        *("API_KEYS_SECRET", "USAGE_TABLE", "ENDPOINT_ID", "LAMBDA_RESPONSE_MODE", "REPLY_TO"),  # of Lambda
         *("LIFELINE_FD", "NOTIFY_SOCKET"),  # for a parent process
         "VERIFY_WEIGHTS",  # for a model in an image of one's own
         *("LEVERS_OFF", "FOREIGN_NAMES"),  # for measurements, for environments that others share

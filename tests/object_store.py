@@ -110,8 +110,8 @@ class Relay:
 
     def __init__(self, store: ObjectStore, stall: bytes) -> None:
         self.stall = stall
-        self.stalled = 0
-        """How many requests are held."""
+        self.stalled: set[bytes] = set()
+        """The first lines of those."""
         target = urlsplit(store.url)
         self._target = (target.hostname or "", target.port or 0)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -141,7 +141,7 @@ class Relay:
         with suppress(OSError):
             while data := client.recv(1 << 16):
                 if self.stall in data:
-                    self.stalled += 1
+                    self.stalled.add(data.partition(b"\r\n")[0])
                     return
                 server.sendall(data)
             server.shutdown(socket.SHUT_WR)

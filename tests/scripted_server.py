@@ -52,6 +52,10 @@ class ScriptedEngine:
         """Run `work` on the engine's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def capacity(self) -> int:
+        """How many requests it works on at once."""
+        return 8
+
     def running(self) -> int:
         """How many calls of the application have not ended."""
         return sum(seen.ended is None for seen in self._app.seen)

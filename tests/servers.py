@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -9,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,37 @@ def jobs_stack(model: Path) -> Iterator[Stack]:
         gateway(model, Path(folder), "serve", "--upstream", "runpod") as (server, _),
     ):
         yield Stack(server, server)
+
+
+@asynccontextmanager
+async def worker_process(environ: Mapping[str, str], said: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m handler`, its output in the file `said`; killed at the end, with all that it started."""
+    with said.open("w") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "handler"),
+            cwd=ROOT,
+            env={name: value for name, value in environ.items() if value},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # the heartbeat of RunPod's SDK outlives a worker that was killed
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+@contextmanager
+def function(
+    environ: Mapping[str, str], folder: Path, worker: str = "handler"
+) -> Iterator[dict[str, Server]]:
+    """`python -m WORKER` as a Lambda function, ready; its front doors by name (`tests.lambda_doors`)."""
+    command = (sys.executable, "-m", worker)
+    with program("tests.lambda_doors", environ, folder, *command) as (process, errors):
+        urls: dict[str, str] = json.loads(first_line(process, "/openai/v1", errors))
+        yield {name: Server(url) for name, url in urls.items()}
 
 
 @dataclass(frozen=True, slots=True)

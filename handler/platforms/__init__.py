@@ -11,7 +11,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # a health check asks which platform this is, and imports nothing for it
+from handler.settings import LAMBDA, RUNPOD
+
+if TYPE_CHECKING:  # a health check asks which platform this is, and waits for no import
     from handler.engine import Engine
     from handler.errors import StartError
     from handler.phases import Phases
@@ -49,16 +51,20 @@ class Platform(Protocol):
 
 
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
-    ("runpod", lambda environ: bool(environ.get("RUNPOD_WEBHOOK_GET_JOB"))),
+    ("runpod", lambda environ: bool(environ.get(RUNPOD))),
+    ("aws_lambda", lambda environ: bool(environ.get(LAMBDA))),
     ("http", lambda _: True),
 )
 """A platform's name, which is its module's, and how its environment is known."""
 
 LISTENING = frozenset({"http"})
-"""Platforms on which a worker has an address; on the others it asks for its jobs, and can't be reached."""
+"""Platforms on which a worker has an address; on the others it asks for what there is to do."""
 
 ANSWERING = frozenset({"runpod"})
 """Platforms that start a worker again and again and bill each try: one that can't start stays there."""
+
+TOLD = frozenset({"aws_lambda"})
+"""Platforms that want to know why a worker does not start, also if its settings are wrong."""
 
 
 def chosen(environ: Mapping[str, str]) -> str:
@@ -69,7 +75,7 @@ def chosen(environ: Mapping[str, str]) -> str:
 
 
 def listens(environ: Mapping[str, str]) -> bool:
-    """Whether a worker in `environ` can be reached by others."""
+    """Whether a worker in `environ` has an address."""
     return chosen(environ) in LISTENING
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from handler import sse
 from tests.runpod_plane import Plane
-from tests.servers import MAX_MODEL_LEN, MODEL, ROOT, engine_environ
+from tests.servers import MAX_MODEL_LEN, MODEL, engine_environ, worker_process
 
 ASK = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "temperature": 0}
 
@@ -31,21 +29,8 @@ async def worker(
         **plane.environ(),
         **(environ or {}),
     }
-    with (folder / "said").open("w") as said:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "handler"),
-            cwd=ROOT,
-            env={name: value for name, value in given.items() if value},
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
-    try:
+    async with worker_process(given, folder / "said") as process:
         yield process
-    finally:
-        with suppress(ProcessLookupError):  # the SDK's heartbeat outlives a worker that was killed
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
 
 
 async def drained(plane: Plane, process: asyncio.subprocess.Process) -> int:

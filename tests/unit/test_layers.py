@@ -36,6 +36,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "metrics",
         "model",
         "prerequisites",
+        "usage",
         "waiting",
     },
     {

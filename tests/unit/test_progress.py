@@ -67,6 +67,14 @@ def test_terminal_has_a_bar() -> None:
     assert drawn.split("\r")[-1].strip() == ""
 
 
+def test_nothing_to_do_shows_nothing() -> None:
+    """A bar of nothing would only flicker."""
+    stream = Stream(terminal=True)
+    with progress(Console(stream), "hashing", 0) as advance:
+        advance(1)
+    assert stream.getvalue() == ""
+
+
 def test_many_threads_lose_no_byte() -> None:
     """The sum is what all of them have done."""
     stream = Stream()

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, PartialCredentialsError
 
-from builder import upload
+from builder import s3, upload
 from builder.console import Console
 from builder.digest import Digest
 from builder.s3 import Bucket, Location, Object
 from builder.upload import Source
-from handler.errors import ManifestMismatch, StoreFailed, UsageError
+from handler.errors import ManifestMismatch, NoResources, StoreFailed, UsageError
 
 LOCATION = Location("bucket", "prefix")
 BODY = b"0123456789"
@@ -101,6 +101,14 @@ def test_what_boto3_means_is_a_sentence(error: Exception, said: str, code: str |
     with pytest.raises(StoreFailed) as caught:
         Bucket(LOCATION, Client(head_object=error)).head("x")
     assert (str(caught.value), caught.value.code) == (said, code)
+
+
+def test_what_is_missing_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that serves models needs no boto3."""
+    monkeypatch.setattr(s3, "installed", lambda _: None)
+    with pytest.raises(NoResources) as caught:
+        Bucket.open(LOCATION)
+    assert str(caught.value) == "s3://bucket/prefix needs boto3: pip install 'firsttoken[aws]'"
 
 
 @pytest.mark.parametrize("code", ["404", "NoSuchKey", "NotFound"])

@@ -9,8 +9,9 @@ import pytest
 
 from gateway.settings import TABLE as GATEWAY_TABLE
 from gateway.settings import GatewaySettings
+from handler import platforms
 from handler.errors import BadSettings
-from handler.settings import DEFAULT_MODEL, TABLE, Settings, public_name, render_markdown
+from handler.settings import DEFAULT_MODEL, TABLE, Settings, public_name, readable, render_markdown
 from handler.table import Kind, Setting
 from handler.unread import UNREAD
 
@@ -55,6 +56,11 @@ def test_worker_defaults() -> None:
         uds=None,
         api_key=None,
         auth=True,
+        api_keys_secret=None,
+        usage_table=None,
+        endpoint_id=None,
+        lambda_response_mode="stream",
+        reply_to=(),
         cors_origins=(),
         max_body_bytes=32 * 2**20,
         drain_timeout_s=30.0,
@@ -246,8 +252,9 @@ def test_repr_holds_no_secret() -> None:
         "AWS_SECRET_ACCESS_KEY": "aws-secret",
         "VLLM_EXTRA_ARGS": "--hf-token hf_secret",
     }
-    assert "secret" not in repr(Settings.from_environ(environ))
-    assert "secret" not in repr(GatewaySettings.from_environ(environ))
+    secrets = ("k-secret", "hf_secret", "aws-secret")
+    for settings in (Settings.from_environ(environ), GatewaySettings.from_environ(environ)):
+        assert not [secret for secret in secrets if secret in repr(settings)]
 
 
 def test_long_value_is_cut() -> None:
@@ -288,6 +295,47 @@ def test_empty_is_not_set(empty: str) -> None:
     assert Settings.from_environ({row.name: empty for row in TABLE}) == Settings.from_environ({})
 
 
+@pytest.mark.parametrize(
+    "environ", [{"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}, {"PLATFORM": "aws_lambda", "HOST": "0.0.0.0"}]
+)
+def test_a_function_needs_keys(environ: dict[str, str]) -> None:
+    """A URL may be in front of it; on which address a server would listen does not matter there."""
+    (fault,) = faults(environ)
+    assert fault.startswith(
+        "there is no key for those who call the function through a URL; set API_KEYS_SECRET"
+    )
+    for given in ({"API_KEYS_SECRET": "keys"}, {"API_KEY": "ft-1"}, {"AUTH": "off"}):
+        Settings.from_environ({**environ, **given})
+    assert readable(environ).api_key, "why it does not start is not for everybody"
+
+
+@pytest.mark.parametrize(
+    ("environ", "platform"),
+    [
+        ({}, "http"),
+        ({"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001"}, "aws_lambda"),
+        ({"AWS_LAMBDA_RUNTIME_API": "127.0.0.1:9001", "PLATFORM": "http"}, "http"),
+        ({"RUNPOD_WEBHOOK_GET_JOB": "https://..."}, "runpod"),
+        ({"AWS_LAMBDA_RUNTIME_API": ""}, "http"),
+    ],
+)
+def test_the_platform_is_found(environ: dict[str, str], platform: str) -> None:
+    """By what it sets, unless another is named."""
+    assert platforms.chosen(environ) == platform
+
+
+def test_places_for_answers() -> None:
+    """Queues and prefixes of buckets."""
+    queue = "https://sqs.eu-central-1.amazonaws.com/123456789012/answers"
+    assert Settings.from_environ({"REPLY_TO": f"{queue}, s3://bucket/a b/"}).reply_to == (
+        queue,
+        "s3://bucket/a b/",
+    )
+    for wrong in ("answers", "s3://", "https://host", "gs://bucket"):
+        (fault,) = faults({"REPLY_TO": wrong})
+        assert fault.startswith(f"REPLY_TO='{wrong}' is not allowed; allowed: URLs of queues")
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "worker.internal"])
 def test_listening_beyond_this_machine_needs_a_key(host: str) -> None:
     """A worker that anyone can reach asks for a key, or says that something else does."""
@@ -301,9 +349,11 @@ def test_listening_beyond_this_machine_needs_a_key(host: str) -> None:
         assert Settings.from_environ({"HOST": host, **enough}).host == host
 
 
-def test_who_takes_jobs_needs_no_key() -> None:
-    """The image listens on every address, and on a platform of jobs a worker listens on none."""
-    assert Settings.from_environ({"HOST": "0.0.0.0"}, listens=False).api_key is None
+@pytest.mark.parametrize("environ", [{"PLATFORM": "runpod"}, {"RUNPOD_WEBHOOK_GET_JOB": "https://plane"}])
+def test_who_takes_jobs_needs_no_key(environ: dict[str, str]) -> None:
+    """The image has a HOST for every platform, and on a queue nobody listens there."""
+    assert Settings.from_environ({"HOST": "0.0.0.0", **environ}).api_key is None
+    assert faults({"HOST": "0.0.0.0", **environ, "PLATFORM": "http"})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
@@ -344,7 +394,7 @@ def test_gateway_slip_names_the_nearest() -> None:
 
 def test_ordinary_environment_has_no_slips() -> None:
     """No name of a shell, a cloud, a cluster or a library is taken for a slip."""
-    environ = dict.fromkeys(ORDINARY_NAMES, "1")
+    environ = {**dict.fromkeys(ORDINARY_NAMES, "1"), "API_KEY": "ft-1"}  # which Lambda's own names call for
     assert Settings.from_environ(environ).port == 8000
     assert GatewaySettings.from_environ(environ).port == 8000
 

@@ -1,0 +1,188 @@
+"""`handler.usage`: what an answer has cost is told once, and its client sees what it asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from handler import sse
+from handler.errors import RequestError
+from handler.messages import Headers, Reply, Request, once, read
+from handler.usage import Usage, metered
+
+JSON: Headers = (("content-type", "application/json"),)
+EVENTS: Headers = (("content-type", "text/event-stream; charset=utf-8"),)
+USAGE = {"prompt_tokens": 24, "total_tokens": 30, "completion_tokens": 6}
+
+
+def chunk(content: str, **more: Any) -> bytes:
+    """One frame of a chat."""
+    return sse.event({"model": "m", "choices": [{"delta": {"content": content}}], **more})
+
+
+LAST = sse.event({"model": "m", "choices": [], "usage": USAGE})
+
+
+class Engine:
+    """Answers with `chunks`, and keeps what it was asked."""
+
+    def __init__(self, *chunks: bytes, status: int = 200, headers: Headers = EVENTS) -> None:
+        self._chunks = chunks
+        self._status = status
+        self._headers = headers
+        self.asked: list[Request] = []
+
+    async def _frames(self) -> AsyncIterator[bytes]:
+        for data in self._chunks:
+            if not data:
+                raise RequestError("broken")
+            yield data
+
+    @asynccontextmanager
+    async def call(self, request: Request) -> AsyncIterator[Reply]:
+        """One answer."""
+        self.asked.append(request)
+        yield Reply(self._status, self._headers, self._frames())
+
+
+def chat(**body: Any) -> Request:
+    """A chat request."""
+    return Request("POST", "/v1/chat/completions", JSON, json.dumps(body).encode())
+
+
+async def asked(engine: Engine, request: Request) -> tuple[bytes, list[Usage]]:
+    """What the client gets, and what is told of it."""
+    told: list[Usage] = []
+    async with metered(engine.call, told.append)(request) as reply:
+        body = await read(reply)
+        assert told == []
+    return body, told
+
+
+async def test_a_whole_answer_says_it_itself() -> None:
+    """Nothing is changed on either way."""
+    raw = json.dumps({"model": "m", "choices": [], "usage": USAGE}).encode()
+    engine = Engine(raw[:20], raw[20:], headers=JSON)
+    request = chat(messages=[])
+    assert await asked(engine, request) == (raw, [Usage("m", 24, 6)])
+    assert engine.asked == [request]
+
+
+async def test_a_stream_is_asked_for_it_and_its_client_does_not_see_that() -> None:
+    """The other frames stay as they are, whether it comes with them or alone."""
+    for parts in ([chunk("a"), chunk("b"), LAST, sse.DONE], [chunk("a"), chunk("b") + LAST + sse.DONE]):
+        engine = Engine(*parts)
+        body, told = await asked(engine, chat(stream=True, messages=[{"content": "{}"}]))
+        assert body == chunk("a") + chunk("b") + sse.DONE
+        assert told == [Usage("m", 24, 6)]
+        (request,) = engine.asked
+        assert json.loads(request.body) == {
+            "stream_options": {"include_usage": True},
+            "stream": True,
+            "messages": [{"content": "{}"}],
+        }
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        (None, {"include_usage": True}),
+        ({}, {"include_usage": True}),
+        ({"include_usage": False, "x": "\ud800"}, {"include_usage": True, "x": "\ud800"}),
+    ],
+)
+async def test_other_options_of_a_stream_are_kept(options: Any, sent: Any) -> None:
+    """Also half a character, which only JSON can name."""
+    engine = Engine(chunk("a"), LAST, sse.DONE)
+    body, _ = await asked(engine, chat(stream=True, stream_options=options))
+    assert body == chunk("a") + sse.DONE
+    assert json.loads(engine.asked[0].body)["stream_options"] == sent
+
+
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": "yes"}, 5, ["include_usage"]])
+async def test_who_asks_for_it_sees_it(options: Any) -> None:
+    """And options that are wrong are the engine's to refuse."""
+    engine = Engine(chunk("a"), LAST, sse.DONE)
+    request = chat(stream=True, stream_options=options)
+    assert await asked(engine, request) == (chunk("a") + LAST + sse.DONE, [Usage("m", 24, 6)])
+    assert engine.asked == [request]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("POST", "/v1/chat/completions", JSON, b"{"),
+        Request("POST", "/v1/chat/completions", JSON, b'{"stream": true'),
+        Request("POST", "/v1/responses", JSON, b'{"stream": true}'),
+        chat(stream="maybe"),
+    ],
+)
+async def test_what_is_no_stream_of_such_a_route_is_left_as_it_is(request_: Request) -> None:
+    """The engine says what is wrong with it."""
+    engine = Engine(b"{}", headers=JSON)
+    await asked(engine, request_)
+    assert engine.asked == [request_]
+
+
+async def test_the_other_routes_say_it_in_their_own_places() -> None:
+    """The last event of a response, the first and a later one of a message."""
+    response = sse.event({"type": "response.completed", "response": {"model": "m", "usage": None}})
+    completed = {"model": "m", "usage": {"input_tokens": 3, "output_tokens": 4}}
+    named = b"event: response.completed\n" + sse.event({"response": completed})
+    assert (await asked(Engine(response, named), Request("POST", "/v1/responses", JSON, b"{}")))[1] == [
+        Usage("m", 3, 4)
+    ]
+    start = {"message": {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 0}}}
+    delta = {"type": "message_delta", "usage": {"output_tokens": 9}}
+    frames = (b"event: message_start\n" + sse.event(start), b"event: message_delta\n" + sse.event(delta))
+    body, told = await asked(Engine(*frames), Request("POST", "/v1/messages", JSON, b"{}"))
+    assert told == [Usage("m", 7, 9)]
+    assert body == b"".join(frames)
+
+
+async def test_a_stream_that_is_left_is_counted_by_its_frames() -> None:
+    """What the engine has not said can't be known."""
+    told: list[Usage] = []
+    async with metered(Engine(chunk("a"), chunk("b"), LAST).call, told.append)(chat(stream=True)) as reply:
+        await anext(reply.frames)
+    assert told == [Usage("m", 0, 1, whole=False)]
+
+
+async def test_a_stream_that_breaks_is_counted_by_its_frames() -> None:
+    """And the error passes."""
+    told: list[Usage] = []
+    engine = Engine(chunk("a") + chunk("b"), b"")
+    with pytest.raises(RequestError):
+        async with metered(engine.call, told.append)(chat(stream=True)) as reply:
+            await read(reply)
+    assert told == [Usage("m", 0, 2, whole=False)]
+
+
+async def test_an_error_costs_nothing() -> None:
+    """Nor does what only asks."""
+    assert (await asked(Engine(b"{}", status=404, headers=JSON), chat()))[1] == []
+    assert (await asked(Engine(b"{}", headers=JSON), Request("GET", "/v1/models")))[1] == []
+
+
+async def test_text_about_usage_is_text() -> None:
+    """A model may say the word, with quotes."""
+    said = chunk('"usage": {"prompt_tokens": 1}')
+    body, told = await asked(Engine(said, LAST, sse.DONE), chat(stream=True))
+    assert (body, told) == (said + sse.DONE, [Usage("m", 24, 6)])
+
+
+async def test_an_answer_without_json_says_nothing() -> None:
+    """It is counted as one request."""
+
+    @asynccontextmanager
+    async def call(_: Request) -> AsyncIterator[Reply]:
+        yield Reply(200, (("content-type", "text/plain"),), once(b"Hi"))
+
+    told: list[Usage] = []
+    async with metered(call, told.append)(Request("POST", "/v1/audio/transcriptions")) as reply:
+        assert await read(reply) == b"Hi"
+    assert told == [Usage("", 0, 0)]
