@@ -48,7 +48,7 @@ test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore co
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m tests.criu
 
-test-image: ## Build the image for CPUs and run it, with buildah and podman; needs root, takes minutes
+test-image: ## Build the image for CPUs and run it, in a Docker engine of its own; needs root, takes minutes
 	@$(INSTALL) dev
 	@$(PY) -m tests.image
 

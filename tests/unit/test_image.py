@@ -219,6 +219,11 @@ def test_the_versions_are_those_of_the_repository() -> None:
     assert BY_NAME["cpu-engine"].of("RUN")[-1].original.endswith(f"pip uninstall -y {' '.join(TORCH_EXTRAS)}")
 
 
+def test_the_image_has_what_every_platform_needs() -> None:
+    """One image for RunPod, Lambda and all that speak HTTP."""
+    assert 'requirements.py "${ENGINE}" aws runpod ' in BY_NAME["requirements"].of("RUN")[0].original
+
+
 def test_a_fetch_reads_those_files_of_the_worker_that_it_imports() -> None:
     """One too few ends the fetch; one too many fetches a model again whenever it changes."""
     needed = {str(path.relative_to(ROOT)) for path in of_a_fetch()}
