@@ -165,9 +165,9 @@ def check(docker: Docker, folder: Path) -> None:
             options += ["--secret", secret]
         secrets = {"HF_TOKEN": TOKEN, "PIP_CONF": pip_conf}
 
-        def build(what: str) -> tuple[list[str], int]:
+        def build(what: str, *more: str) -> tuple[list[str], int]:
             print(f"test-image: {what}; {LOG} has the steps", file=sys.stderr, flush=True)
-            took_s = docker.build(*options, log=LOG, environ=secrets)
+            took_s = docker.build(*options, *more, log=LOG, environ=secrets)
             return docker.layers(image), round(took_s)
 
         first, first_s = build("building the image")
@@ -180,7 +180,8 @@ def check(docker: Docker, folder: Path) -> None:
         assert second[-1] != first[-1]
         asked = len(hub.paths("GET"))
         change(folder / "builder" / "fetch.py")
-        third, third_s = build("building it with another builder")
+        # BuildKit takes what it has copied before for the same, whatever its dates; another machine's does not.
+        third, third_s = build("building it with another builder", "--no-cache-filter", "baked")
         assert third[:-2] == first[:-2], "the same model, fetched again, is another layer"
         assert len(hub.paths("GET")) == asked, "the model was downloaded again"
     history = docker("history", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image)
