@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types test-criu judge-vllm judge-openai bench-overhead \
+.PHONY: help serve test unit lint format types test-criu test-image judge-vllm judge-openai bench-overhead \
         bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
@@ -29,8 +29,9 @@ unit: ## The tests that take seconds and need no engine
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q tests/unit
 
-lint: ## ruff, and the format
+lint: ## ruff, the format, and hadolint where it has a build
 	@$(INSTALL) dev
+	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
 
@@ -46,6 +47,10 @@ types: ## mypy, strict
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m tests.criu
+
+test-image: ## Build the image for CPUs and run it, in a Docker engine of its own; needs root, takes minutes
+	@$(INSTALL) dev
+	@$(PY) -m tests.image
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
 	@$(INSTALL) $(ENGINE) dev judge

@@ -33,7 +33,8 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
 
     Returns the exit status, from sysexits.h where it is an error.
     """
-    options = parser(environ).parse_args(argv)
+    named = [name for name in COMMANDS if [name] == argv[:1]]
+    options = parser(environ, named or COMMANDS).parse_args(argv)
     console = Console(stream, options.command)
     try:
         status: int = options.run(options, environ, console)
@@ -53,11 +54,14 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
     return status
 
 
-def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The command line; `environ` has what it defaults to."""
+def parser(environ: Mapping[str, str], names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line with the commands `names`; `environ` has what it defaults to.
+
+    Only their modules are imported: the image fetches with the few files of ours that a fetch needs.
+    """
     top = argparse.ArgumentParser(prog="python -m builder", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name in COMMANDS:
+    for name in names:
         command = importlib.import_module(f"builder.commands.{name}")
         added = commands.add_parser(name, help=command.HELP, description=command.__doc__)
         command.arguments(added, environ)

@@ -16,7 +16,7 @@ OURS = {"builder", "gateway", "handler"}
 PROGRAM = [path for name in sorted(OURS) for path in sorted((ROOT / name).rglob("*.py"))]
 
 LAYERS = (  # of handler/, from the top: a file imports only from lines below its own
-    {"__main__"},
+    {"__main__", "healthcheck"},
     {"freezable", "platforms", "warm"},
     {"engine"},
     {"edge", "server"},
