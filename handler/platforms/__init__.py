@@ -50,9 +50,10 @@ class Platform(Protocol):
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
     ("runpod", lambda environ: bool(environ.get("RUNPOD_WEBHOOK_GET_JOB"))),
     ("aws_lambda", lambda environ: bool(environ.get(LAMBDA))),
+    ("sqs", lambda _: False),
     ("http", lambda _: True),
 )
-"""A platform's name, which is its module's, and how its environment is known."""
+"""A platform's name, which is its module's, and how its environment is known; nothing tells that of `sqs`."""
 
 ANSWERING = frozenset({"runpod"})
 """Platforms that start a worker again and again and bill each try: one that can't start stays there."""
