@@ -75,12 +75,21 @@ class Manifest:
         """The manifest of `folder`. Raises `ManifestMismatch` if it is none that this version reads."""
         file = folder / NAME
         try:
-            found = json.loads(file.read_bytes())
+            raw = file.read_bytes()
+        except OSError as error:
+            raise ManifestMismatch(f"{file} can't be read: {error.strerror}") from error
+        return cls.parse(raw, str(file))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Self:
+        """The manifest that is at `where`, as bytes. Raises as `load`."""
+        try:
+            found = json.loads(raw)
             if found["format"] != FORMAT:
-                raise ManifestMismatch(f"{file}: format {found['format']} is not known, {FORMAT} is")
+                raise ManifestMismatch(f"{where}: format {found['format']} is not known, {FORMAT} is")
             files = {name: File(entry["size"], entry["sha256"]) for name, entry in found["files"].items()}
             if not all(map(_inside, files)):
-                raise ManifestMismatch(f"{file}: it names a file outside of its folder")
+                raise ManifestMismatch(f"{where}: it names a file outside of its folder")
             return cls(
                 model=dict(found["model"]),
                 files=files,
@@ -88,10 +97,8 @@ class Manifest:
                 settings=dict(found["settings"]),
                 start=dict(found["start"]),
             )
-        except OSError as error:
-            raise ManifestMismatch(f"{file} can't be read: {error.strerror}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ManifestMismatch(f"{file} is no manifest: {error!r}") from error
+            raise ManifestMismatch(f"{where} is no manifest: {error!r}") from error
 
     def dump(self) -> bytes:
         """The bytes of the file: sorted, a line for each value."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from handler.errors import ModelNotFound
+from handler.errors import BadSettings, ModelNotFound
 from handler.settings import Settings
 from handler.table import in_store, is_path
 
@@ -58,13 +58,23 @@ def _holds_model(folder: Path) -> bool:
 
 
 def check(name: str, environ: MutableMapping[str, str]) -> None:
-    """Raise `ModelNotFound` for a folder that is none, before the slow imports.
+    """Raise `ModelNotFound` for a folder that is none, before the slow imports, and `BadSettings`.
 
     A hub that can't be reached is noticed here, in seconds: its client would try again for
-    half a minute, and a model that is in its cache needs no hub. An object store is asked by
-    who reads from it, with its own credentials.
+    half a minute, and a model that is in its cache needs no hub. S3 is asked by `handler.baked`, another
+    object store by who reads from it, with its own credentials.
     """
     if in_store(name):
+        if (
+            name.startswith("s3://")
+            and "AWS_ENDPOINT_URL_S3" in environ
+            and "AWS_ENDPOINT_URL" not in environ
+        ):
+            raise BadSettings(
+                [
+                    "AWS_ENDPOINT_URL_S3 is nothing to Run:ai's streamer, which reads weights: set AWS_ENDPOINT_URL"
+                ]
+            )
         return
     folder = Path(name).expanduser()
     if folder.is_dir():
