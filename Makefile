@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types test-criu judge-vllm judge-openai bench-overhead \
+.PHONY: help serve test unit lint lint-aws format types test-criu judge-vllm judge-openai bench-overhead \
         bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
@@ -21,8 +21,8 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod --with-node
-	@$(MAKE) --no-print-directory lint types
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node
+	@$(MAKE) --no-print-directory lint types lint-aws
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
 unit: ## The tests that take seconds and need no engine
@@ -33,6 +33,10 @@ lint: ## ruff, and the format
 	@$(INSTALL) dev
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
+
+lint-aws: ## template.yaml: cfn-lint, sam validate and checkov, in environments of their own
+	@$(INSTALL) --tools cfn checkov
+	@$(PYTHON) -m scripts.lint_aws
 
 format: ## Let ruff lay out the code, and fix what it can
 	@$(INSTALL) dev
@@ -80,6 +84,6 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@$(INSTALL) gpu dev
 	@$(PY) -m bench.coldstart_gpu
 
-clean: ## Remove .venv and what tools left; models in the user's cache folder stay
-	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-aws and what tools left; models in the user's cache folder stay
+	@rm -rf .venv .venv-aws build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
