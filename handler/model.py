@@ -70,11 +70,8 @@ def check(name: str, environ: MutableMapping[str, str]) -> None:
             and "AWS_ENDPOINT_URL_S3" in environ
             and "AWS_ENDPOINT_URL" not in environ
         ):
-            raise BadSettings(
-                [
-                    "AWS_ENDPOINT_URL_S3 is nothing to Run:ai's streamer, which reads weights: set AWS_ENDPOINT_URL"
-                ]
-            )
+            what = "AWS_ENDPOINT_URL_S3 is nothing to Run:ai's streamer, which reads weights"
+            raise BadSettings([f"{what}: set AWS_ENDPOINT_URL"])
         return
     folder = Path(name).expanduser()
     if folder.is_dir():

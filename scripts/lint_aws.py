@@ -102,7 +102,7 @@ def run(
     environ: Mapping[str, str], tool: str, *arguments: str, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the tools."""
-    line = [TOOLS / tool, *arguments]
+    line: list[str | Path] = [TOOLS / tool, *arguments]
     return subprocess.run(line, cwd=cwd, env=dict(environ), capture_output=True, text=True, check=False)
 
 

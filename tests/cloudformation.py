@@ -29,7 +29,7 @@ Attribute = Callable[[str, str | None], Any]
 """What `GetAtt` of a resource gives; without an attribute, what `Ref` of it gives."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
     """YAML with CloudFormation's short forms: `!Ref a`, `!GetAtt a.b`, `!Sub ...`."""
 
 

@@ -78,6 +78,13 @@ def tiny_client(stack: servers.Stack) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_stores.ObjectStore]:
+    """A store that speaks S3, one for the whole run; its buckets are a test's own."""
+    with object_stores.serving(tmp_path_factory.mktemp("object-store")) as store:
+        yield store
+
+
 @pytest.fixture
 def place(object_store: object_stores.ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Place:
     """An empty prefix, in the store that boto3 finds by the environment."""
