@@ -6,12 +6,19 @@ import ast
 import io
 import json
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from handler.platforms import secret_keys
 from tests.aws_stack import Aws, AwsStack, make
+from tests.contract import recorded
+from tests.integration.test_lambda_platform import ASK, CHAT
+from tests.lambda_doors import ENDPOINT_ID
+from tests.lambda_function import function
+from tests.scripted_app import ScriptedApp
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ("dynamodb", "s3", "secretsmanager", "sqs")
@@ -278,9 +285,26 @@ def test_the_table_forgets_what_has_expired(aws_stack: AwsStack) -> None:
     assert told["TimeToLiveDescription"] == {"TimeToLiveStatus": "ENABLED", "AttributeName": "ttl"}
 
 
-def test_nobody_has_a_key_at_first(aws_stack: AwsStack) -> None:
-    """And the worker takes the secret for what it is."""
-    from handler.platforms.secret_keys import parse  # noqa: PLC0415 - with the rest of the platform
-
-    secret = aws_stack.worker_client("secretsmanager").get_secret_value(SecretId=aws_stack.ids["ApiKeys"])
-    assert parse(secret["SecretString"]) == []
+async def test_the_function_works_with_what_the_stack_gives_it(
+    guarded_aws: Aws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a key at first; one that is put into the secret opens, and what it uses is in the table."""
+    stack = make(guarded_aws, EndpointId=ENDPOINT_ID)
+    for name, value in stack.environ.items():
+        if name.startswith("AWS_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(secret_keys, "UNKNOWN_S", 0.0)
+    app = ScriptedApp({CHAT: recorded.chat()})
+    async with function(app, {**stack.environ, "API_KEY": ""}) as on:
+        async with on.server(key="ft-mine").http() as http:
+            assert (await http.post("chat/completions", json=ASK)).status_code == 401
+            entry = {"name": "mine", "sha256": sha256(b"ft-mine").hexdigest()}
+            stack.client("secretsmanager").put_secret_value(
+                SecretId=stack.ids["ApiKeys"], SecretString=json.dumps({"keys": [entry]})
+            )
+            assert (await http.post("chat/completions", json=ASK)).status_code == 200
+        on.worker.stop()
+        await on.serving
+    app.finish()
+    (item,) = stack.client("dynamodb").scan(TableName=stack.ids["StateTable"])["Items"]
+    assert (item["pk"], item["completion_tokens"]) == ({"S": "usage#mine"}, {"N": "6"})
