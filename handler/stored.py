@@ -124,9 +124,8 @@ class _Folder:
 @contextmanager
 def _asking(name: str) -> Iterator[_Folder]:
     """The folder `name`, for questions; what S3 answers instead is told of the setting."""
-    for package in ("boto3", "botocore"):
-        if importlib.util.find_spec(package) is None:
-            raise NoResources(f"MODEL_NAME={name} needs boto3: pip install 'firsttoken[aws]'")
+    if importlib.util.find_spec("boto3") is None:
+        raise NoResources(f"MODEL_NAME={name} needs boto3: pip install 'firsttoken[aws]'")
     config = importlib.import_module("botocore.config").Config(
         connect_timeout=CONNECT_S,
         read_timeout=READ_S,

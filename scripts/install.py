@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TOOLS = ROOT / ".venv-aws"
+"""Environments of tools, each in a folder called as its dependency group."""
 NOTE = VENV / "firsttoken.json"
 
 TORCH = "torch==2.13.0+cpu"
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     """Install what `argv` names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m scripts.install", description=__doc__.splitlines()[0])
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
-    parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a group of tools, see there")
+    parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
     parser.add_argument("--with-node", action="store_true", help="node and npm too, where they can be had")
     options = parser.parse_args(argv)
     if not (options.extras or options.tools):

@@ -219,6 +219,8 @@ def _lifecycle(rule: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "ExpirationInDays" in rule:
         found["Expiration"] = {"Days": int(rule["ExpirationInDays"])}
+    if "ExpiredObjectDeleteMarker" in rule:
+        found["Expiration"] = {"ExpiredObjectDeleteMarker": rule["ExpiredObjectDeleteMarker"]}
     same = ("AbortIncompleteMultipartUpload", "NoncurrentVersionExpiration")
     return {**found, **{key: rule[key] for key in same if key in rule}}
 
