@@ -1,7 +1,8 @@
 """A start as a worker makes it, for what it leaves behind: `python -m builder.start`.
 
 Settings come from the environment. Standard output has a line of JSON for each phase as it begins,
-`{"phase"}`, and a last one, `{"report", "settings", "flags", "kv_cache"}`; exit codes are the worker's.
+`{"phase"}`, and a last one, `{"report", "settings", "flags", "kv_cache", "architecture"}`. Exit codes
+are the worker's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def start() -> None:
             "settings": prepared.shaping,
             "flags": sorted(vars(prepared.args)),
             "kv_cache": loaded.kv_cache(),
+            "architecture": engine.architecture(),
         }
         print(json.dumps(found), flush=True)
     finally:

@@ -68,7 +68,7 @@ def warm(bake: Path, *, environ: Mapping[str, str], console: Console, again: boo
     _start(bake, given, "making the caches", console)
     found = _start(bake, given, "a start with them", console)
     note = {
-        "made_with": wanted["made_with"],
+        "made_with": {**wanted["made_with"], "gpu_architecture": found["architecture"]},
         "settings": found["settings"],
         "start": _needs(bake, found),
     }

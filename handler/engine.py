@@ -322,6 +322,12 @@ def touched_device() -> str | None:
     return "CUDA is initialised" if cuda.is_initialized() else None
 
 
+def architecture() -> str | None:
+    """The compute capability of the GPU, as `9.0`; None where there is none."""
+    capability = seam("current_platform").get_device_capability()
+    return None if capability is None else str(capability.as_version_str())
+
+
 def settle(ready: Prepared) -> Prepared:
     """In a process that only forks: do once what every worker would repeat, on a CPU.
 

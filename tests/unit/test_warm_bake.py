@@ -34,6 +34,7 @@ print(json.dumps({"phase": "import vllm"}))
 phases = [{"name": "import vllm", "begin_s": 0.5, "end_s": 2.25}]
 report = {"total_s": 3.0 - number, "facts": {"engine_mode": "thread"}, "phases": phases}
 found = {"report": report, "settings": {"dtype": "half"}, "flags": ["dtype"], "kv_cache": {"blocks": 4}}
+found["architecture"] = "9.0"
 print(json.dumps(found))
 """
 
@@ -79,7 +80,7 @@ def test_what_the_starts_leave_is_kept(bake: Path) -> None:
     ]
     assert (cache / "firsttoken/readahead/baked.txt").read_text() == "/usr/lib/a.so\n"
     assert json.loads((bake / START).read_text()) == {
-        "made_with": baked.made_with(),
+        "made_with": {**baked.made_with(), "gpu_architecture": "9.0"},
         "settings": {"dtype": "half"},
         "start": {
             "facts": {"engine_mode": "thread"},
