@@ -8,8 +8,8 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-criu judge-vllm judge-openai bench-overhead \
-        bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
+.PHONY: help serve test unit lint lint-aws format types test-batch test-criu judge-vllm judge-openai \
+        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ format: ## Let ruff lay out the code, and fix what it can
 types: ## mypy, strict
 	@$(INSTALL) dev
 	@$(PY) -m mypy
+
+test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory watched; a minute
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q tests/batch_memory.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev

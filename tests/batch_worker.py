@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +30,7 @@ from handler.supervision import Notifier
 from tests import batch_stack
 from tests.jobs_worker import SocketEngine
 from tests.scripted_app import Script, ScriptedApp, Seen, answer
+from tests.servers import ROOT, engine_environ
 
 
 class OwnEngine:
@@ -77,6 +81,38 @@ def work() -> None:
     own = OwnEngine(float(os.environ.get("ENGINE_DIES_AFTER", "inf")))
     engine = SocketEngine(Path(socket)) if socket else own
     platform.run(cast("Engine", engine), phases, Notifier(settings.notify_socket))
+
+
+def environ(resources: batch_stack.Resources, **settings: str) -> dict[str, str]:
+    """The environment of a worker."""
+    return {
+        **engine_environ(ROOT),
+        **resources.store.environ,
+        "PLATFORM": "sqs",
+        **resources.environ,
+        **settings,
+    }
+
+
+@contextmanager
+def worker(
+    environ: Mapping[str, str], errors: Path, module: str = "tests.batch_worker"
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker's process; killed when the block is left."""
+    with errors.open("ab") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            cwd=ROOT,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import threading
 from typing import Any
 
 from handler.errors import AwsFailed, NoResources
+from handler.prerequisites import installed
 
 CONNECT_S, READ_S, TRIES = 3.0, 10.0, 3
 CONNECTIONS = 32
@@ -18,7 +18,7 @@ PACKAGES = ("aws_lambda_powertools", "boto3")
 def check_installed() -> None:
     """See that there is what AWS's platforms need. Raises `NoResources`. Imports nothing."""
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
+        if not installed(package):
             raise NoResources(f"{package} is not installed: pip install 'firsttoken[aws]'")
 
 

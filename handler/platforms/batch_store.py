@@ -32,7 +32,7 @@ from handler.platforms.batch_lines import Progress
 from handler.platforms.batch_upload import CHANGED, JSONL, Seen, Upload
 from handler.platforms.batch_window import Part
 
-AHEAD = 4
+AHEAD = 2
 """How many parts are read before they are needed."""
 
 NOT_FOUND = 404

@@ -44,7 +44,9 @@ class Upload:
         """Take what is next."""
         self._held += data
         while len(self._held) >= PIECE_BYTES:
-            self._send(bytes(self._held[:PIECE_BYTES]))
+            with memoryview(self._held) as held:
+                piece = bytes(held[:PIECE_BYTES])
+            self._send(piece)
             del self._held[:PIECE_BYTES]
 
     def finish(self) -> bool:

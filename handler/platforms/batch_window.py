@@ -32,9 +32,9 @@ class Pace:
 
     most: int
     part_lines: int = 200
-    part_bytes: int = 8 << 20
+    part_bytes: int = 4 << 20
     part_s: float = 30.0
-    held_bytes: int = 64 << 20
+    held_bytes: int = 32 << 20
     ahead_bytes: int = 8 << 20
     """How much is read before there is room for it."""
 

@@ -7,9 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,10 @@ import pytest
 from tests import batch_stack, servers
 from tests.aws_stack import AwsStack
 from tests.batch_stack import CHAT, Resources, echo, echoes, line
+from tests.batch_worker import environ, worker
 from tests.scripted_app import Script, ScriptedApp, Seen
 from tests.scripted_server import application
-from tests.servers import MODEL, ROOT, engine_environ
+from tests.servers import MODEL, engine_environ
 from tests.until import until
 
 KILLS = 3
@@ -30,38 +28,6 @@ SEED = 20261126
 def resources(aws_stack: AwsStack) -> Resources:
     """What template.yaml makes, the test's own; its workers are under the template's policy."""
     return batch_stack.of(aws_stack)
-
-
-def environ(resources: Resources, **settings: str) -> dict[str, str]:
-    """The environment of a worker."""
-    return {
-        **engine_environ(ROOT),
-        **resources.store.environ,
-        "PLATFORM": "sqs",
-        **resources.environ,
-        **settings,
-    }
-
-
-@contextmanager
-def worker(
-    environ: Mapping[str, str], errors: Path, module: str = "tests.batch_worker"
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker's process; killed when the block is left."""
-    with errors.open("ab") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=ROOT,
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-        )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def test_a_batch_survives_workers_that_are_killed(resources: Resources, tmp_path: Path) -> None:

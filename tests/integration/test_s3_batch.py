@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from handler.errors import UpstreamFailed
 from handler.platforms import batch_shift, batch_source, batch_upload
 from handler.platforms.aws_clients import Clients
 from handler.platforms.batch_lease import Lease, Leases, Taken
@@ -21,7 +22,6 @@ from handler.platforms.batch_window import Pace, Part
 from tests import batch_stack
 from tests.batch_stack import (
     CHAT,
-    MODEL,
     QUICK,
     QUICK_QUEUE,
     URL,
@@ -32,8 +32,11 @@ from tests.batch_stack import (
     echoing,
     line,
 )
+from tests.integration.test_lambda_platform import sqs
+from tests.lambda_function import function
 from tests.object_store import ObjectStore
 from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer
+from tests.servers import MODEL
 from tests.until import until
 
 
@@ -365,6 +368,29 @@ async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
     assert echoes(resources.lines("a", "output.jsonl")) == ids
 
 
+async def test_a_lambda_function_runs_batches(resources: Resources) -> None:
+    """From the same messages; before an invocation's time is over it asks for the next by one of its own."""
+    ids = [str(number) + "x" for number in range(40)]
+    resources.put("a", [line(custom_id) for custom_id in ids])
+    app = paced(0.1)
+    settings = {**resources.environ, "MAX_CONCURRENCY": "1"}
+    invocations = 0
+    async with function(app, settings, at_once=1, timeout_s=4.0) as on:
+        while not resources.is_over("a"):
+            said = await asyncio.to_thread(
+                resources.sqs.receive_message, QueueUrl=resources.queue_url, WaitTimeSeconds=5
+            )
+            for message in said["Messages"]:
+                invocations += 1
+                told = await (await on.api.invoke(sqs(message["Body"]), timeout_s=4.0)).whole()
+                assert told == {"batchItemFailures": []}
+                resources.sqs.delete_message(
+                    QueueUrl=resources.queue_url, ReceiptHandle=message["ReceiptHandle"]
+                )
+    assert invocations > 1
+    assert echoes(resources.lines("a", "output.jsonl")) == ids
+
+
 async def test_a_line_that_takes_longer_than_a_shift_is_given_up(resources: Resources) -> None:
     """Or nobody would ever be done; those that waited for it count."""
     resources.put("a", [line("endless"), *[line(str(number) + "x") for number in range(5)]])
@@ -593,7 +619,7 @@ def test_a_part_that_is_missing_is_not_passed_over(store: BatchStore) -> None:
     """Rather no results than wrong ones."""
     store.put_part("v1", a_part(0, b"a", 10))
     store.put_part("v1", a_part(20, b"c", 30))
-    with pytest.raises(batch_shift.UpstreamFailed, match="begins at 10 is missing, another is at 20"):
+    with pytest.raises(UpstreamFailed, match="begins at 10 is missing, another is at 20"):
         store.merge("v1", store.results(), lambda: True)
 
 
