@@ -15,13 +15,13 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from handler import kept, machine
-from handler.errors import ManifestMismatch
+from handler import kept, machine, stored
+from handler.errors import ManifestMismatch, StartError
 from handler.manifest import CACHE, MODEL, NAME, Difference, Manifest, differences, is_bake
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,24 @@ def folder(model_name: str) -> Path | None:
 
 
 def names(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a baked MODEL_NAME means: the folder that vLLM reads, and what clients call the model."""
-    if (bake := folder(environ.get("MODEL_NAME", ""))) is None:
-        return {}
-    found = {"MODEL_NAME": str(bake / MODEL)}
-    with suppress(ManifestMismatch):  # `check` says it
-        if not any(environ.get(name) for name in ("SERVED_MODEL_NAME", "OPENAI_SERVED_MODEL_NAME_OVERRIDE")):
-            found["SERVED_MODEL_NAME"] = Manifest.load(bake).model["name"]
+    """What a baked MODEL_NAME means: the folder that vLLM reads, and what clients call the model.
+
+    One in S3 is asked for there, which takes boto3.
+    """
+    name = environ.get("MODEL_NAME", "")
+    found: dict[str, str] = {}
+    with suppress(StartError):  # `check` says it
+        if name.startswith(stored.S3):
+            there = stored.find(name)
+            found["MODEL_NAME"], manifest = there.url, there.manifest
+        elif (bake := folder(name)) is not None:
+            found["MODEL_NAME"] = str(bake / MODEL)
+            manifest = Manifest.load(bake)
+        else:
+            return {}
+        called = any(environ.get(name) for name in ("SERVED_MODEL_NAME", "OPENAI_SERVED_MODEL_NAME_OVERRIDE"))
+        if manifest is not None and not called:
+            found["SERVED_MODEL_NAME"] = manifest.model["name"]
     return found
 
 
@@ -158,8 +169,12 @@ def misfits(bake: Path, manifest: Manifest) -> Iterator[str]:
 def check(model_name: str, environ: Mapping[str, str], *, full: bool = False) -> None:
     """Raise `ManifestMismatch` if the model was baked and is not what was baked any more, file by file.
 
-    Logs why a start in `environ` passes its caches over. With `full` every byte is compared.
+    Logs why a start in `environ` passes its caches over. With `full` every byte is compared. Of one in S3
+    sizes are compared, and any model there is looked for: raises as `handler.stored.find`.
     """
+    if model_name.startswith(stored.S3):
+        _check_stored(model_name)
+        return
     if (bake := folder(model_name)) is None:
         return
     manifest = Manifest.load(bake)
@@ -183,11 +198,22 @@ def _unshown(bake: Path, manifest: Manifest, environ: Mapping[str, str]) -> Iter
         yield f"{at} can't be made in the temporary folder, or could be written to by another user"
 
 
-def told(bake: Path, different: list[Difference]) -> str:
+def _check_stored(model_name: str) -> None:
+    found = stored.find(model_name)
+    bake = found.url.removesuffix(f"/{MODEL}")
+    if found.differences:
+        raise ManifestMismatch(told(bake, found.differences))
+    if found.manifest is not None and found.manifest.made_with:
+        reason = "they are in S3; `python -m builder pull` gets them"
+        log.warning("the caches of the bake are not used", extra={"bake": bake, "reason": reason})
+
+
+def told(bake: Path | str, different: Sequence[Difference]) -> str:
     """What to tell a person about files that are not what was baked."""
     lines = [f"  - {difference}" for difference in different[:SHOWN_DIFFERENCES]]
     if (more := len(different) - SHOWN_DIFFERENCES) > 0:
-        lines.append(f"  - and {more} more; `python -m builder verify {bake}` lists them")
+        listed = f"; `python -m builder verify {bake}` lists them" if isinstance(bake, Path) else ""
+        lines.append(f"  - and {more} more{listed}")
     return "\n".join([f"{bake} is not what was baked ({NAME}):", *lines])
 
 

@@ -80,12 +80,21 @@ class Manifest:
         """The manifest of `folder`. Raises `ManifestMismatch` if it is none that this version reads."""
         file = folder / NAME
         try:
-            found = json.loads(file.read_bytes())
+            raw = file.read_bytes()
+        except OSError as error:
+            raise ManifestMismatch(f"{file} can't be read: {error.strerror}") from error
+        return cls.parse(raw, str(file))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Self:
+        """The manifest that is at `where`, as bytes. Raises as `load`."""
+        try:
+            found = json.loads(raw)
             if found["format"] != FORMAT:
-                raise ManifestMismatch(f"{file}: format {found['format']!r} is not known, {FORMAT} is")
+                raise ManifestMismatch(f"{where}: format {found['format']!r} is not known, {FORMAT} is")
             for name in found["files"]:
                 if not _inside(name):
-                    raise ManifestMismatch(f"{file}: {name!r} is no file in its folder")
+                    raise ManifestMismatch(f"{where}: {name!r} is no file in its folder")
             files = {name: _file(entry) for name, entry in found["files"].items()}
             return cls(
                 model={name: _text(found["model"][name]) for name in {"name", *found["model"]}},
@@ -94,10 +103,8 @@ class Manifest:
                 settings=dict(found["settings"]),
                 start=_start(found["start"]),
             )
-        except OSError as error:
-            raise ManifestMismatch(f"{file} can't be read: {error.strerror}") from error
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ManifestMismatch(f"{file} is no manifest: {error!r}") from error
+            raise ManifestMismatch(f"{where} is no manifest: {error!r}") from error
 
     def dump(self) -> bytes:
         """The bytes of the file: sorted, a line for each value."""

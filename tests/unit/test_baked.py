@@ -65,7 +65,7 @@ def test_a_name_of_the_user_s_stays(bake: Path, name: str) -> None:
     assert baked.names({"MODEL_NAME": str(bake), name: "mine"}) == {"MODEL_NAME": str(bake / "model")}
 
 
-@pytest.mark.parametrize("model", ["", "org/name", "/nowhere", "s3://bucket/prefix"])
+@pytest.mark.parametrize("model", ["", "org/name", "/nowhere", "gs://bucket/prefix"])
 def test_what_was_not_baked_is_left_alone(model: str) -> None:
     """Nothing is added."""
     environ = {"MODEL_NAME": model}
