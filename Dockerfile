@@ -16,7 +16,7 @@ FROM python:3.11-slim-bookworm AS slim
 FROM slim AS requirements
 ARG ENGINE
 COPY pyproject.toml scripts/requirements.py /
-RUN python /requirements.py "${ENGINE}" aws runpod < /pyproject.toml > /requirements.txt \
+RUN python /requirements.py "${ENGINE}" aws runpod s3 < /pyproject.toml > /requirements.txt \
  && python /requirements.py fetch < /pyproject.toml > /fetch.txt
 
 
@@ -77,7 +77,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install -r /opt/fetch.txt
 WORKDIR /app
 COPY handler/__init__.py handler/errors.py handler/levers.py handler/manifest.py handler/messages.py \
-     handler/prerequisites.py handler/settings.py handler/table.py handler/unread.py handler/
+     handler/prerequisites.py handler/settings.py handler/stored.py handler/table.py handler/unread.py handler/
 COPY builder builder
 ARG MODEL=HuggingFaceTB/SmolLM2-135M-Instruct
 ARG REVISION

@@ -48,8 +48,8 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # a folder that is a file, or may not be read or written, a disk that is full
-        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        console.say(f"{named}: {error.strerror}" if named else str(error))
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        console.say(f"{files}: {error.strerror}" if files else str(error))
         return NoResources.exit_code if error.errno in disk.FULL else INPUT_OUTPUT
     return status
 

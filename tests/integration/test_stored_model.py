@@ -38,7 +38,7 @@ def test_a_prefix_with_a_model_is_that_model(place: Place, tiny_model: Path, sla
     name = f"s3://{place.bucket}/deep/tiny"
     assert stored.find(name + slash) == Stored(name)
     assert baked.names({"MODEL_NAME": name + slash}) == {"MODEL_NAME": name}
-    baked.check(name + slash)
+    baked.check(name + slash, {})
 
 
 def test_a_bucket_can_be_a_model(place: Place, tiny_model: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_bake_is_the_model_in_it_by_the_name_that_it_was_baked_by(bake: str) -
             "MODEL_NAME": f"{bake}/model",
             "SERVED_MODEL_NAME": "org/name",
         }
-        baked.check(name)
+        baked.check(name, {})
     named = {"MODEL_NAME": bake, "SERVED_MODEL_NAME": "mine"}
     assert baked.names(named) == {"MODEL_NAME": f"{bake}/model"}
 
@@ -75,7 +75,7 @@ def refused(name: str, kind: type[StartError]) -> str:
     """What is told of `name`, which is an error of exactly that kind."""
     assert baked.names({"MODEL_NAME": name}) == {}  # it says nothing, the check does
     with pytest.raises(StartError) as error:
-        baked.check(name)
+        baked.check(name, {})
     assert type(error.value) is kind, repr(error.value)
     return str(error.value)
 
@@ -125,7 +125,7 @@ def test_a_bake_that_lacks_what_was_baked_is_told(place: Place, bake: str) -> No
     place.s3.delete_object(Bucket=place.bucket, Key="deep/prefix/model/model.safetensors")
     place.put("model/config.json", b"{ }")
     with pytest.raises(ManifestMismatch) as error:
-        baked.check(f"{bake}/model")
+        baked.check(f"{bake}/model", {})
     assert str(error.value).splitlines() == [
         f"{bake} is not what was baked (manifest.json):",
         "  - model/config.json: size: expected 2 bytes, found 3 bytes",
@@ -147,7 +147,7 @@ def test_caches_of_a_bake_are_said_to_be_passed_over(
     held = Manifest.parse(place.objects()[NAME], NAME)
     place.put(NAME, Manifest(held.model, held.files, made_with={"vllm": "0"}).dump())
     with caplog.at_level("INFO", "handler.baked"):
-        baked.check(bake)
+        baked.check(bake, {})
     (record,) = caplog.records
     assert (record.message, record.__dict__["reason"]) == (
         "the caches of the bake are not used",
