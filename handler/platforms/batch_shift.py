@@ -93,6 +93,7 @@ class BatchShift:
         self._saved_s = -math.inf
         self._window: Window | None = None
         self._refusal: RequestError | None = None
+        self._overtaken = False
         self._asker = Asker(shift.call, means.times.pause_s)
 
     async def run(self) -> bool:
@@ -131,9 +132,9 @@ class BatchShift:
             return await self._fail(BadRequest(why, code="too_many_requests"))
         if not plan.total:
             return await self._fail(BadRequest("The file has no requests.", code="empty_file"))
+        counts = {**self._batch["request_counts"], "total": plan.total}
+        self._batch = {**self._batch, "endpoint": plan.endpoint, "request_counts": counts}
         if self._batch["status"] == "validating":
-            counts = {**self._batch["request_counts"], "total": plan.total}
-            self._batch = {**self._batch, "endpoint": plan.endpoint, "request_counts": counts}
             self._move("in_progress")
             await self._save()
         return await self._ask_all(plan) and await self._finish()
@@ -178,9 +179,12 @@ class BatchShift:
             try:
                 all_done = await window.run()
                 break
-            except BatchLost:  # a part was there: was it written by the holder that this one has replaced?
-                if not await self._means.thread(self._means.leases.renew, self._lease):
+            except BatchLost:
+                # A part may have been written by the holder that this one has replaced: then it counts.
+                lost = not self._overtaken
+                if lost or not await self._means.thread(self._means.leases.renew, self._lease):
                     raise
+                self._overtaken = False
             finally:
                 self._window = None
                 stopping.cancel()
@@ -191,10 +195,10 @@ class BatchShift:
     async def _finish(self) -> bool:
         """Make the results of the parts; whether there was time to."""
         store, version = self._store, self._lease.version
+        if self._batch["status"] != "cancelling":
+            self._move("finalizing")
         for _ in range(TRIES):
             seen = await self._means.thread(store.results)
-            if self._batch["status"] != "cancelling":
-                self._move("finalizing")
             await self._save()  # nobody has taken the batch over since `results`
             if await self._means.thread(store.merge, version, seen, self._goes_on):
                 break
@@ -238,6 +242,7 @@ class BatchShift:
 
     async def _write(self, part: Part) -> None:
         if not await self._means.thread(self._store.put_part, self._lease.version, part):
+            self._overtaken = True
             raise BatchLost("another worker has written the same part")
         self._batch = record.counted(self._batch, part.progress)
         if _loop_s() - self._saved_s >= self._means.times.save_s:

@@ -86,7 +86,7 @@ class S3Batches:
         held = await self._means.thread(self._means.leases.take, asked.place.name, version, uuid.uuid4().hex)
         if isinstance(held, Taken):
             log.info("another worker has the batch", extra={"batch": asked.place.id, "left_s": held.left_s})
-            await self._look_again(asked.place, version, held.left_s)
+            await self._look_again(asked.place, version, max(1.0, held.left_s))
             return
         try:
             over = await BatchShift(self._means, store, held, shift).run()

@@ -6,12 +6,16 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
+from handler import edge
+from handler.asgi import call_app
 from handler.errors import UpstreamFailed
 from handler.platforms import batch_shift, batch_source, batch_upload
 from handler.platforms.aws_clients import Clients
@@ -19,6 +23,9 @@ from handler.platforms.batch_lease import Lease, Leases, Taken
 from handler.platforms.batch_lines import Progress
 from handler.platforms.batch_store import BatchStore, Place
 from handler.platforms.batch_window import Pace, Part
+from handler.platforms.lambda_messages import Created, Shift
+from handler.platforms.s3_batch import S3Batches
+from handler.settings import Settings
 from tests import batch_stack
 from tests.batch_stack import (
     CHAT,
@@ -67,6 +74,21 @@ def slow(name: str = "rest", *, after: int = 0) -> ScriptedApp:
     return ScriptedApp({}, makes={CHAT: make})
 
 
+def paced(each_s: float) -> ScriptedApp:
+    """The application, each of whose answers takes its time."""
+
+    def make(seen: Seen) -> Script:
+        script = echo(seen)
+        return replace(script, steps=(Pause(str(len(app.seen))), *script.steps))
+
+    def let_go(what: str, name: str) -> None:
+        if what == "paused":
+            asyncio.get_running_loop().call_later(each_s, app.gate(name).opened.set)
+
+    app = ScriptedApp({}, makes={CHAT: make}, tell=let_go)
+    return app
+
+
 def asked(app: ScriptedApp) -> list[str]:
     """What the application was asked, in order."""
     return [json.loads(seen.body)["messages"][-1]["content"] for seen in app.seen]
@@ -87,6 +109,23 @@ def parts(resources: Resources, batch: str) -> list[dict[str, Any]]:
 def _done(resources: Resources, batch: str) -> int:
     """How many lines are in parts."""
     return int(next((part["completed"] for part in reversed(parts(resources, batch))), 0))
+
+
+@asynccontextmanager
+async def working(
+    app: ScriptedApp, resources: Resources, batch: str, version: str
+) -> AsyncIterator[asyncio.Task[None]]:
+    """One shift on a batch, whose message nobody else gets."""
+    settings = Settings.from_environ({"MODEL_NAME": MODEL, **resources.environ})
+    batches = S3Batches(settings, Clients(), times=QUICK, pace=partial(Pace, part_lines=1))
+    loop = asyncio.get_running_loop()
+    shift = Shift(edge.openai(call_app(app)), 4, loop.time() + 60, asyncio.Event())
+    working = asyncio.create_task(batches(Created(resources.bucket, resources.key(batch), version), shift))
+    try:
+        yield working
+    finally:
+        working.cancel()
+        await asyncio.wait({working})
 
 
 # --- a batch ------------------------------------------------------------------------------------
@@ -303,15 +342,14 @@ async def test_of_two_workers_on_a_batch_one_works(resources: Resources) -> None
 
 async def test_a_newer_file_takes_the_place_of_one_that_is_worked_on(resources: Resources) -> None:
     """The worker on the old one stops; an event of the old one that comes late changes nothing."""
-    old = resources.put("a", [line(f"old-{number}") for number in range(20)])
-    first, second = slow(after=3), echoing()
-    async with consuming(first, resources, pace=partial(Pace, part_lines=1)):
-        await first.gate("rest").reached.wait()
+    old = resources.put("a", [line(f"old-{number}") for number in range(200)])
+    first, second = paced(0.1), echoing()
+    async with working(first, resources, "a", old) as shift:
         await asyncio.to_thread(until, lambda: parts(resources, "a"))
         async with consuming(second, resources):
             new = resources.put("a", [line(f"new-{number}") for number in range(20)])
             found = await resources.over("a")
-            first.gate("rest").opened.set()
+            await shift
             resources.send(resources.created("a", old))
             await resources.quiet()
     assert found.metadata is not None
@@ -319,6 +357,7 @@ async def test_a_newer_file_takes_the_place_of_one_that_is_worked_on(resources: 
     assert resources.record("a") == found
     assert echoes(resources.lines("a", "output.jsonl")) == [f"new-{number}" for number in range(20)]
     assert len(second.seen) == 20
+    assert len(first.seen) < 200
 
 
 async def test_without_versions_a_file_is_known_by_its_etag(aws: ObjectStore) -> None:
@@ -334,21 +373,6 @@ async def test_without_versions_a_file_is_known_by_its_etag(aws: ObjectStore) ->
 
 
 # --- shifts -------------------------------------------------------------------------------------
-
-
-def paced(each_s: float) -> ScriptedApp:
-    """The application, each of whose answers takes its time."""
-
-    def make(seen: Seen) -> Script:
-        script = echo(seen)
-        return replace(script, steps=(Pause(str(len(app.seen))), *script.steps))
-
-    def let_go(what: str, name: str) -> None:
-        if what == "paused":
-            asyncio.get_running_loop().call_later(each_s, app.gate(name).opened.set)
-
-    app = ScriptedApp({}, makes={CHAT: make}, tell=let_go)
-    return app
 
 
 async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
@@ -497,6 +521,18 @@ async def test_a_batch_is_cancelled_by_an_object(resources: Resources) -> None:
     assert [seen.ended for seen in app.seen[10:]] == ["disconnected"] * 2
 
 
+async def test_a_batch_may_be_cancelled_before_it_begins(resources: Resources) -> None:
+    """Nothing of it is asked, all of it is told."""
+    resources.put("a", [line(str(number) + "x") for number in range(30)])
+    resources.s3.put_object(Bucket=resources.bucket, Key="out/a/cancel", Body=b"")
+    app = ScriptedApp({})
+    async with consuming(app, resources):
+        found = await resources.over("a")
+    assert (found.status, found.endpoint) == ("cancelled", URL)
+    assert found.request_counts is not None
+    assert found.request_counts.model_dump() == {"total": 30, "completed": 0, "failed": 30}
+
+
 async def test_what_is_not_asked_within_a_day_has_expired(resources: Resources) -> None:
     """What was answered by then is kept."""
     day = 0.0
@@ -628,21 +664,19 @@ async def test_a_worker_whose_lease_was_taken_stops(resources: Resources) -> Non
     ids = [str(number) + "x" for number in range(20)]
     version = resources.put("a", [line(custom_id) for custom_id in ids])
     first, second = slow(after=4), echoing()
-    pace = partial(Pace, part_lines=1)
-    async with consuming(first, resources, {"MAX_CONCURRENCY": "2"}, pace=pace):
+    async with working(first, resources, "a", version) as shift:
         await first.gate("rest").reached.wait()
         await asyncio.to_thread(until, lambda: _done(resources, "a") == 4)
         await asyncio.to_thread(_take_away, resources, version)
-        async with consuming(second, resources):
-            resources.send(resources.created("a"))
-            found = await resources.over("a")
-            first.gate("rest").opened.set()
-            await resources.quiet()
+        await shift
+    assert {seen.ended for seen in first.seen[4:]} == {"disconnected"}
+    async with consuming(second, resources):
+        found = await resources.over("a")
+        await resources.quiet()
     assert found.metadata is not None
     assert found.metadata["attempt"] == "3"
-    assert found == resources.record("a")
     assert echoes(resources.lines("a", "output.jsonl")) == ids
-    assert len(first.seen) == 6
+    assert sorted(asked(second)) == sorted(ids[4:])
 
 
 def _take_away(resources: Resources, version: str) -> None:
