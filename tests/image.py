@@ -180,7 +180,7 @@ def check(docker: Docker, folder: Path) -> None:
         assert second[-1] != first[-1]
         asked = len(hub.paths("GET"))
         change(folder / "builder" / "fetch.py")
-        # BuildKit takes what it has copied before for the same, whatever its dates; another machine's does not.
+        # BuildKit takes what it has copied for the same, whatever its dates; another machine can not.
         third, third_s = build("building it with another builder", "--no-cache-filter", "baked")
         assert third[:-2] == first[:-2], "the same model, fetched again, is another layer"
         assert len(hub.paths("GET")) == asked, "the model was downloaded again"
