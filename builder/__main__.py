@@ -10,11 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from builder import disk
 from builder.console import Console
-from handler.errors import StartError
+from handler.errors import NoResources, StartError
 
 COMMANDS = ("plan", "bake", "fetch", "warm", "seal", "verify", "push", "pull")
 """Each is a module of `builder.commands`."""
+
+INPUT_OUTPUT = 74
+"""EX_IOERR: a file or folder can't be read or written."""
 
 
 def main() -> None:
@@ -43,6 +47,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str], stream: TextIO) -> int:
     except BrokenPipeError:  # `... | head` has seen enough; nor does Python's end say more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that is a file, or may not be read or written, a disk that is full
+        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        console.say(f"{named}: {error.strerror}" if named else str(error))
+        return NoResources.exit_code if error.errno in disk.FULL else INPUT_OUTPUT
     return status
 
 

@@ -14,6 +14,7 @@ import json
 import os
 
 from handler import engine
+from handler.supervision import watch_lifeline
 
 
 def start() -> None:
@@ -22,6 +23,8 @@ def start() -> None:
     phases.listen = lambda name: print(json.dumps({"phase": name}), flush=True)
     settings = read_settings(os.environ)
     open_log(settings)
+    if settings.lifeline_fd is not None:
+        watch_lifeline(settings.lifeline_fd)
     engine.check(settings, os.environ)
     prepared = engine.prepare(settings, phases, os.environ)
     loaded = engine.Engine.start(settings, phases, os.environ, prepared)
@@ -31,7 +34,7 @@ def start() -> None:
         found = {
             "report": phases.report(),
             "settings": prepared.shaping,
-            "flags": sorted(vars(prepared.args)),
+            "flags": sorted(vars(prepared.args).keys() - engine.NOT_SHAPING),
             "kv_cache": loaded.kv_cache(),
             "architecture": engine.architecture(),
         }

@@ -15,9 +15,11 @@ FirstTokenError
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
+│   │   └── AwsFailed       502  a service of AWS, or of its kind, has refused or can't be reached
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
 │   │   └── StartFailed     503  worker_start_failed, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
+├── BatchLost               another worker has the batch, or a newer input has taken its place
 ├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
 │   └── AnswerCut           nobody reads the rest of an answer
 └── StartError              ends the process with an exit code from sysexits.h
@@ -210,6 +212,15 @@ class UpstreamFailed(RequestError):
     code = "upstream_failed"
 
 
+class AwsFailed(UpstreamFailed):
+    """What AWS has said is in `reason` (its own code) and `http_status`; None where nothing was said."""
+
+    def __init__(self, message: str, reason: str | None = None, http_status: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.http_status = http_status
+
+
 class NotAdmitted(_RetryLater):
     """Nothing can take the request now: the queue is full, or the worker is stopping."""
 
@@ -234,6 +245,10 @@ class DeadlineExceeded(RequestError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class BatchLost(FirstTokenError):
+    """What this worker does on a batch is for nothing: another has it, or a newer input has its place."""
 
 
 class RuntimeApiFailed(FirstTokenError):

@@ -27,8 +27,10 @@ from handler.table import (
     MODEL,
     NAME,
     NAMES,
+    OBJECTS,
     ORIGINS,
     PLACES,
+    QUEUE,
     SECRET,
     SIZE,
     SOCKET,
@@ -61,7 +63,7 @@ __all__ = [
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-PLATFORMS = ("runpod", "aws_lambda", "http")
+PLATFORMS = ("runpod", "aws_lambda", "sqs", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
 
 LAMBDA = "AWS_LAMBDA_RUNTIME_API"
@@ -206,7 +208,7 @@ TABLE: Table = (
         "usage_table",
         AWS_TABLE,
         None,
-        "On Lambda, the table of DynamoDB to which the tokens of each key are added: docs/aws.md.",
+        "On Lambda and SQS, the table of DynamoDB to which the tokens of each key are added: docs/aws.md.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -227,7 +229,37 @@ TABLE: Table = (
         "reply_to",
         PLACES,
         "",
-        "On Lambda, where the answers to messages may go. If not set: nowhere.",
+        "On Lambda and SQS, where the answers to messages may go. If not set: nowhere.",
+    ),
+    Setting(
+        "SQS_QUEUE_URL",
+        "sqs_queue_url",
+        QUEUE,
+        None,
+        "The queue that `PLATFORM=sqs` takes messages from. Those that have a batch gone on with go there, "
+        "on Lambda too.",
+    ),
+    Setting(
+        "BATCH_INPUT",
+        "batch_input",
+        OBJECTS,
+        None,
+        "On Lambda and SQS, where batches are put: each `*.jsonl` under it is one. If not set: none is run. "
+        "Together with it: `BATCH_OUTPUT`, `BATCH_TABLE` and `SQS_QUEUE_URL`; docs/aws.md.",
+    ),
+    Setting(
+        "BATCH_OUTPUT",
+        "batch_output",
+        OBJECTS,
+        None,
+        "Where results of batches go, each to a folder of its own.",
+    ),
+    Setting(
+        "BATCH_TABLE",
+        "batch_table",
+        AWS_TABLE,
+        None,
+        "The table of DynamoDB that says which worker has which batch; `USAGE_TABLE` will do.",
     ),
     Setting(
         "CORS_ORIGINS",
@@ -336,6 +368,10 @@ class Settings:
     endpoint_id: str | None
     lambda_response_mode: str
     reply_to: tuple[str, ...]
+    sqs_queue_url: str | None
+    batch_input: str | None
+    batch_output: str | None
+    batch_table: str | None
     cors_origins: tuple[str, ...]
     max_body_bytes: int
     drain_timeout_s: float
@@ -371,8 +407,12 @@ class Settings:
         Raises `BadSettings`, which names every fault and not only the first.
         """
         values, faults = read(TABLE, environ, others=UNREAD)
-        if fault := _unguarded(environ, **values):
-            faults.append(fault)
+        wrong = (
+            _unguarded(environ, **values),
+            _no_queue(environ, **values),
+            _no_batches(environ, **values),
+        )
+        faults += filter(None, wrong)
         if faults:
             raise BadSettings(faults)
         return cls(**values, notes=_notes(environ), rest=rest(environ))
@@ -424,6 +464,35 @@ def _unguarded(
         f"HOST={host} can be reached from other machines and there is no API_KEY; "
         "set API_KEY, or AUTH=off if something in front of the worker asks for a key"
     )
+
+
+def _no_queue(environ: Mapping[str, str], *, platform: str | None, **_: object) -> str | None:
+    """Why there is nothing to take messages from."""
+    if platform == "sqs" and "SQS_QUEUE_URL" not in ours(environ):
+        return "PLATFORM=sqs takes messages from a queue; set SQS_QUEUE_URL"
+    return None
+
+
+def _no_batches(
+    environ: Mapping[str, str], *, batch_input: str | None, batch_output: str | None, **_: object
+) -> str | None:
+    """Why no batch could be run, though some are wanted, or why one would be made of what another writes."""
+    given = ours(environ)
+    if not any(name.startswith("BATCH_") and name in given for name in _FOR_BATCHES):
+        return None
+    if missing := [name for name in _FOR_BATCHES if name not in given]:
+        return f"batches need {', '.join(_FOR_BATCHES)}; set {' and '.join(missing)}"
+    if batch_input is None or batch_output is None:  # it was said what is wrong with it
+        return None
+    if batch_input.startswith(batch_output) or batch_output.startswith(batch_input):
+        return (
+            f"BATCH_INPUT={batch_input} and BATCH_OUTPUT={batch_output} lie in each other: "
+            "what is written there would be taken for a batch"
+        )
+    return None
+
+
+_FOR_BATCHES = ("BATCH_INPUT", "BATCH_OUTPUT", "BATCH_TABLE", "SQS_QUEUE_URL")
 
 
 def _is_loopback(host: str) -> bool:

@@ -294,6 +294,12 @@ def _places(value: str) -> tuple[str, ...]:
     return tuple(_bucket(item) if item.startswith("s3://") else _queue(item) for item in _list(value))
 
 
+def _objects(value: str) -> str:
+    if not value.startswith("s3://"):
+        raise ValueError(value)
+    return _bucket(value).rstrip("/") + "/"
+
+
 def _socket(value: str) -> str:
     if len(value.encode()) > SOCKET_PATH_BYTES:
         raise ValueError(value)
@@ -318,6 +324,8 @@ ENDPOINT_ID = Kind(
 AWS_SECRET = Kind("a name or an ARN", matching(r"[A-Za-z0-9/_+=.@:-]{1,2048}"))
 AWS_TABLE = Kind("a name or an ARN", matching(r"[A-Za-z0-9_.:/-]{3,1024}"))
 PLACES = Kind("URLs of queues, and `s3://bucket` or `s3://bucket/prefix`, separated by commas", _places)
+OBJECTS = Kind("`s3://bucket/prefix/`", _objects)
+QUEUE = Kind("the URL of a queue", _queue)
 NAMES = Kind("names of environment variables, separated by commas", _names)
 SOCKET = Kind(f"a path of at most {SOCKET_PATH_BYTES} bytes", _socket)
 YAML = Kind("a path that ends in `.yaml` or `.yml`", matching(r"(?s).+\.ya?ml"))

@@ -62,6 +62,7 @@ NOT_SHOWN = frozenset(
         ),  # no port
         *("PLATFORM", "ENGINE_MODE"),  # found
         *("API_KEYS_SECRET", "USAGE_TABLE", "ENDPOINT_ID", "LAMBDA_RESPONSE_MODE", "REPLY_TO"),  # of Lambda
+        *("SQS_QUEUE_URL", "BATCH_INPUT", "BATCH_OUTPUT", "BATCH_TABLE"),  # of Lambda and SQS
         *("LIFELINE_FD", "NOTIFY_SOCKET"),  # for a parent process
         "VERIFY_WEIGHTS",  # for a model in an image of one's own
         *("LEVERS_OFF", "FOREIGN_NAMES"),  # for measurements, for environments that others share

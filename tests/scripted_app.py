@@ -113,7 +113,8 @@ class Seen:
 class ScriptedApp:
     """Plays `scripts`: of one route in order, the last one again and again if `repeat`.
 
-    Routes are written `POST /v1/chat/completions`. `tell` hears `request`, `paused` and the
+    Routes are written `POST /v1/chat/completions`. One of `makes` is answered with what that makes of each
+    call, however often. What was `seen` is kept if it `remembers`. `tell` hears `request`, `paused` and the
     ends named by `Seen`, each with the route or the gate.
     """
 
@@ -122,10 +123,14 @@ class ScriptedApp:
         scripts: Mapping[str, Script | Sequence[Script]],
         *,
         repeat: bool = False,
+        makes: Mapping[str, Callable[[Seen], Script]] | None = None,
+        remembers: bool = True,
         tell: Callable[[str, str], None] = lambda what, name: None,
     ) -> None:
         self._scripts = {route: [s] if isinstance(s, Script) else list(s) for route, s in scripts.items()}
         self._repeat = repeat
+        self._makes = makes or {}
+        self._remembers = remembers
         self._tell = tell
         self._gates: dict[str, Gate] = {}
         self.seen: list[Seen] = []
@@ -152,11 +157,12 @@ class ScriptedApp:
             scope["query_string"].decode(),
             tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]),
         )
-        self.seen.append(seen)
+        if self._remembers:
+            self.seen.append(seen)
         route = f"{seen.method} {seen.path}"
         try:
             seen.body = await _body(receive)
-            script = self._next(route)
+            script = self._makes[route](seen) if route in self._makes else self._next(route)
             self._tell("request", route)
             play = asyncio.ensure_future(self._play(script, send))
             gone = asyncio.ensure_future(_disconnect(receive))

@@ -53,9 +53,10 @@ class Platform(Protocol):
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
     ("runpod", lambda environ: bool(environ.get(RUNPOD))),
     ("aws_lambda", lambda environ: bool(environ.get(LAMBDA))),
+    ("sqs", lambda _: False),
     ("http", lambda _: True),
 )
-"""A platform's name, which is its module's, and how its environment is known."""
+"""A platform's name, which is its module's, and how its environment is known; nothing tells that of `sqs`."""
 
 LISTENING = frozenset({"http"})
 """Platforms on which a worker has an address; on the others it asks for what there is to do."""

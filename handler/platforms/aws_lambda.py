@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -29,10 +28,10 @@ from handler.errors import (
 )
 from handler.messages import Call
 from handler.phases import Phases
-from handler.platforms.aws_clients import Clients
+from handler.platforms.aws_clients import Clients, check_installed
 from handler.platforms.lambda_runtime import Fault, Runtime, init_error
 from handler.platforms.secret_keys import SecretKeys
-from handler.prerequisites import installed
+from handler.platforms.stop import from_elsewhere, on_signal
 from handler.settings import LAMBDA, Settings
 from handler.supervision import Notifier
 
@@ -55,7 +54,7 @@ FLUSH_S = 5.0
 
 
 def open(settings: Settings, s3_batch: S3Batch | None = None) -> AwsLambda:  # noqa: A001 - each platform has one
-    """The platform. `s3_batch` does what new objects in S3 ask for; without one that is an error."""
+    """The platform. `s3_batch` does what new objects in S3 ask for, in place of what the settings say."""
     return AwsLambda(settings, os.environ, s3_batch)
 
 
@@ -75,16 +74,14 @@ class AwsLambda:
         """See that there is what answers need. Raises `NoResources`."""
         if not self._address:
             raise NoResources(f"{LAMBDA} is not set: this is no execution environment of Lambda")
-        for package in ("aws_lambda_powertools", "boto3"):
-            if not installed(package):
-                raise NoResources(f"{package} is not installed: pip install 'firsttoken[aws]'")
+        check_installed()
 
     def run(self, engine: Engine, phases: Phases, notifier: Notifier) -> None:
         """Answer invocations until SIGTERM, then finish what was taken. Raises `StartError`."""
         worker = self.worker(engine)
-        stop = _from_elsewhere(engine.loop, worker.stop)
+        stop = from_elsewhere(engine.loop, worker.stop)
         engine.dead.add_done_callback(lambda _: stop())
-        _on_signal(stop)
+        on_signal(stop)
         try:
             engine.submit(worker.open()).result()
         except StartError as failure:
@@ -102,7 +99,7 @@ class AwsLambda:
 
         async def answer() -> None:
             worker = self._worker(drain.wrap(refuse(StartFailed(failure))), drain, 1)
-            _on_signal(_from_elsewhere(asyncio.get_running_loop(), worker.stop))
+            on_signal(from_elsewhere(asyncio.get_running_loop(), worker.stop))
             await worker.open()
             notifier.status(f"can't start: {failure}")
             await worker.serve(notifier)
@@ -139,6 +136,7 @@ class AwsLambda:
         # Late: this imports AWS's models of events.
         from handler.platforms.lambda_answers import Answers, Rules  # noqa: PLC0415
         from handler.platforms.lambda_replies import Replies  # noqa: PLC0415
+        from handler.platforms.s3_batch import batches  # noqa: PLC0415
         from handler.platforms.usage_table import UsageTable  # noqa: PLC0415
 
         settings, clients = self._settings, Clients()
@@ -154,7 +152,7 @@ class AwsLambda:
             freezes=not self._environ.get(CONCURRENCY),
             most=settings.max_concurrency or capacity,
         )
-        return Answers(call, rules, self._s3_batch, stopping)
+        return Answers(call, rules, self._s3_batch or batches(settings, clients), stopping)
 
     def _keys(self, clients: Clients) -> SecretKeys:
         settings = self._settings
@@ -293,18 +291,3 @@ class Worker:
         except TimeoutError:
             return False
         return True
-
-
-def _from_elsewhere(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> Callable[[], None]:
-    """`what`, for any thread, also once the loop has closed."""
-
-    def do() -> None:
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(what)
-
-    return do
-
-
-def _on_signal(what: Callable[[], None]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: what())

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +24,7 @@ from handler.listener import listen, listen_unix
 from handler.phases import Phases
 from handler.platforms import door
 from handler.platforms.lobby import Lobby
+from handler.platforms.stop import from_elsewhere, on_signal
 from handler.server import Server, config, end
 from handler.settings import Settings
 from handler.supervision import Notifier
@@ -82,7 +80,7 @@ class Http:
         """Serve until SIGTERM or SIGINT, then drain. Raises `EngineFailed` when the engine dies."""
         server = _Server(self._settings, engine, phases)
         engine.dead.add_done_callback(lambda _: server.stop())
-        _on_signal(server.stop)
+        on_signal(server.stop)
         self._serve(server, engine, phases, notifier)
         if engine.is_dead:
             raise EngineFailed("the engine died; what it held was answered with an error")
@@ -110,7 +108,7 @@ class Http:
         if self._lobby is None:
             raise failure
         stop: SimpleQueue[None] = SimpleQueue()  # what a signal handler may use, whatever it interrupts
-        _on_signal(partial(stop.put, None))
+        on_signal(partial(stop.put, None))
         self._lobby.refuse(partial(StartFailed, failure))
         notifier.status(f"can't start: {failure}")
         stop.get()
@@ -145,8 +143,7 @@ class _Server:
 
     def stop(self) -> None:
         """Begin to drain; any thread may say so."""
-        with suppress(RuntimeError):  # a second signal, after the engine's loop has closed
-            self._engine.loop.call_soon_threadsafe(self._stop.set)
+        from_elsewhere(self._engine.loop, self._stop.set)()
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
@@ -173,8 +170,3 @@ class _Server:
 
 def _stopping() -> NotAdmitted:
     return NotAdmitted("The worker is stopping.", retry_after_s=RETRY_AFTER_S, code="worker_stopping")
-
-
-def _on_signal(what: Callable[[], object]) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: what())

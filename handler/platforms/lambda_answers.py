@@ -13,26 +13,18 @@ from functools import partial
 from typing import Any
 
 from handler import edge, sse
-from handler.body import asks_for_stream
-from handler.errors import (
-    BadEvent,
-    BadRequest,
-    BodyTooLarge,
-    DeadlineExceeded,
-    RequestError,
-    UpstreamFailed,
-)
+from handler.errors import BadEvent, BodyTooLarge, DeadlineExceeded, RequestError
 from handler.messages import Call, Headers, Reply, Request, once, read
 from handler.platforms import lambda_events as events
 from handler.platforms import lambda_messages as messages
 from handler.platforms.lambda_doors import LAMBDA_MAX_BYTES, Door, openai_path, prelude
 from handler.platforms.lambda_events import Asked, Invoked, Messages
-from handler.platforms.lambda_messages import Continued, Created, Job, Record, S3Batch, Shift
-from handler.platforms.lambda_replies import Replies, answered
+from handler.platforms.lambda_messages import S3Batch
+from handler.platforms.lambda_replies import Replies
 from handler.platforms.lambda_runtime import HTTP_INTEGRATION, Fault, Invocation, Runtime, Stream
+from handler.platforms.message_work import MessageWork
 from handler.platforms.secret_keys import SecretKeys
-from handler.platforms.usage_table import UsageTable
-from handler.usage import Usage, metered
+from handler.platforms.usage_table import UsageTable, metering
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +59,8 @@ class Answers:
     def __init__(self, call: Call, rules: Rules, s3_batch: S3Batch | None, stopping: asyncio.Event) -> None:
         self._call = call
         self._rules = rules
-        self._s3_batch = s3_batch
-        self._stopping = stopping
+        self._metered = metering(rules.usage, rules.model_id)
+        self._messages = MessageWork(call, self._metered, rules.replies, s3_batch, rules.most, stopping)
 
     async def open(self) -> None:
         """Learn who may ask. Raises `BadSettings` and `UpstreamFailed`."""
@@ -179,7 +171,7 @@ class Answers:
     async def _work_off(
         self, runtime: Runtime, invocation: Invocation, event: Messages, deadline_s: float
     ) -> None:
-        work = partial(self._message, event.source, deadline_s)
+        work = partial(self._messages.work, event.source, deadline_s)
         failed = await messages.work_off(event.records, work, most=self._rules.most, deadline_s=deadline_s)
         await self._settle()
         if event.partial:
@@ -190,45 +182,6 @@ class Answers:
             await runtime.fail(invocation, Fault("Worker.MessageFailed", why))
         else:
             await runtime.respond(invocation, b"{}")
-
-    async def _message(self, source: str, deadline_s: float, record: Record) -> None:
-        for task in messages.tasks(record):
-            match task:
-                case Job():
-                    await self._job(source, record, task)
-                case Created() | Continued():
-                    if self._s3_batch is None:
-                        raise BadEvent("This version runs no batches from S3.")
-                    call = self._metered(self._call, f"aws:{source}")
-                    await self._s3_batch(task, Shift(call, deadline_s, self._stopping))
-
-    async def _job(self, source: str, record: Record, job: Job) -> None:
-        """Run the request of a message and send its answer away. Raises `RequestError` to get it again."""
-        place = self._rules.replies.check(job.reply_to)
-        call = self._metered(_whole(self._call), f"aws:{source}")
-        try:
-            if asks_for_stream(job.request):
-                raise BadRequest('A message is answered whole: leave "stream" out.', param="stream")
-            async with call(job.request) as reply:
-                status, body = reply.status, await read(reply)
-        except RequestError as error:
-            status, body = error.status, json.dumps(error.body()).encode()
-        if status >= 500 or status == 429:
-            raise UpstreamFailed(f"it was answered with {status}: {body[:300].decode(errors='replace')}")
-        line = answered(record.id, job.custom_id, status, record.id, body)
-        await self._rules.replies.put(place, record.id, record.group, line)
-
-    # --- usage ---------------------------------------------------------------------------------
-
-    def _metered(self, call: Call, key: str) -> Call:
-        table = self._rules.usage
-        if table is None:
-            return call
-
-        def tell(usage: Usage) -> None:
-            table.add(key, usage.model or self._rules.model_id, usage)
-
-        return metered(call, tell)
 
     async def _settle(self) -> None:
         """What has to be done before an invocation ends, and nothing runs until the next."""

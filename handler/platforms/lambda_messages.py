@@ -68,13 +68,14 @@ Task = Job | Created | Continued
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """What work on a batch may use: whom to ask, and until when.
+    """What work on a batch may use: whom to ask, for how many requests at a time, and until when.
 
     It has to be done, or handed on, by `deadline_s` of the loop's clock, where it is cancelled; soon after
     `stopping` is set, the worker ends.
     """
 
     call: Call
+    most: int
     deadline_s: float
     stopping: asyncio.Event
 

@@ -20,8 +20,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from handler.errors import UpstreamFailed
+from handler.messages import Call
 from handler.platforms.aws_clients import Clients
-from handler.usage import Usage
+from handler.usage import Usage, metered
 
 log = logging.getLogger(__name__)
 
@@ -109,3 +110,18 @@ class UsageTable:
 
 
 _NAMES = ("prompt_tokens", "completion_tokens", "requests")
+
+
+def metering(table: UsageTable | None, model_id: str) -> Callable[[Call, str], Call]:
+    """What makes of a call, for a key, one whose answers are counted in `table`; without one, as it was."""
+
+    def counted(call: Call, key: str) -> Call:
+        if table is None:
+            return call
+
+        def tell(usage: Usage) -> None:
+            table.add(key, usage.model or model_id, usage)
+
+        return metered(call, tell)
+
+    return counted

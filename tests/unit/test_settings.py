@@ -61,6 +61,10 @@ def test_worker_defaults() -> None:
         endpoint_id=None,
         lambda_response_mode="stream",
         reply_to=(),
+        sqs_queue_url=None,
+        batch_input=None,
+        batch_output=None,
+        batch_table=None,
         cors_origins=(),
         max_body_bytes=32 * 2**20,
         drain_timeout_s=30.0,
@@ -322,6 +326,50 @@ def test_a_function_needs_keys(environ: dict[str, str]) -> None:
 def test_the_platform_is_found(environ: dict[str, str], platform: str) -> None:
     """By what it sets, unless another is named."""
     assert platforms.chosen(environ) == platform
+
+
+def test_a_worker_of_a_queue_needs_one() -> None:
+    """By its name; nothing tells such a worker's environment from another."""
+    assert faults({"PLATFORM": "sqs"}) == ("PLATFORM=sqs takes messages from a queue; set SQS_QUEUE_URL",)
+    Settings.from_environ({"PLATFORM": "sqs", "SQS_QUEUE_URL": BATCHES["SQS_QUEUE_URL"]})
+
+
+BATCHES = {
+    "SQS_QUEUE_URL": "https://sqs.eu-central-1.amazonaws.com/123456789012/batches",
+    "BATCH_INPUT": "s3://bucket/in",
+    "BATCH_OUTPUT": "s3://bucket/out/",
+    "BATCH_TABLE": "state",
+}
+
+
+def test_batches_are_where_it_is_said() -> None:
+    """A prefix is a folder; a queue by itself is not for batches."""
+    settings = Settings.from_environ(BATCHES)
+    assert (settings.batch_input, settings.batch_output) == ("s3://bucket/in/", "s3://bucket/out/")
+    assert Settings.from_environ({"SQS_QUEUE_URL": BATCHES["SQS_QUEUE_URL"]}).batch_input is None
+
+
+@pytest.mark.parametrize("name", sorted(BATCHES))
+def test_batches_need_all_their_settings(name: str) -> None:
+    """What is missing is named; what is wrong is not missing."""
+    needed = "batches need BATCH_INPUT, BATCH_OUTPUT, BATCH_TABLE, SQS_QUEUE_URL"
+    assert faults({**BATCHES, name: ""}) == (f"{needed}; set {name}",)
+    assert len(faults({**BATCHES, name: "!"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("s3://bucket/in", "s3://bucket/in/out"),
+        ("s3://bucket/a/in", "s3://bucket/a"),
+        ("s3://bucket", "s3://bucket/a"),
+    ],
+)
+def test_a_batch_is_never_made_of_what_another_writes(given: str, written: str) -> None:
+    """Neither folder lies in the other."""
+    (fault,) = faults({**BATCHES, "BATCH_INPUT": given, "BATCH_OUTPUT": written})
+    assert "lie in each other" in fault
+    Settings.from_environ({**BATCHES, "BATCH_INPUT": "s3://bucket/in", "BATCH_OUTPUT": "s3://bucket/in2"})
 
 
 def test_places_for_answers() -> None:
