@@ -44,7 +44,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 
 # vLLM is in the system's Python; what it lacks goes beside it, and nothing of it is replaced. uv, which has
 # installed it, compiles nothing, and not every file is for this Python: templates, tests.
-# The second folder is where Lambda has the driver (aws/deep-learning-containers, docker/lambda/Dockerfile).
+# The folder that is added is where Lambda has the driver (aws/deep-learning-containers, docker/lambda/Dockerfile).
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-engine
 ARG RUNPOD=runpod==1.12.0
 ENV PATH=/opt/venv/bin:${PATH} \
@@ -77,7 +77,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip install -r /opt/fetch.txt
 WORKDIR /app
 COPY handler/__init__.py handler/errors.py handler/levers.py handler/manifest.py handler/messages.py \
-     handler/prerequisites.py handler/settings.py handler/table.py handler/unread.py handler/
+     handler/prerequisites.py handler/settings.py handler/stored.py handler/table.py handler/unread.py handler/
 COPY builder builder
 ARG MODEL=HuggingFaceTB/SmolLM2-135M-Instruct
 ARG REVISION
