@@ -44,7 +44,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
 
 # vLLM is in the system's Python; what it lacks goes beside it, and nothing of it is replaced. uv, which has
 # installed it, compiles nothing, and not every file is for this Python: templates, tests.
-# The second folder is where Lambda has the driver (aws/deep-learning-containers, docker/lambda/Dockerfile).
+# The folder that is added is where Lambda has the driver (aws/deep-learning-containers, docker/lambda/Dockerfile).
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu-engine
 ARG RUNPOD=runpod==1.12.0
 ENV PATH=/opt/venv/bin:${PATH} \

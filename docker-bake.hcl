@@ -8,11 +8,11 @@ variable "VLLM_VERSION" { default = "0.32.0" }
 variable "COMMIT" { default = "" }
 variable "SOURCE" { default = "" }
 variable "PLATFORM" { default = "linux/amd64" } # an image may also be for linux/arm64
-variable "RUN_AS" { default = "10001" }            # 0 where volumes belong to root, as RunPod's
-variable "VLLM_EXTRA_ARGS" { default = "" }     # flags for the caches and for run time
+variable "RUN_AS" { default = "10001" }        # 0 where volumes belong to root, as RunPod's
+variable "VLLM_EXTRA_ARGS" { default = "" }    # flags for the caches and for run time
 variable "MODEL" { default = "HuggingFaceTB/SmolLM2-135M-Instruct" }
 variable "REVISION" { default = "" }
-variable "WARM" { default = "auto" }    # caches: auto, on, off
+variable "WARM" { default = "auto" }   # caches: auto, on, off
 variable "CACHE_FROM" { default = "" } # "type=registry,ref=registry.example/team/cache"
 variable "CACHE_TO" { default = "" }   # the same, and ",mode=max"
 
