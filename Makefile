@@ -8,8 +8,8 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint format types test-batch test-criu judge-vllm judge-openai bench-overhead \
-        bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
+.PHONY: help serve test unit lint lint-aws format types test-batch test-criu test-image judge-vllm judge-openai \
+        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,18 +21,23 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod --with-node
-	@$(MAKE) --no-print-directory lint types
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node
+	@$(MAKE) --no-print-directory lint types lint-aws
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
 unit: ## The tests that take seconds and need no engine
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q tests/unit
 
-lint: ## ruff, and the format
+lint: ## ruff, the format, and hadolint where it has a build
 	@$(INSTALL) dev
+	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
+
+lint-aws: ## template.yaml: cfn-lint, sam validate and checkov, in environments of their own
+	@$(INSTALL) --tools cfn checkov
+	@$(PYTHON) -m scripts.lint_aws
 
 format: ## Let ruff lay out the code, and fix what it can
 	@$(INSTALL) dev
@@ -50,6 +55,10 @@ test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m tests.criu
+
+test-image: ## Build the image for CPUs and run it, in a Docker engine of its own; needs root, takes minutes
+	@$(INSTALL) dev
+	@$(PY) -m tests.image
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
 	@$(INSTALL) $(ENGINE) dev judge
@@ -84,6 +93,6 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@$(INSTALL) gpu dev
 	@$(PY) -m bench.coldstart_gpu
 
-clean: ## Remove .venv and what tools left; models in the user's cache folder stay
-	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-aws and what tools left; models in the user's cache folder stay
+	@rm -rf .venv .venv-aws build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The Hugging Face token: where it may be. It goes into requests and nowhere else."""
+"""The Hugging Face token: where it may be. It goes into requests and nowhere else, nor does any secret."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ SECRETS = Path("/run/secrets")
 """Where builds and Compose mount secrets: https://docs.docker.com/build/building/secrets/."""
 NAMES = ("HF_TOKEN", "hf_token")
 
+_SECRET = re.compile(r"(^|_)(CREDENTIALS?|KEYS?|PAT|TOKEN)(_FILE|_ID|_PATH)?$|PASS(PHRASE|WD|WORD)|SECRET")
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -50,3 +51,8 @@ def without_password(url: str) -> str:
     """`url` as it may be shown and written down."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for a program that has no use for what is secret by its name."""
+    return {name: value for name, value in environ.items() if not _SECRET.search(name.upper())}

@@ -11,6 +11,8 @@ from pathlib import Path
 from builder.console import size
 from handler.errors import NoResources
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def need(folder: Path, wanted_bytes: int) -> None:
     """Raise `NoResources` unless the disk that has `folder` has room for `wanted_bytes` more."""
@@ -27,6 +29,6 @@ def filled(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno not in FULL:
             raise
         raise NoResources(f"the disk is full that has {folder.parent}") from error

@@ -143,7 +143,7 @@ class Repository:
 
         store.empty(work)
         try:
-            wheel.convert(work, self.console)
+            wheel.convert(work, self.console, self.environ)
         except BaseException:
             shutil.rmtree(work)
             raise

@@ -1,7 +1,7 @@
 """Files downloaded in pieces, several at a time; a download that was killed goes on with what is there.
 
     FOLDER/NAME              a file that is whole, and is what its source says of it
-    FOLDER/.pieces/data/     a file with holes, under its quoted name
+    FOLDER/.pieces/data/     a file with holes, under its quoted name, or the digest of that
     FOLDER/.pieces/done/     which of its pieces are there: what it is a part of, then a number a line
 
 A piece is noted when its bytes are written, so that whatever ends the process costs at most the
@@ -10,6 +10,7 @@ pieces that were on their way. Nothing here knows where files come from.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -33,6 +34,8 @@ TRIES = 5
 FIRST_WAIT_S = 0.5
 """Before the second try; each later one waits twice as long."""
 FOLDER = ".pieces"
+MAX_NAME = 200
+"""Characters; file systems take 255 bytes."""
 
 Read = Callable[[int, int], Iterator[bytes]]
 """The bytes of a file from one offset to another; raises `Broken`."""
@@ -99,6 +102,8 @@ class _Part:
 
     def __init__(self, wanted: Wanted, folder: Path, piece_bytes: int) -> None:
         name = quote(wanted.name, safe="")
+        if len(name) > MAX_NAME:
+            name = hashlib.sha256(name.encode()).hexdigest()
         self.wanted = wanted
         self.target = folder / wanted.name
         self.data = folder / FOLDER / "data" / name

@@ -8,7 +8,6 @@ The work is inside of the folder because that may be a volume, which nothing out
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,12 +83,8 @@ def _alone(folder: Path, console: Console) -> Iterator[None]:
     if not folder.exists():
         folder.mkdir(parents=True)
         folder.chmod(store.FOLDER_MODE)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        store.wait(lock, "pull into this folder", console)
+    with store.alone(folder, console):
         yield
-    finally:
-        os.close(lock)
 
 
 def _wanted(bucket: Bucket, sealed: Manifest) -> list[Wanted]:
@@ -125,7 +120,7 @@ def _missing(folder: Path, wanted: list[Wanted], console: Console) -> list[Wante
 
 
 def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+    return file.stat().st_size if manifest.is_file(file) else None
 
 
 def _place(folder: Path, sealed: Manifest, names: list[str]) -> None:

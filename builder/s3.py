@@ -22,6 +22,7 @@ from builder.pieces import Broken, Wanted
 from builder.reach import reachable
 from handler.errors import Damaged, NoResources, StoreFailed, UsageError
 from handler.prerequisites import installed
+from handler.stored import refusals
 
 CHUNK_BYTES = 1 << 20
 SHA256 = "firsttoken-sha256"
@@ -32,18 +33,6 @@ MISSING = {"404", "NoSuchKey", "NotFound"}
 _LOCATION = re.compile(r"s3://([A-Za-z0-9][\w.-]{1,254})(?:/(.*))?", re.ASCII)
 _MD5 = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _OF_PARTS = re.compile(r"-(\d+)\"?$")
-_REGION = "the bucket is in another region: set AWS_REGION"
-_REFUSALS = {
-    "301": _REGION,
-    "403": "access is denied",
-    "AccessDenied": "access is denied",
-    "AuthorizationHeaderMalformed": _REGION,
-    "ExpiredToken": "the credentials have expired",
-    "InvalidAccessKeyId": "the access key is not known there",
-    "NoSuchBucket": "there is no such bucket",
-    "PermanentRedirect": _REGION,
-    "SignatureDoesNotMatch": "the secret key does not fit the access key",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +90,7 @@ class Bucket:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        with _refusals():
+        with refusals():
             client = boto3.Session().client("s3", config=config)
         if not reachable(client.meta.endpoint_url):
             raise StoreFailed(f"{without_password(client.meta.endpoint_url)} can't be reached")
@@ -109,7 +98,7 @@ class Bucket:
 
     def call(self, operation: str, **parameters: Any) -> Mapping[str, Any]:
         """Call an operation of the client's on this bucket. Raises `StoreFailed`."""
-        with _refusals():
+        with refusals():
             answer: Mapping[str, Any] = getattr(self.client, operation)(
                 Bucket=self.location.bucket, **parameters
             )
@@ -117,7 +106,7 @@ class Bucket:
 
     def pages(self, operation: str, **parameters: Any) -> Iterator[Mapping[str, Any]]:
         """All pages of an operation that lists. Raises `StoreFailed`."""
-        with _refusals():
+        with refusals():
             yield from self.client.get_paginator(operation).paginate(
                 Bucket=self.location.bucket, **parameters
             )
@@ -144,7 +133,7 @@ class Bucket:
     def get(self, name: str) -> bytes | None:
         """A small object's bytes; None if there is none."""
         try:
-            with _refusals():
+            with refusals():
                 answer = self.client.get_object(Bucket=self.location.bucket, Key=self.location.key(name))
                 data: bytes = answer["Body"].read()
         except StoreFailed as failure:
@@ -245,26 +234,3 @@ def _chunks(body: Any) -> Iterator[bytes]:
         yield from body.iter_chunks(CHUNK_BYTES)
     except (exceptions.HTTPClientError, exceptions.IncompleteReadError) as error:
         raise Broken(type(error).__name__) from error
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Say in a sentence what boto3 means."""
-    from botocore import exceptions  # noqa: PLC0415 - as above
-
-    try:
-        yield
-    except exceptions.ClientError as error:
-        said = error.response.get("Error", {})
-        code, message = str(said.get("Code")), said.get("Message", "")
-        reason = _REFUSALS.get(code, f"{error.operation_name} was answered with {code}")
-        raise StoreFailed(f"{reason} ({message})", code=code) from error
-    except (exceptions.NoCredentialsError, exceptions.CredentialRetrievalError) as error:
-        raise StoreFailed(
-            "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-            "AWS_PROFILE, or give the machine a role"
-        ) from error
-    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
-        raise StoreFailed(f"the connection failed ({type(error).__name__})") from error
-    except exceptions.BotoCoreError as error:
-        raise StoreFailed(str(error)) from error

@@ -7,18 +7,21 @@ an image that holds them has the same layer.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from builder import store
+from builder import disk, store
 from builder.console import Console, size
 from builder.progress import progress
 from builder.state import State
 from builder.warm import model_name
+from handler import kept
 from handler.errors import UsageError
-from handler.manifest import CACHE, MODEL, NAME, START, File, Manifest, contents, sha256
+from handler.manifest import CACHE, MODEL, NAME, START, File, Manifest, contents, is_file, sha256
 
 THREADS = 4
 """hashlib lets go of the interpreter, and a disk likes more than one reader."""
@@ -31,10 +34,20 @@ def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
     folder's last part. Raises `UsageError`.
     """
     name = model_name(bake, environ)
-    for link in (path for top in (MODEL, CACHE) for path in (bake / top).rglob("*") if path.is_symlink()):
-        raise UsageError(f"{link} is a link; what is baked is in the folder itself")
+    with store.alone(bake, console), disk.filled(bake / MODEL):
+        return _seal(bake, name, console)
+
+
+def _seal(bake: Path, name: str, console: Console) -> bool:
+    for path in (bake / name for name in contents(bake)):
+        if not is_file(path):
+            what = "a link; what is baked is in the folder itself" if path.is_symlink() else "no file"
+            raise UsageError(f"{path} is {what}")
     for top in (MODEL, CACHE):
         store.level(bake / top)
+    if (mode := stat.S_IMODE(bake.stat().st_mode)) & kept.FOREIGN:
+        with suppress(OSError):  # somebody else's, and a worker says what that means
+            bake.chmod(mode & ~kept.FOREIGN)
     state = State.of(bake)
     note = json.loads((bake / MODEL / store.NOTE).read_bytes())
     start = _start(bake)
@@ -45,7 +58,6 @@ def seal(bake: Path, *, environ: Mapping[str, str], console: Console) -> bool:
         settings=start.get("settings", {}),
         start=start.get("start", {}),
     )
-    state.save()
     data, file = manifest.dump(), bake / NAME
     if file.is_file() and file.read_bytes() == data:
         return False
@@ -66,7 +78,9 @@ def _files(bake: Path, state: State, console: Console) -> dict[str, File]:
     with progress(console, "hashing", sum(now[path][0] for path in new)) as advance:
         for path, digest in zip(new, _hashed([bake / path for path in new], advance), strict=True):
             known[path] = [*now[path], digest]
-    state.hashes = known
+    if state.hashes != known:
+        state.hashes = known
+        state.save()
     return {path: File(known[path][0], known[path][-1]) for path in now}
 
 

@@ -1,7 +1,8 @@
 """A start as a worker makes it, for what it leaves behind: `python -m builder.start`.
 
 Settings come from the environment. Standard output has a line of JSON for each phase as it begins,
-`{"phase"}`, and a last one, `{"report", "settings", "flags", "kv_cache"}`; exit codes are the worker's.
+`{"phase"}`, and a last one, `{"report", "settings", "flags", "kv_cache", "architecture"}`. Exit codes
+are the worker's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 
 from handler import engine
+from handler.supervision import watch_lifeline
 
 
 def start() -> None:
@@ -21,6 +23,8 @@ def start() -> None:
     phases.listen = lambda name: print(json.dumps({"phase": name}), flush=True)
     settings = read_settings(os.environ)
     open_log(settings)
+    if settings.lifeline_fd is not None:
+        watch_lifeline(settings.lifeline_fd)
     engine.check(settings, os.environ)
     prepared = engine.prepare(settings, phases, os.environ)
     loaded = engine.Engine.start(settings, phases, os.environ, prepared)
@@ -30,8 +34,9 @@ def start() -> None:
         found = {
             "report": phases.report(),
             "settings": prepared.shaping,
-            "flags": sorted(vars(prepared.args)),
+            "flags": sorted(vars(prepared.args).keys() - engine.NOT_SHAPING),
             "kv_cache": loaded.kv_cache(),
+            "architecture": engine.architecture(),
         }
         print(json.dumps(found), flush=True)
     finally:

@@ -80,6 +80,8 @@ def filling(folder: Path, asked: Asked, console: Console) -> Iterator[Path | Non
 
     Raises `UsageError` where `folder` holds another model, or something that no fetch put there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; name another place")
     work = folder.with_name(f".{folder.name}.partial")
     while True:
         work.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,17 @@ def empty(work: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@contextmanager
+def alone(folder: Path, console: Console) -> Iterator[None]:
+    """Hold `folder`, after whoever else does."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        wait(lock, "command in this folder", console)
+        yield
+    finally:
+        os.close(lock)
 
 
 def wait(lock: int, whose: str, console: Console) -> None:

@@ -14,13 +14,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from builder import store
+from builder import disk, store
 from builder.console import Console
+from builder.credentials import without_secrets
 from builder.state import State
 from handler import baked, manifest, readahead
 from handler.errors import (
@@ -41,11 +43,13 @@ KEPT = ("cuda", "firsttoken", "flashinfer", "torchinductor", "triton", "vllm")
 PASSING = (".draft", ".lock", ".pid", ".tmp")
 """Files of a moment."""
 
-SECRET = re.compile(r"(^|_)(CREDENTIALS?|KEY|TOKEN)(_FILE|_ID|_PATH)?$|PASSWORD|SECRET")
-"""Names of the environment that no start from a folder needs."""
+WITH_PASSWORD = re.compile(r"://[^/\s]*:[^/\s]*@")
+"""Values of the environment that no start from a folder needs: a proxy's address, a database's."""
 SHAPING = ("CUDA_", "CXX", "FLASHINFER_", "NCCL_", "OMP_", "TORCH", "TRITON_", "VLLM_")
 """How names begin that libraries read, beside the flags of vLLM."""
 NAMES = next(row.names for row in TABLE if row.field == "served_model_name")
+UNSHAPING = {"MODEL_NAME", *NAMES}
+"""No cache depends on where the bake is and what its model is called."""
 OF_ONE_START = ("PYTHONDONTWRITEBYTECODE", "MODEL_REVISION", "REVISION", "VLLM_CACHE_ROOT", *baked.CACHES)
 
 
@@ -57,6 +61,11 @@ def warm(bake: Path, *, environ: Mapping[str, str], console: Console, again: boo
     with what kept the engine from starting.
     """
     given = start_environ(bake, environ)
+    with store.alone(bake, console), disk.filled(bake / MODEL):
+        return _warm(bake, given, console, again=again)
+
+
+def _warm(bake: Path, given: Mapping[str, str], console: Console, *, again: bool) -> bool:
     state = State.of(bake)
     wanted = _wanted(bake, given, state.warmed.get("flags", ()))
     if not again and state.warmed.get("of") == wanted and (bake / START).is_file():
@@ -68,7 +77,7 @@ def warm(bake: Path, *, environ: Mapping[str, str], console: Console, again: boo
     _start(bake, given, "making the caches", console)
     found = _start(bake, given, "a start with them", console)
     note = {
-        "made_with": wanted["made_with"],
+        "made_with": {**wanted["made_with"], "gpu_architecture": found["architecture"]},
         "settings": found["settings"],
         "start": _needs(bake, found),
     }
@@ -83,8 +92,8 @@ def start_environ(bake: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of the starts: the settings of `environ` for this model, and no secrets."""
     given = {
         name: value
-        for name, value in environ.items()
-        if name not in OF_ONE_START and not SECRET.search(name.upper())
+        for name, value in without_secrets(environ).items()
+        if name not in OF_ONE_START and not WITH_PASSWORD.search(value)
     }
     given["MODEL_NAME"] = str((bake / MODEL).absolute())
     given["AUTH"] = "off"  # nobody is listened to
@@ -120,9 +129,17 @@ def _start(bake: Path, given: Mapping[str, str], what: str, console: Console) ->
 
 def _run(environ: Mapping[str, str], what: str, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with subprocess.Popen(
-        START_COMMAND, env=dict(environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with (
+        _lifeline() as end,
+        subprocess.Popen(
+            START_COMMAND,
+            env={**environ, "LIFELINE_FD": str(end)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            pass_fds=(end,),
+        ) as process,
+    ):
         assert process.stdout is not None, "a pipe"
         try:
             for line in process.stdout:
@@ -133,6 +150,7 @@ def _run(environ: Mapping[str, str], what: str, console: Console) -> dict[str, A
             code = process.wait()
         except BaseException:
             process.terminate()
+            process.wait()  # it writes to a folder that is about to be removed
             raise
     if code or not found:
         kinds = (UsageError, ManifestMismatch, ModelNotFound, NoResources)
@@ -141,6 +159,17 @@ def _run(environ: Mapping[str, str], what: str, console: Console) -> dict[str, A
             raise BadSettings(["those above"])
         raise failure(f"the start exited with code {code}; its reason is above")
     return found
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """The end of a pipe by which a start knows that this process is gone, however that ended."""
+    theirs, ours = os.pipe()
+    try:
+        yield theirs
+    finally:
+        os.close(theirs)
+        os.close(ours)
 
 
 def _said(line: str) -> dict[str, Any]:
@@ -168,7 +197,7 @@ def _keep(bake: Path, at: Path) -> None:
 def _keep_list(bake: Path, at: Path) -> None:
     """Keep the list of files to read ahead by a name that does not depend on where the model was."""
     folder = bake / CACHE / "firsttoken" / "readahead"
-    own = tuple(f"{path.absolute()}/" for path in (bake, at))
+    own = tuple(f"{path}/" for one in (bake, at) for path in (one.absolute(), one.resolve()))
     for file in sorted(folder.glob("*.txt")):
         lines = [line for line in file.read_text().splitlines() if not line.startswith(own)]
         file.unlink()
@@ -190,7 +219,7 @@ def _needs(bake: Path, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _wanted(bake: Path, given: Mapping[str, str], flags: Collection[str]) -> dict[str, Any]:
     """What the caches depend on; another one means that they are made anew."""
-    own = {row.name for row in TABLE if row.field in ENGINE_FIELDS}
+    own = {row.name for row in TABLE if row.field in ENGINE_FIELDS} - UNSHAPING
     shaping = {
         name: value
         for name, value in given.items()

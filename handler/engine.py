@@ -11,12 +11,14 @@ import asyncio
 import concurrent.futures
 import copy
 import gc
+import hashlib
 import importlib
 import json
 import logging
 import math
 import mmap
 import os
+import re
 import sys
 import threading
 import time
@@ -313,13 +315,19 @@ def check(settings: Settings, environ: MutableMapping[str, str]) -> None:
     """Raise `StartError` for what can be known to fail before the slow imports."""
     prerequisites.check()
     model.check(settings.model_name, environ)
-    baked.check(settings.model_name, full=settings.verify_weights == "full")
+    baked.check(settings.model_name, environ, full=settings.verify_weights == "full")
 
 
 def touched_device() -> str | None:
     """Why this process can have no fork that uses a GPU, or None."""
     cuda: Any = importlib.import_module("torch.cuda")
     return "CUDA is initialised" if cuda.is_initialized() else None
+
+
+def architecture() -> str | None:
+    """The compute capability of the GPU, as `9.0`; None where there is none."""
+    capability = seam("current_platform").get_device_capability()
+    return None if capability is None else str(capability.as_version_str())
 
 
 def settle(ready: Prepared) -> Prepared:
@@ -443,15 +451,22 @@ NOT_SHAPING = frozenset(
 def shaping(parser: ArgumentParser, args: Namespace, mode: str, environ: Mapping[str, str]) -> dict[str, str]:
     """What of a start decides which caches it makes and finds: flags that are not vLLM's default, as text.
 
-    And the compiler that is named, which torch has in its keys though nothing is compiled.
+    Of a text that is no plain word, in which a password might be, its digest. And the compiler that is
+    named, which torch has in its keys though nothing is compiled.
     """
     found = {
-        name: str(value)
+        name: _word(str(value))
         for name, value in vars(args).items()
         if name not in NOT_SHAPING and value != parser.get_default(name)
     }
     compiler = {name: environ[name] for name in ("CXX",) if environ.get(name)}
     return {**found, "engine_mode": mode, **compiler}
+
+
+def _word(text: str) -> str:
+    if re.fullmatch(r"[\w.-]{1,64}", text):
+        return text
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def name_compiled_models(name: str) -> None:

@@ -9,6 +9,7 @@ _ACCELERATORS = {"/dev/nvidiactl": "cuda", "/dev/kfd": "rocm"}
 _VECTORS = ("amx", "asimd", "avx", "bf16", "fma", "sve")
 _CPUINFO = Path("/proc/cpuinfo")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+_AMD = Path("/sys/class/kfd/kfd/topology/nodes")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MEMORY_USED = Path("/sys/fs/cgroup/memory.current")
@@ -27,13 +28,21 @@ def accelerator() -> str | None:
     return next((kind for device, kind in _ACCELERATORS.items() if Path(device).exists()), None)
 
 
-def gpu(folder: Path = _NVIDIA) -> str | None:
-    """What the first NVIDIA GPU is called, as its driver says in /proc; None if there is none to be seen."""
-    for file in sorted(folder.glob("*/information")):
+def gpu(nvidia: Path = _NVIDIA, amd: Path = _AMD) -> str | None:
+    """What kind the first GPU is, as its driver says in /proc or /sys; None if there is none to be seen.
+
+    Of NVIDIA's the name, of AMD's the version of its instruction set, as `gfx 90402`.
+    """
+    for file in sorted(nvidia.glob("*/information")):
         for line in file.read_text().splitlines():
             name, _, value = line.partition(":")
             if name == "Model":
                 return value.strip()
+    for file in sorted(amd.glob("*/properties")):
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "gfx_target_version" and value != "0":  # 0 is a processor's node
+                return f"gfx {value}"
     return None
 
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from itertools import chain
+from pathlib import Path
 from typing import Any, Self
 
 from handler.errors import ManifestMismatch
@@ -32,6 +35,8 @@ STATE = ".bake.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Files that take seconds to read as a whole; the quick check compares their sizes."""
 PIECE_BYTES = 1 << 20
+_CONFIGS = ("config.json", "params.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +80,31 @@ class Manifest:
         """The manifest of `folder`. Raises `ManifestMismatch` if it is none that this version reads."""
         file = folder / NAME
         try:
-            found = json.loads(file.read_bytes())
-            if found["format"] != FORMAT:
-                raise ManifestMismatch(f"{file}: format {found['format']} is not known, {FORMAT} is")
-            files = {name: File(entry["size"], entry["sha256"]) for name, entry in found["files"].items()}
-            if not all(map(_inside, files)):
-                raise ManifestMismatch(f"{file}: it names a file outside of its folder")
-            return cls(
-                model=dict(found["model"]),
-                files=files,
-                made_with=dict(found["made_with"]),
-                settings=dict(found["settings"]),
-                start=dict(found["start"]),
-            )
+            raw = file.read_bytes()
         except OSError as error:
             raise ManifestMismatch(f"{file} can't be read: {error.strerror}") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ManifestMismatch(f"{file} is no manifest: {error!r}") from error
+        return cls.parse(raw, str(file))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Self:
+        """The manifest that is at `where`, as bytes. Raises as `load`."""
+        try:
+            found = json.loads(raw)
+            if found["format"] != FORMAT:
+                raise ManifestMismatch(f"{where}: format {found['format']!r} is not known, {FORMAT} is")
+            for name in found["files"]:
+                if not _inside(name):
+                    raise ManifestMismatch(f"{where}: {name!r} is no file in its folder")
+            files = {name: _file(entry) for name, entry in found["files"].items()}
+            return cls(
+                model={name: _text(found["model"][name]) for name in {"name", *found["model"]}},
+                files=files,
+                made_with=_made_with(found["made_with"]),
+                settings=dict(found["settings"]),
+                start=_start(found["start"]),
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ManifestMismatch(f"{where} is no manifest: {error!r}") from error
 
     def dump(self) -> bytes:
         """The bytes of the file: sorted, a line for each value."""
@@ -112,8 +125,8 @@ class Manifest:
 
 
 def is_bake(folder: Path) -> bool:
-    """Whether `folder` was baked, as far as its manifest says."""
-    return (folder / NAME).is_file()
+    """Whether `folder` was baked, as far as its manifest says; a model may have a file of that name too."""
+    return (folder / NAME).is_file() and not any((folder / name).is_file() for name in _CONFIGS)
 
 
 def is_of_bake(model: Path) -> bool:
@@ -121,13 +134,27 @@ def is_of_bake(model: Path) -> bool:
     return model.name == MODEL and any((model.parent / name).is_file() for name in (NAME, STATE))
 
 
-def contents(folder: Path) -> list[str]:
-    """The files that a manifest of `folder` names, sorted: paths with `/`. Links are none."""
+def contents(folder: Path, *tops: str) -> list[str]:
+    """What a manifest of `folder` names, sorted: paths with `/`, of files and of all else but folders.
+
+    With `tops` of these folders in it.
+
+    Links are among them, to folders too, which are not gone through.
+    """
     found = []
-    for top in (MODEL, CACHE):
-        for parent, _, names in os.walk(folder / top):
+    for top in tops or (MODEL, CACHE):
+        for parent, folders, names in os.walk(folder / top):
             found += [Path(parent, name) for name in names]
-    return sorted(file.relative_to(folder).as_posix() for file in found if not file.is_symlink())
+            found += [path for path in (Path(parent, name) for name in folders) if path.is_symlink()]
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file, and no link to one: what a link leads to is not in the bake."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def differences(
@@ -136,23 +163,20 @@ def differences(
     """The files of `folder` that are not as in `manifest`, sorted by path.
 
     Sizes are compared of all; bytes of what is read quickly, the model's files but its weights, and
-    with `full` of everything, and a file too many is a difference as well. `told` hears how many bytes
-    were read.
+    with `full` of everything. A file too many is a difference in the model, which vLLM would read, and
+    with `full` anywhere. `told` hears how many bytes were read.
     """
     listed = dict(manifest.files)
-    extra = sorted(set(contents(folder)) - listed.keys()) if full else []
-    for path in sorted({*listed, *extra}):
+    there = contents(folder, *((MODEL, CACHE) if full else (MODEL,)))
+    for path in sorted({*listed, *there}):
         if (expected := listed.get(path)) is None:
             yield Difference(path, "not in the manifest", "no such file", "one")
             continue
         file = folder / path
-        try:
-            size_bytes = file.stat().st_size if file.is_file() else None
-        except OSError:
-            size_bytes = None
-        if size_bytes is None:
-            yield Difference(path, "missing", f"{expected.size_bytes} bytes", "no such file")
-        elif size_bytes != expected.size_bytes:
+        if not is_file(file):
+            found = "a link" if file.is_symlink() else "no such file"
+            yield Difference(path, "missing", f"{expected.size_bytes} bytes", found)
+        elif (size_bytes := file.stat().st_size) != expected.size_bytes:
             yield Difference(path, "size", f"{expected.size_bytes} bytes", f"{size_bytes} bytes")
         elif (full or _quick(path)) and (found := sha256(file, told)) != expected.sha256:
             yield Difference(path, "sha256", expected.sha256, found)
@@ -173,5 +197,40 @@ def _quick(path: str) -> bool:
 
 
 def _inside(path: str) -> bool:
-    pure = PurePosixPath(path)
-    return not pure.is_absolute() and ".." not in pure.parts and pure.parts[:1] in {(MODEL,), (CACHE,)}
+    """Whether `path` names a file of the model or the cache, in the one way, and may be shown to people."""
+    top, *rest = path.split("/")
+    return top in {MODEL, CACHE} and bool(rest) and not {"", ".", ".."} & {*rest} and path.isprintable()
+
+
+def _file(entry: Mapping[str, Any]) -> File:
+    size_bytes, digest = entry["size"], entry["sha256"]
+    if type(size_bytes) is not int or size_bytes < 0 or not _SHA256.fullmatch(digest):
+        raise ValueError(f"{entry} is no file")
+    return File(size_bytes, digest)
+
+
+def _made_with(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: [_kind(word, str) for word in _kind(value, list)] if name == "cpu" else value
+        for name, value in found.items()
+    }
+
+
+def _start(found: Mapping[str, Any]) -> dict[str, Any]:
+    if found:
+        numbers = (found.get(name, {}).values() for name in ("phases", "kv_cache"))
+        for number in chain([found["total_s"]], *numbers):
+            _kind(number, (int, float))
+    return dict(found)
+
+
+def _text(value: Any) -> str:
+    if not _kind(value, str).isprintable():
+        raise ValueError(f"{value!r} can't be shown")
+    return str(value)
+
+
+def _kind(value: Any, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not what belongs there")
+    return value

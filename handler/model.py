@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from handler.errors import ModelNotFound
+from handler.errors import BadSettings, ModelNotFound
 from handler.settings import Settings
 from handler.table import in_store, is_path
 
@@ -61,10 +61,15 @@ def check(name: str, environ: MutableMapping[str, str]) -> None:
     """Raise `ModelNotFound` for a folder that is none, before the slow imports.
 
     A hub that can't be reached is noticed here, in seconds: its client would try again for
-    half a minute, and a model that is in its cache needs no hub. An object store is asked by
-    who reads from it, with its own credentials.
+    half a minute, and a model that is in its cache needs no hub. S3 is asked by `handler.baked`, another
+    object store by who reads from it, with its own credentials. Raises `BadSettings` for an endpoint of
+    S3 that only a part of the start would use.
     """
     if in_store(name):
+        given = environ.keys() & {"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"}
+        if name.startswith("s3://") and given == {"AWS_ENDPOINT_URL_S3"}:
+            what = "AWS_ENDPOINT_URL_S3 is nothing to Run:ai's streamer, which reads weights"
+            raise BadSettings([f"{what}: set AWS_ENDPOINT_URL"])
         return
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -67,7 +67,8 @@ PLATFORMS = ("runpod", "aws_lambda", "sqs", "http")
 """Platforms that this version can serve, in the order in which they are detected."""
 
 LAMBDA = "AWS_LAMBDA_RUNTIME_API"
-"""What an environment of Lambda is known by."""
+RUNPOD = "RUNPOD_WEBHOOK_GET_JOB"
+"""What an environment of Lambda is known by, and one of a RunPod queue."""
 
 TABLE: Table = (
     Setting(
@@ -455,6 +456,8 @@ def _unguarded(
             "there is no key for those who call the function through a URL; set API_KEYS_SECRET or API_KEY, "
             "or AUTH=off if something in front of the function asks for a key"
         )
+    if platform == "runpod" or (platform is None and environ.get(RUNPOD)):
+        return None  # it asks for its jobs, and listens nowhere
     if host is None or uds is not None or _is_loopback(host):
         return None
     return (

@@ -1,9 +1,12 @@
 """Make .venv and install firsttoken in it, once.
 
     python3 -m scripts.install EXTRA... [--with-node]
+    python3 -m scripts.install --tools GROUP...
+
+The second makes an environment for each dependency group, apart from .venv: tools that pin much.
 
 Run from the root of the repository, with the standard library only. What was installed is
-noted in .venv: nothing is done again until pyproject.toml or this file changes. Where it may
+noted there: nothing is done again until pyproject.toml or this file changes. Where it may
 (as root, with apt), it installs the system packages that are missing, else it names them.
 Why torch has a step of its own: docs/decisions/0002-install.md; RunPod's SDK: 0007-runpod-sdk.md.
 """
@@ -22,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,8 @@ from builder.reach import reachable
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+TOOLS = ROOT / ".venv-aws"
+"""Environments of tools, each in a folder called as its dependency group."""
 NOTE = VENV / "firsttoken.json"
 
 TORCH = "torch==2.13.0+cpu"
@@ -84,9 +90,12 @@ class Note:
 def main(argv: Sequence[str]) -> int:
     """Install what `argv` names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m scripts.install", description=__doc__.splitlines()[0])
-    parser.add_argument("extras", nargs="+", metavar="EXTRA", help="an extra of pyproject.toml")
+    parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
+    parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
     parser.add_argument("--with-node", action="store_true", help="node and npm too, where they can be had")
     options = parser.parse_args(argv)
+    if not (options.extras or options.tools):
+        parser.error("nothing is to be installed")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that pip is not left behind
     try:
         if not (3, 11) <= sys.version_info[:2] < (3, 14):
@@ -95,7 +104,10 @@ def main(argv: Sequence[str]) -> int:
                 "name one with `make PYTHON=/path/to/python3.11`"
             )
         provide(needs(options.extras, with_node=options.with_node))
-        install(frozenset(options.extras))
+        if options.extras:
+            install(frozenset(options.extras))
+        for group in options.tools:
+            install_tools(group)
     except Failed as failure:
         print(f"install: {failure}", file=sys.stderr)
         return 1
@@ -172,6 +184,22 @@ def install(extras: frozenset[str]) -> None:
         Note(key, wanted).write()
 
 
+def install_tools(group: str) -> None:
+    """Install the tools of a dependency group in an environment of their own, unless they are there."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"][group]
+    folder = TOOLS / group
+    note, python = folder / NOTE.name, folder / "bin" / "python"
+    key = json.dumps([wanted, sys.version, str(ROOT)])
+    with alone():
+        if note.exists() and note.read_text() == key and python.exists():
+            return
+        say(f"installing {', '.join(wanted)} in {folder}, 200 MB on disk")
+        run([sys.executable, "-m", "venv", "--clear", folder])
+        # Each tool imports little of what it brings: what it does is compiled when it does.
+        pip("install", "--no-compile", *wanted, python=python)
+        note.write_text(key)
+
+
 def install_torch() -> None:
     """Install the CPU build of torch from pip's own sources, else from PyTorch's index for torch alone."""
     version = "import importlib.metadata as m; print('torch==' + m.version('torch'))"
@@ -204,10 +232,10 @@ def remove_broken_extras() -> None:
         pip("uninstall", "-y", *names)
 
 
-def pip(command: str, *arguments: str, check: bool = True) -> str:
-    """Run pip in .venv, quietly unless on a terminal; returns its complaint, or raises it with `check`."""
+def pip(command: str, *arguments: str, check: bool = True, python: Path = PYTHON) -> str:
+    """Run pip of `python`, quietly unless on a terminal; returns its complaint, or raises it with `check`."""
     quiet = [] if sys.stderr.isatty() else ["-qq"]
-    line: list[str | Path] = [PYTHON, "-m", "pip", command, "--disable-pip-version-check", *quiet, *arguments]
+    line: list[str | Path] = [python, "-m", "pip", command, "--disable-pip-version-check", *quiet, *arguments]
     complaints = None if check else subprocess.PIPE
     done = subprocess.run(line, stdout=sys.stderr, stderr=complaints, text=True, check=False)
     if check and done.returncode:

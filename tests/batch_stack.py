@@ -21,6 +21,7 @@ from handler.platforms.sqs import Consumer, Sqs
 from handler.platforms.sqs_queue import Times as QueueTimes
 from handler.settings import Settings
 from handler.supervision import Notifier
+from tests.aws_stack import AwsStack
 from tests.object_store import ObjectStore
 from tests.scripted_app import Script, ScriptedApp, Seen, answer
 from tests.scripted_server import ScriptedEngine
@@ -40,7 +41,7 @@ QUICK_QUEUE = QueueTimes(wait_s=1, hidden_s=3, again_s=0, shift_s=60.0)
 class Resources:
     """The names of what a stack has, and where."""
 
-    store: ObjectStore
+    store: ObjectStore | AwsStack
     bucket: str
     queue_url: str
     dead_url: str
@@ -170,6 +171,12 @@ def make(store: ObjectStore, *, versioned: bool = True, dead_after: int = 5) -> 
         BillingMode="PAY_PER_REQUEST",
     )
     return Resources(store, name, queue_url, dead_url, name)
+
+
+def of(stack: AwsStack) -> Resources:
+    """Those of a stack of template.yaml, where workers may do what the stack's policy says and no more."""
+    ids = stack.ids
+    return Resources(stack, ids["BatchBucket"], ids["BatchQueue"], ids["BatchDlq"], ids["StateTable"])
 
 
 def _arn(sqs: Any, queue_url: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 from builder.console import Console
 from builder.fetch import fetch
 from handler.errors import ModelNotFound
+from tests import aws_stack as aws_stacks
 from tests import object_store as object_stores
 from tests import servers
 from tests.place import Place
@@ -90,3 +91,16 @@ def place(object_store: object_stores.ObjectStore, monkeypatch: pytest.MonkeyPat
     for name, value in object_store.environ.items():
         monkeypatch.setenv(name, value)
     return Place(object_store)
+
+
+@pytest.fixture(scope="session")
+def guarded_aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[aws_stacks.Aws]:
+    """A server with AWS's services that checks policies, one for the whole run."""
+    with aws_stacks.serving(tmp_path_factory.mktemp("aws")) as aws:
+        yield aws
+
+
+@pytest.fixture
+def aws_stack(guarded_aws: aws_stacks.Aws) -> aws_stacks.AwsStack:
+    """What template.yaml makes, a test's own (`tests.aws_stack`)."""
+    return aws_stacks.make(guarded_aws)

@@ -85,12 +85,12 @@ def environ(url: str) -> dict[str, str]:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[ObjectStore]:
+def serving(folder: Path, program: str = "moto.server") -> Iterator[ObjectStore]:
     """Run moto's server on a free port of loopback, its log in `folder`."""
     log = folder / "moto.log"
     with log.open("w") as writer:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", "0"],
+            [sys.executable, "-m", program, "--host", "127.0.0.1", "--port", "0"],
             stdin=subprocess.DEVNULL,
             stdout=writer,
             stderr=subprocess.STDOUT,

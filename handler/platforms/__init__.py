@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from handler.engine import Engine
-from handler.errors import StartError
-from handler.phases import Phases
-from handler.settings import LAMBDA, Settings
-from handler.supervision import Notifier
+from handler.settings import LAMBDA, RUNPOD
+
+if TYPE_CHECKING:  # a health check asks which platform this is, and waits for no import
+    from handler.engine import Engine
+    from handler.errors import StartError
+    from handler.phases import Phases
+    from handler.settings import Settings
+    from handler.supervision import Notifier
 
 
 class Platform(Protocol):
@@ -48,12 +51,15 @@ class Platform(Protocol):
 
 
 ORDER: tuple[tuple[str, Callable[[Mapping[str, str]], bool]], ...] = (
-    ("runpod", lambda environ: bool(environ.get("RUNPOD_WEBHOOK_GET_JOB"))),
+    ("runpod", lambda environ: bool(environ.get(RUNPOD))),
     ("aws_lambda", lambda environ: bool(environ.get(LAMBDA))),
     ("sqs", lambda _: False),
     ("http", lambda _: True),
 )
 """A platform's name, which is its module's, and how its environment is known; nothing tells that of `sqs`."""
+
+LISTENING = frozenset({"http"})
+"""Platforms on which a worker has an address; on the others it asks for what there is to do."""
 
 ANSWERING = frozenset({"runpod"})
 """Platforms that start a worker again and again and bill each try: one that can't start stays there."""
@@ -67,6 +73,11 @@ def chosen(environ: Mapping[str, str]) -> str:
     names = [name for name, _ in ORDER]
     given = environ.get("PLATFORM", "").strip().lower()
     return given if given in names else next(name for name, fits in ORDER if fits(environ))
+
+
+def listens(environ: Mapping[str, str]) -> bool:
+    """Whether a worker in `environ` has an address."""
+    return chosen(environ) in LISTENING
 
 
 def answers_failure(name: str, environ: Mapping[str, str]) -> bool:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests import batch_stack, servers
+from tests.aws_stack import AwsStack
 from tests.batch_stack import CHAT, Resources, echo, echoes, line
 from tests.batch_worker import environ, worker
-from tests.object_store import ObjectStore
 from tests.scripted_app import Script, ScriptedApp, Seen
 from tests.scripted_server import application
 from tests.servers import MODEL, engine_environ
@@ -25,9 +25,9 @@ SEED = 20261126
 
 
 @pytest.fixture
-def resources(object_store: ObjectStore) -> Resources:
-    """A bucket, a queue and a table of the test's own."""
-    return batch_stack.make(object_store)
+def resources(aws_stack: AwsStack) -> Resources:
+    """What template.yaml makes, the test's own; its workers are under the template's policy."""
+    return batch_stack.of(aws_stack)
 
 
 async def test_a_batch_survives_workers_that_are_killed(resources: Resources, tmp_path: Path) -> None:

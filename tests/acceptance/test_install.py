@@ -93,6 +93,20 @@ def test_installation_is_made_once(tree: Tree) -> None:
     assert "making" in said
 
 
+def test_tools_have_an_environment_of_their_own(tree: Tree) -> None:
+    """Made once, and again when another version is asked for; .venv knows nothing of it."""
+    for version in ("1.0", "1.1"):
+        write_wheel(tree.wheels, "tool", version, {"tool/__init__.py": b""})
+        group = f'[dependency-groups]\nlint = ["tool=={version}"]\n'
+        (tree.root / "pyproject.toml").write_text(PYPROJECT + group)
+        folder = tree.root / ".venv-aws" / "lint"
+        status, said = tree.install("--tools", "lint")
+        assert (status, said) == (0, f"install: installing tool=={version} in {folder}, 200 MB on disk\n")
+        assert next(folder.glob("lib/python*/site-packages/tool-*")).name == f"tool-{version}.dist-info"
+        assert tree.install("--tools", "lint") == (0, "")
+    assert not (tree.root / ".venv").exists()
+
+
 def test_engine_comes_with_torch_and_without_what_does_not_fit_it(tree: Tree) -> None:
     """The extra of an earlier run stays, and two engines never share an environment."""
     torch = {"torch/__init__.py": b"", "torch/lib/_C.so": b"libtorch_cpu.so"}

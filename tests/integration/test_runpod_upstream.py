@@ -459,7 +459,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
     """What was not begun is asked again, what was not taken stays in line, and late words are dropped."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as client:
         job_id, reply = await begun(on, sdk, client)
-        asking = asyncio.create_task(answered(in_front(on), PLAIN))
+        asking = asyncio.create_task(answered(in_front(on), arriving(PLAIN)))
         taken = await sdk.take()
         assert taken is not None
         queued = on.ask(Request("GET", "/v1/models"))
@@ -622,7 +622,7 @@ async def test_real_sdk_answers_streams_and_statuses(tmp_path: Path) -> None:
         assert await on.ask(Request("GET", "/v1/models")) == b'{"data":[]}'
         assert await on.ask(CHAT) == "data: 1\n\ndata: é\\u2028\n\ndata: 3\n\ndata: [DONE]\n\n".encode()
         for request in (CHAT, PLAIN):
-            async with on.upstream.call(request) as reply:
+            async with on.upstream.call(arriving(request)) as reply:
                 assert (reply.status, json.loads(await read(reply))) == (404, error)
         assert json.loads(await on.ask(PLAIN)) == {"id": "ü"}
 

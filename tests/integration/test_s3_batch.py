@@ -367,10 +367,10 @@ async def test_without_versions_a_file_is_known_by_its_etag(aws: ObjectStore) ->
 async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
     """By messages of its own: more shifts than a message may fail are no failure."""
     resources = batch_stack.make(aws, dead_after=2)
-    ids = [str(number) + "x" for number in range(120)]
+    ids = [str(number) + "x" for number in range(80)]
     resources.put("a", [line(custom_id) for custom_id in ids])
     app = paced(0.04)
-    queue_times = replace(QUICK_QUEUE, shift_s=1.6)
+    queue_times = replace(QUICK_QUEUE, shift_s=1.2)
     async with consuming(app, resources, {"MAX_CONCURRENCY": "1"}, queue_times=queue_times):
         found = await resources.over("a")
         await resources.quiet()
@@ -677,8 +677,9 @@ def _take_away(resources: Resources, version: str) -> None:
     assert leases.release(taken)
 
 
-async def test_two_that_work_on_the_same_lines_count_once(aws: ObjectStore, resources: Resources) -> None:
+async def test_two_that_work_on_the_same_lines_count_once(aws: ObjectStore) -> None:
     """Whose leases know nothing of each other: each part is one of theirs, and the chain has no gap."""
+    resources = batch_stack.make(aws)
     ids = [str(number) + "x" for number in range(200)]
     resources.put("a", [line(custom_id) for custom_id in ids])
     resources.send(resources.created("a"))

@@ -16,7 +16,6 @@ from handler.settings import Settings
 from handler.supervision import Notifier
 from tests.batch_stack import CHAT, QUICK_QUEUE, URL, Resources, consuming, echo, line
 from tests.contract import recorded
-from tests.object_store import ObjectStore
 from tests.scripted_app import Fail, Pause, Script, ScriptedApp, Seen
 from tests.until import until
 
@@ -179,7 +178,7 @@ async def test_a_queue_that_can_not_be_asked_is_asked_again(
     assert calls >= 4
 
 
-async def test_what_was_used_is_written_down(aws: ObjectStore, resources: Resources) -> None:
+async def test_what_was_used_is_written_down(resources: Resources) -> None:
     """For everybody who may write to the queue together."""
     resources.send(job(resources, "a"))
     app = ScriptedApp({CHAT: recorded.chat()})
@@ -189,7 +188,7 @@ async def test_what_was_used_is_written_down(aws: ObjectStore, resources: Resour
     ):
         await resources.quiet()
         consumer.stop()
-    (item,) = aws.client("dynamodb").scan(TableName=resources.table)["Items"]
+    (item,) = resources.store.client("dynamodb").scan(TableName=resources.table)["Items"]
     assert (item["pk"]["S"], item["prompt_tokens"]["N"]) == ("usage#aws:sqs", "24")
 
 

@@ -65,13 +65,13 @@ def test_a_name_of_the_user_s_stays(bake: Path, name: str) -> None:
     assert baked.names({"MODEL_NAME": str(bake), name: "mine"}) == {"MODEL_NAME": str(bake / "model")}
 
 
-@pytest.mark.parametrize("model", ["", "org/name", "/nowhere", "s3://bucket/prefix"])
+@pytest.mark.parametrize("model", ["", "org/name", "/nowhere", "gs://bucket/prefix"])
 def test_what_was_not_baked_is_left_alone(model: str) -> None:
     """Nothing is added."""
     environ = {"MODEL_NAME": model}
     baked.adopt(environ)
     assert environ == {"MODEL_NAME": model}
-    baked.check(model)
+    baked.check(model, {})
 
 
 def test_caches_are_shown_in_the_temporary_folder(bake: Path, temporary: Path) -> None:
@@ -85,6 +85,15 @@ def test_caches_are_shown_in_the_temporary_folder(bake: Path, temporary: Path) -
     assert environ["TRITON_CACHE_DIR"] == str(shown / "triton")
     assert environ["HF_HOME"].endswith("/.cache/huggingface")
     assert not any(path.stat().st_mode & 0o077 for path in (shown.parent, shown, shown / "vllm"))
+
+
+def test_a_file_too_many_in_the_cache_is_not_shown(bake: Path) -> None:
+    """What nobody has sealed is not run."""
+    (bake / "cache/vllm/modelinfos/b.json").write_text("{}")
+    environ = {"MODEL_NAME": str(bake)}
+    baked.adopt(environ)
+    shown = Path(environ["XDG_CACHE_HOME"]) / "vllm/modelinfos"
+    assert [path.name for path in shown.iterdir()] == ["a.json"]
 
 
 def test_adopting_twice_is_adopting_once(bake: Path) -> None:
@@ -105,7 +114,7 @@ def test_nothing_is_written_to_the_bake(bake: Path) -> None:
     baked.adopt(environ)
     kept.write(kept.folder(environ, "generated") / "a.marshal", b"newer")
     kept.write(kept.folder(environ, "modules") / "b.pack", b"new")
-    baked.check(str(bake), full=True)
+    baked.check(str(bake), {}, full=True)
 
 
 def test_what_the_user_has_set_stays(bake: Path) -> None:
@@ -124,7 +133,7 @@ def test_caches_of_another_version_or_machine_are_passed_over(
     environ = {"MODEL_NAME": str(bake)}
     baked.adopt(environ)
     assert environ == {"MODEL_NAME": str(bake / "model"), "SERVED_MODEL_NAME": "org/name"}
-    baked.check(environ["MODEL_NAME"])
+    baked.check(environ["MODEL_NAME"], environ)
     (record,) = caplog.records
     assert record.message == "the caches of the bake are not used"
     assert f"made with {name} another, here is" in vars(record)["reason"]
@@ -139,7 +148,7 @@ def test_a_processor_that_lacks_instructions_gets_no_code_for_them(bake: Path) -
     assert not list(baked.misfits(bake, sealed(bake, here | {"cpu": here["cpu"][1:]})))
 
 
-@pytest.mark.parametrize("path", ["cache", "cache/vllm", "cache/vllm/modelinfos/a.json"])
+@pytest.mark.parametrize("path", ["", "cache", "cache/vllm", "cache/vllm/modelinfos/a.json"])
 def test_caches_that_others_can_write_to_are_passed_over(bake: Path, path: str) -> None:
     """What is in them would run here."""
     (bake / path).chmod(0o777)
@@ -148,13 +157,72 @@ def test_caches_that_others_can_write_to_are_passed_over(bake: Path, path: str) 
     ]
 
 
-def test_a_folder_that_somebody_else_has_made_is_not_used(bake: Path, temporary: Path) -> None:
-    """In a temporary folder anybody may have; the start goes on without."""
+def test_a_folder_that_somebody_else_has_made_is_not_used(
+    bake: Path, temporary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a temporary folder anybody may have; the start goes on without, and says so."""
     (temporary / f"firsttoken-{os.geteuid()}").mkdir(mode=0o777)
     (temporary / f"firsttoken-{os.geteuid()}").chmod(0o777)
     environ = {"MODEL_NAME": str(bake)}
     baked.adopt(environ)
     assert "XDG_CACHE_HOME" not in environ
+    baked.check(str(bake), environ)
+    (record,) = caplog.records
+    assert record.message == "the caches of the bake are not used"
+    assert "could be written to by another user" in vars(record)["reason"]
+
+
+def test_nothing_is_said_of_caches_that_are_shown(bake: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A start uses them."""
+    environ = {"MODEL_NAME": str(bake)}
+    baked.adopt(environ)
+    baked.check(environ["MODEL_NAME"], environ)
+    assert not caplog.records
+
+
+def test_a_start_without_a_temporary_folder_says_so(
+    bake: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And goes on without the caches."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    environ = {"MODEL_NAME": str(bake)}
+    baked.adopt(environ)
+    baked.check(environ["MODEL_NAME"], environ)
+    assert [vars(record)["reason"] for record in caplog.records] == [
+        "there is no temporary folder to show them in: No usable temporary directory found"
+    ]
+
+
+def test_a_bake_that_was_moved_is_shown_where_it_is(bake: Path) -> None:
+    """Not where it was: the links there lead nowhere, or to what somebody else has put there since."""
+    before = {"MODEL_NAME": str(bake)}
+    baked.adopt(before)
+    moved = bake.rename(bake.with_name("moved"))
+    environ = {"MODEL_NAME": str(moved)}
+    baked.adopt(environ)
+    shown = Path(environ["XDG_CACHE_HOME"])
+    assert (shown / "vllm/modelinfos/a.json").readlink() == moved / "cache/vllm/modelinfos/a.json"
+    assert kept.read(kept.folder(environ, "generated") / "a.marshal") == KEPT
+
+
+def test_a_bake_behind_a_link_is_shown_where_it_is(bake: Path) -> None:
+    """Also once the link leads elsewhere."""
+    link = bake.with_name("link")
+    link.symlink_to(bake)
+    environ = {"MODEL_NAME": str(link)}
+    baked.adopt(environ)
+    shown = Path(environ["XDG_CACHE_HOME"])
+    assert (shown / "vllm/modelinfos/a.json").readlink() == bake / "cache/vllm/modelinfos/a.json"
+
+
+def test_a_bake_in_the_home_folder(bake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MODEL_NAME may begin with ~, as that of any folder."""
+    monkeypatch.setenv("HOME", str(bake.parent))
+    assert baked.names({"MODEL_NAME": "~/bake"})["MODEL_NAME"] == str(bake / "model")
 
 
 @pytest.mark.parametrize("model", ["", "model"])
@@ -162,7 +230,7 @@ def test_a_bake_that_is_not_what_was_baked_is_refused_by_name(bake: Path, model:
     """Which file, what was expected, what was found."""
     (bake / "model/config.json").write_bytes(b"{ }")
     with pytest.raises(ManifestMismatch) as refused:
-        baked.check(str(bake / model))
+        baked.check(str(bake / model), {})
     assert str(refused.value).splitlines()[1:] == [
         "  - model/config.json: size: expected 2 bytes, found 3 bytes"
     ]
@@ -174,9 +242,9 @@ def test_weights_are_read_as_a_whole_if_asked(bake: Path, monkeypatch: pytest.Mo
     (bake / "model/model.safetensors").write_bytes(b"weights")
     sealed(bake, {})
     (bake / "model/model.safetensors").write_bytes(b"wEights")
-    baked.check(str(bake))
+    baked.check(str(bake), {})
     with pytest.raises(ManifestMismatch, match=r"model\.safetensors: sha256"):
-        baked.check(str(bake), full=True)
+        baked.check(str(bake), {}, full=True)
 
 
 def test_many_differences_are_told_in_short() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.credentials import hf_token, without_password
+from builder.credentials import hf_token, without_password, without_secrets
 from handler.errors import UsageError
 
 
@@ -64,3 +64,10 @@ def test_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 def test_url_is_shown_without_its_password(url: str, shown: str) -> None:
     """Who the user is goes with it."""
     assert without_password(url) == shown
+
+
+def test_a_program_is_told_no_secret() -> None:
+    """By their names; settings that sound alike are none."""
+    secrets = ("HF_TOKEN", "API_KEYS", "AWS_ACCESS_KEY_ID", "DB_PASSWORD", "GH_PAT", "client_secret")
+    harmless = {"PIP_INDEX_URL": "https://user:password@index", "MAX_NUM_BATCHED_TOKENS": "64"}
+    assert without_secrets(dict.fromkeys(secrets, "canary") | harmless) == harmless

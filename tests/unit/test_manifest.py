@@ -20,6 +20,9 @@ CONTENTS = {
 }
 
 
+SHA256 = "0" * 64
+
+
 @pytest.fixture
 def bake(tmp_path: Path) -> Path:
     """A folder that was sealed."""
@@ -86,13 +89,17 @@ def test_missing_and_cut_files_are_found_by_name(bake: Path, *, full: bool) -> N
     ]
 
 
+MORE = (("model", "safetensors"), ("cache/vllm", "so"))
+
+
 def test_a_file_too_many_is_found(bake: Path) -> None:
     """vLLM may read it; beside the manifest's folders anything may lie."""
     (bake / "model/more.safetensors").write_bytes(b"")
     (bake / ".bake.json").write_bytes(b"")
-    assert [(one.path, one.what) for one in found(bake, full=True)] == [
-        ("model/more.safetensors", "not in the manifest")
-    ]
+    (bake / "cache/vllm/more.so").write_bytes(b"")
+    model, cache = ((f"{top}/more.{end}", "not in the manifest") for top, end in MORE)
+    assert [(one.path, one.what) for one in found(bake, full=True)] == [cache, model]
+    assert [(one.path, one.what) for one in found(bake, full=False)] == [model]  # the cache's is not shown
 
 
 def test_told_how_far_it_is(bake: Path) -> None:
@@ -106,11 +113,29 @@ def test_told_how_far_it_is(bake: Path) -> None:
     ("change", "reason"),
     [
         ({"format": 2}, "format 2 is not known"),
-        ({"files": {"model/../../etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),
-        ({"files": {"/etc/passwd": {"size": 1, "sha256": ""}}}, "outside"),
-        ({"files": {"other/file": {"size": 1, "sha256": ""}}}, "outside"),
+        *(
+            ({"files": {name: {"size": 1, "sha256": SHA256}}}, "is no file in its folder")
+            for name in (
+                *("model/../../etc/passwd", "/etc/passwd", "other/file", "model", "model/", "model//a"),
+                *("cache/./a", "model/\x1b[2J", "model/a\nb", "model/\0", "model/\ud800", ""),
+            )
+        ),
+        *(
+            ({"files": {"model/a": {"size": size, "sha256": digest}}}, "is no manifest")
+            for size, digest in (("1", SHA256), (-1, SHA256), (1.0, SHA256), (True, SHA256), (1, 1), (1, "a"))
+        ),
         ({"files": []}, "is no manifest"),
         ({"model": None}, "is no manifest"),
+        ({"model": {}}, "is no manifest"),
+        ({"model": {"name": 1}}, "is no manifest"),
+        ({"model": {"name": "\x1b[2J"}}, "is no manifest"),
+        ({"model": {"name": "\ud800"}}, "is no manifest"),
+        ({"made_with": {"cpu": 1}}, "is no manifest"),
+        ({"made_with": {"cpu": [1]}}, "is no manifest"),
+        ({"start": {"total_s": "3"}}, "is no manifest"),
+        ({"start": {"phases": {}}}, "is no manifest"),
+        ({"start": {"total_s": 3, "phases": {"engine": "1"}}}, "is no manifest"),
+        ({"start": {"total_s": 3, "kv_cache": {"blocks": None}}}, "is no manifest"),
     ],
 )
 def test_what_is_no_manifest_is_refused(bake: Path, change: dict[str, object], reason: str) -> None:
@@ -122,7 +147,7 @@ def test_what_is_no_manifest_is_refused(bake: Path, change: dict[str, object], r
     assert str(file) in str(refused.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff", b"{}"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"null", b"{", b"\xff", b"{}", b"[" * 200_000])
 def test_a_damaged_manifest_is_refused(bake: Path, data: bytes) -> None:
     """As a mismatch, not as a traceback."""
     (bake / manifest.NAME).write_bytes(data)
@@ -130,7 +155,30 @@ def test_a_damaged_manifest_is_refused(bake: Path, data: bytes) -> None:
         Manifest.load(bake)
 
 
-def test_links_are_not_part_of_a_bake(bake: Path) -> None:
-    """What they lead to is not in it."""
-    (bake / "model/link").symlink_to("/etc/passwd")
-    assert manifest.contents(bake) == sorted(CONTENTS)
+@pytest.mark.parametrize("to", ["/etc/passwd", "/etc", "nowhere"])
+def test_a_link_too_many_is_found(bake: Path, to: str) -> None:
+    """vLLM follows it."""
+    (bake / "model/link").symlink_to(to)
+    assert [(one.path, one.what) for one in found(bake, full=True)] == [("model/link", "not in the manifest")]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_link_is_no_file_of_a_bake(
+    bake: Path, tmp_path_factory: pytest.TempPathFactory, full: bool
+) -> None:
+    """What it leads to is not in it, though it has the same bytes."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "config.json"
+    (bake / "model/config.json").replace(elsewhere)
+    (bake / "model/config.json").symlink_to(elsewhere)
+    assert list(map(str, found(bake, full=full))) == [
+        "model/config.json: missing: expected 2 bytes, found a link"
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_a_model_with_a_file_of_that_name_is_no_bake(tmp_path: Path, name: str) -> None:
+    """Other programs have manifests too."""
+    (tmp_path / manifest.NAME).write_text("{}")
+    assert manifest.is_bake(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert not manifest.is_bake(tmp_path)

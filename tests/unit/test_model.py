@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from handler import model
-from handler.errors import ModelNotFound
+from handler.errors import BadSettings, ModelNotFound
 from handler.settings import Settings
 
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -35,12 +35,21 @@ def test_a_path_that_is_no_folder_is_no_hub_id(name: str) -> None:
         model.check(name, {})
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/prefix/model", "gs://bucket/model", "az://container/model"])
+@pytest.mark.parametrize("name", ["gs://bucket/model", "az://container/model"])
 def test_an_object_store_is_neither_a_folder_nor_a_hub(name: str, tmp_path: Path) -> None:
     """Who reads from it asks for it; Hugging Face may be out of reach."""
     environ = {**NOWHERE, "HF_HOME": str(tmp_path)}
     model.check(name, environ)
     assert "HF_HUB_OFFLINE" not in environ
+
+
+def test_an_endpoint_that_only_a_part_of_the_start_would_use_is_refused() -> None:
+    """boto3 knows it, and the weights would be looked for at AWS."""
+    with pytest.raises(BadSettings, match="set AWS_ENDPOINT_URL"):
+        model.check("s3://bucket/model", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"})
+    both = {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    model.check("s3://bucket/model", both)
+    model.check("gs://bucket/model", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"})
 
 
 def test_a_hub_out_of_reach_and_no_copy_end_the_start(tmp_path: Path) -> None:

@@ -210,3 +210,10 @@ def test_names_that_look_alike_are_kept_apart(tmp_path: Path) -> None:
     )
     assert (tmp_path / "a/b").read_bytes() == b"one"
     assert (tmp_path / "a%2Fb").read_bytes() == b"other"
+
+
+def test_a_name_may_be_long(tmp_path: Path) -> None:
+    """A compiler names its files by what is in them, some folders deep."""
+    name = "/".join(["cache", *["f" * 64] * 8])
+    take(tmp_path, wanted(Source(), name))
+    assert (tmp_path / name).read_bytes() == BODY

@@ -42,7 +42,7 @@ def test_every_variable_on_the_page_exists() -> None:
     """As a setting, as a flag that the Hub's form has, as worker-vllm's, or as another program's."""
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     assert names(text) - OURS - THEIRS - OF_OTHERS == set()
-    assert set(re.findall(r"^([A-Z_]+)=", PAGE, re.MULTILINE)) == {"HOST", "AUTH"}
+    assert set(re.findall(r"^([A-Z_]+)=", PAGE, re.MULTILINE)) == {"AUTH"}
 
 
 def test_what_does_nothing_here_is_advised_to_nobody() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from builder import seal as sealing
 from builder.__main__ import run
 from builder.console import Console
 from builder.seal import seal
-from builder.store import MTIME_S
+from builder.store import MTIME_S, alone
 from handler.errors import UsageError
 from handler.manifest import NAME, File, Manifest
 
@@ -33,6 +34,21 @@ CONTENTS = {
     "cache/start.json": json.dumps(START).encode(),
     "cache/vllm/kernel.so": b"kernel",
 }
+
+
+class Said(io.TextIOWrapper):
+    """A stream that tells when something was said."""
+
+    def __init__(self, to: io.StringIO) -> None:
+        super().__init__(io.BytesIO())
+        self.to = to
+        self.once = threading.Event()
+
+    def write(self, text: str) -> int:
+        """Pass it on."""
+        written = self.to.write(text)
+        self.once.set()
+        return written
 
 
 @pytest.fixture
@@ -128,6 +144,42 @@ def test_a_link_is_refused(bake: Path) -> None:
     (bake / "model/link").symlink_to("/etc/passwd")
     with pytest.raises(UsageError, match=r"model/link is a link"):
         sealed(bake)
+
+
+def test_what_is_neither_file_nor_folder_is_refused(bake: Path) -> None:
+    """Who reads a pipe waits for its writer."""
+    os.mkfifo(bake / "model/pipe")
+    with pytest.raises(UsageError, match=r"model/pipe is no file"):
+        sealed(bake)
+
+
+def test_a_bake_is_nobody_else_s_to_write_to(bake: Path) -> None:
+    """A worker would pass its caches over; whoever could read it still can."""
+    bake.chmod(0o2775)
+    sealed(bake)
+    assert bake.stat().st_mode & 0o7777 == 0o2755
+
+
+def test_a_second_seal_writes_nothing(bake: Path) -> None:
+    """A bake may be read-only by then."""
+    sealed(bake)
+    before = bake.stat().st_mtime_ns
+    assert sealed(bake) == (False, "")
+    assert bake.stat().st_mtime_ns == before
+
+
+def test_two_commands_take_turns_in_a_folder(bake: Path) -> None:
+    """Else one removes what the other has just made."""
+    with alone(bake, Console(io.StringIO())):
+        stream = io.StringIO()
+        said = Said(stream)
+        waiting = threading.Thread(target=lambda: seal(bake, environ={}, console=Console(said, "seal")))
+        waiting.start()
+        assert said.once.wait(10)
+        assert not (bake / NAME).exists()
+    waiting.join(10)
+    assert stream.getvalue().splitlines()[0] == "seal: waiting for another command in this folder"
+    assert (bake / NAME).exists()
 
 
 @pytest.mark.parametrize("command", ["seal", "warm"])

@@ -397,6 +397,13 @@ def test_listening_beyond_this_machine_needs_a_key(host: str) -> None:
         assert Settings.from_environ({"HOST": host, **enough}).host == host
 
 
+@pytest.mark.parametrize("environ", [{"PLATFORM": "runpod"}, {"RUNPOD_WEBHOOK_GET_JOB": "https://plane"}])
+def test_who_takes_jobs_needs_no_key(environ: dict[str, str]) -> None:
+    """The image has a HOST for every platform, and on a queue nobody listens there."""
+    assert Settings.from_environ({"HOST": "0.0.0.0", **environ}).api_key is None
+    assert faults({"HOST": "0.0.0.0", **environ, "PLATFORM": "http"})
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
     """On this machine alone a key is optional."""

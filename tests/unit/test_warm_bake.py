@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +37,7 @@ print(json.dumps({"phase": "import vllm"}))
 phases = [{"name": "import vllm", "begin_s": 0.5, "end_s": 2.25}]
 report = {"total_s": 3.0 - number, "facts": {"engine_mode": "thread"}, "phases": phases}
 found = {"report": report, "settings": {"dtype": "half"}, "flags": ["dtype"], "kv_cache": {"blocks": 4}}
+found["architecture"] = "9.0"
 print(json.dumps(found))
 """
 
@@ -79,7 +83,7 @@ def test_what_the_starts_leave_is_kept(bake: Path) -> None:
     ]
     assert (cache / "firsttoken/readahead/baked.txt").read_text() == "/usr/lib/a.so\n"
     assert json.loads((bake / START).read_text()) == {
-        "made_with": baked.made_with(),
+        "made_with": {**baked.made_with(), "gpu_architecture": "9.0"},
         "settings": {"dtype": "half"},
         "start": {
             "facts": {"engine_mode": "thread"},
@@ -91,11 +95,25 @@ def test_what_the_starts_leave_is_kept(bake: Path) -> None:
     }
 
 
+def test_a_bake_behind_a_link_is_the_same(bake: Path) -> None:
+    """The list of files names none of its own, as the kernel calls them either."""
+    link = bake.with_name("link")
+    link.symlink_to(bake)
+    given = STARTED.replace('os.environ["MODEL_NAME"]', f'"{bake}/model"')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warming, "START_COMMAND", (sys.executable, "-c", given))
+        warmed(link)
+    assert (bake / "cache/firsttoken/readahead/baked.txt").read_text() == "/usr/lib/a.so\n"
+
+
 @pytest.mark.usefixtures("started")
 def test_nothing_is_done_twice(bake: Path) -> None:
     """Until a setting, or the model, is another one."""
     warmed(bake, DTYPE="half", PATH="/bin")
     assert warmed(bake, DTYPE="half", PATH="/usr/bin") == (False, "")
+    assert warmed(bake, DTYPE="half", SERVED_MODEL_NAME="mine") == (False, "")
+    bake = bake.rename(bake.with_name("moved"))
+    assert warmed(bake, DTYPE="half") == (False, "")
     assert warmed(bake, DTYPE="float32")[0]
     assert warmed(bake, DTYPE="float32", VLLM_USE_V2="1")[0]
     assert warmed(bake, DTYPE="float32", VLLM_USE_V2="1") == (False, "")
@@ -127,9 +145,12 @@ def test_a_start_is_told_no_secret(bake: Path) -> None:
     """Nor where one is; settings whose names sound alike are no secrets."""
     hugging_face = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
     amazon = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CREDENTIALS")
-    others = ("API_KEY", "RUNPOD_AI_API_KEY", "DB_PASSWORD")
+    others = ("API_KEY", "API_KEYS", "RUNPOD_AI_API_KEY", "DB_PASSWORD", "KEY_PASSPHRASE", "GH_PAT")
     secrets = dict.fromkeys((*hugging_face, *amazon, *others), "canary")
+    secrets["HTTPS_PROXY"] = "http://user:canary@proxy:3128"
     harmless = {
+        "HTTP_PROXY": "http://proxy:3128",
+        "PATH": "/bin:/usr/bin",
         "TOKENIZER_MODE": "auto",
         "MAX_NUM_BATCHED_TOKENS": "64",
         "KEY_VALUE": "1",
@@ -141,3 +162,52 @@ def test_a_start_is_told_no_secret(bake: Path) -> None:
         "MODEL_NAME": str(bake / "model"),
         "SERVED_MODEL_NAME": "org/name",
     }
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from builder import warm
+from builder.console import Console
+
+warm.START_COMMAND = (sys.executable, "-c", "import os; print('{\\"phase\\": \\"up\\"}', flush=True);"
+    "os.read(int(os.environ['LIFELINE_FD']), 1)")
+warm.warm(Path(sys.argv[1]), environ={}, console=Console(sys.stderr))
+"""
+
+
+def test_a_start_does_not_outlive_who_asked_for_it(bake: Path) -> None:
+    """Also when that was killed."""
+    # The start has its standard error, which ends when both are gone.
+    command = [sys.executable, "-c", KILLED, str(bake)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "fetch: making the caches: up\n"
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=20)
+
+
+LONG_START = """
+import threading
+from builder import start
+from handler import engine
+engine.check = lambda *_: threading.Event().wait()
+start.start()
+"""
+
+
+def test_a_start_ends_with_who_asked_for_it(bake: Path) -> None:
+    """As the pipe tells it, however far the start is."""
+    theirs, ours = os.pipe()
+    os.close(ours)
+    environ = {"PATH": os.environ["PATH"], "MODEL_NAME": str(bake / "model"), "AUTH": "off"}
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_START],
+        env={**environ, "LIFELINE_FD": str(theirs)},
+        pass_fds=(theirs,),
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    os.close(theirs)
+    assert done.returncode == -signal.SIGTERM
