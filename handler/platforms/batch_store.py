@@ -69,7 +69,8 @@ class Input:
     version: str
     modified: datetime
     metadata: Mapping[str, str]
-    _pin: Mapping[str, str] = field(repr=False)
+    pin: Mapping[str, str] = field(repr=False)
+    """What has S3 read this, and fail if it is another by then."""
 
     def is_named(self, version: str) -> bool:
         """Whether an event that says `version` means this; one that says none does."""
@@ -108,7 +109,7 @@ class BatchStore:
             Bucket=self.place.bucket,
             Key=self.place.key,
             Range=f"bytes={start}-{end - 1}",
-            **given._pin,  # noqa: SLF001 - its own
+            **given.pin,
         )[0]
 
     # --- batch.json ----------------------------------------------------------------------------

@@ -186,6 +186,8 @@ class Consumer:
         if self._batch is task:
             self._batch = None
         self._room.set()
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a message was left", exc_info=error)  # it will be seen again
 
     async def _do(self, message: Message) -> None:
         from handler.platforms.lambda_messages import work_off  # noqa: PLC0415 - as above
