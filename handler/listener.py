@@ -22,7 +22,9 @@ def listen(host: str, port: int, *, setting: str = "PORT") -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Its connections have the protocol too, by which asyncio knows that they may be told not to hold back
+    # what is small. Else the first token on a connection that is kept waits 40 ms for an acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)

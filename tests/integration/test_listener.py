@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import stat
 import subprocess
@@ -19,6 +20,19 @@ def test_an_address_is_listened_on(host: str) -> None:
     """Port 0 is any that is free; connections queue from the first moment."""
     with listen(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
         assert listener.getsockname()[1] > 0
+
+
+async def test_what_is_small_is_sent_at_once() -> None:
+    """On Python's own loop as well, which a frozen worker has."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        connection, _ = listener.accept()
+        with connection:
+            transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
+                asyncio.Protocol, connection
+            )
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            transport.close()
+            await asyncio.sleep(0)  # until it has closed
 
 
 def test_a_taken_port_is_named() -> None:
