@@ -121,7 +121,8 @@ def test_killed_download_goes_on(hub: Hub, tmp_path: Path, console: Console) -> 
     hub.stall = None
     hub.ranges.clear()
     folder = fetch("org/large", environ=environ(hub, tmp_path), console=console)
-    assert hub.ranges == [("model.safetensors", "16777216-33554431")]
+    asked = [part for name, part in hub.ranges if name == "model.safetensors"]
+    assert asked == ["16777216-33554431"]  # the other file may have come, or not, before the kill
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
