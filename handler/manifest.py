@@ -35,7 +35,8 @@ STATE = ".bake.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 """Files that take seconds to read as a whole; the quick check compares their sizes."""
 PIECE_BYTES = 1 << 20
-_CONFIGS = ("config.json", "params.json")
+CONFIGS = ("config.json", "params.json")
+"""One of them is in every model's folder; the second is Mistral's own format."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -126,7 +127,7 @@ class Manifest:
 
 def is_bake(folder: Path) -> bool:
     """Whether `folder` was baked, as far as its manifest says; a model may have a file of that name too."""
-    return (folder / NAME).is_file() and not any((folder / name).is_file() for name in _CONFIGS)
+    return (folder / NAME).is_file() and not any((folder / name).is_file() for name in CONFIGS)
 
 
 def is_of_bake(model: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import BadSettings, ModelNotFound
+from handler.manifest import CONFIGS
 from handler.settings import Settings
 from handler.table import in_store, is_path
 
@@ -52,9 +53,7 @@ def _snapshot(repository: Path, revision: str | None) -> Path | None:
 
 
 def _holds_model(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file() for name in ("config.json", "params.json")
-    )  # or Mistral's own format
+    return any((folder / name).is_file() for name in CONFIGS)
 
 
 def check(name: str, environ: MutableMapping[str, str]) -> None:

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler.errors import ModelNotFound, NoResources, StoreFailed
-from handler.manifest import MODEL, NAME, Difference, Manifest
+from handler.manifest import CONFIGS, MODEL, NAME, Difference, Manifest
 
 S3 = "s3://"
-CONFIGS = ("config.json", "params.json")
-"""One of them is in every model's folder; the second is Mistral's own format."""
 CONNECT_S, READ_S, TRIES = 3, 10, 2
 SHOWN = 5
 """Of what is below a prefix, so much is told."""
