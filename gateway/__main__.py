@@ -20,6 +20,7 @@ from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from gateway.parts import OpenAI, Operations
 from gateway.settings import UPSTREAMS, GatewaySettings
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Event, Ready, StartFailed
@@ -105,11 +106,9 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
     )
-    gateway = Gateway(
-        endpoint_id=settings.endpoint_id,
-        endpoint=admission.call,
-        keys=keys,
-        metrics=metrics,
+    operations = Operations(
+        keys,
+        metrics,
         health=lambda: {
             "status": "ok",
             **upstream.health,
@@ -117,6 +116,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         },
         open_metrics=_is_loopback(settings.host),
     )
+    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))

@@ -1,37 +1,41 @@
-"""The gateway's routes: one ASGI application over an upstream that answers."""
+"""The gateway as one ASGI application: who may come in, and which part answers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 from gateway.keys import Keys
-from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import MethodNotAllowed, NoSuchEndpoint, NoSuchRoute, RequestError, json_reply
-from handler.messages import Call, Reply, Request, once
+from handler.errors import NoSuchRoute, RequestError
+from handler.messages import Call, Reply, Request
 
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+class Part(Protocol):
+    """Some of the gateway's routes.
+
+    `find` gives the call that answers `request`, or None if the route is another part's. It runs twice, and
+    first before the body is read: what it raises is then all that the client hears. Who asks is known by then
+    where a key is needed (`Visit.caller`).
+    """
+
+    def find(self, request: Request) -> Call | None:
+        """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """What the gateway answers with.
+    """What the gateway answers with: the first of its `parts` that knows the route.
 
-    `endpoint` answers the OpenAI routes under `/v2/{endpoint_id}/openai`; `health` gives
-    what `/health` shows to anyone. `/metrics` wants the key unless `open_metrics`, and
-    always when a proxy passed the request on.
+    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not.
     """
 
-    endpoint_id: str
-    endpoint: Call
+    parts: Sequence[Part]
     keys: Keys
     metrics: Metrics
-    health: Callable[[], Mapping[str, Any]]
-    open_metrics: bool = False
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
@@ -43,52 +47,27 @@ class Gateway:
 
     def check(self, request: Request) -> None:
         """Raise the `RequestError` that `request` gets whatever its body says."""
-        self._route(request)
+        self._find(self._known(request))
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Answer `request`."""
-        async with self._route(request)(request) as reply:
+        request = self._known(request)
+        async with self._find(request)(request) as reply:
             yield reply
 
-    def _route(self, request: Request) -> Call:
-        method, path = request.method, request.path
-        if path == "/v2" or path.startswith("/v2/"):
-            self.keys.ring.check(request)
-            inner = self._openai_path(method, path)
-            edge.allowed(method, inner)
-            return partial(self._ask, inner)
-        own = {"/health": self._health, "/metrics": self._metrics}.get(path)
-        if own is None:
-            raise NoSuchRoute(method, path)
-        if method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(method, path, ["GET", "HEAD"])
-        if own == self._metrics and not (self.open_metrics and not any(map(request.header, _FORWARDED))):
-            self.keys.ring.check(request)
-        return own
+    def _known(self, request: Request) -> Request:
+        """`request`, and whose it is."""
+        if request.path.split("/", 2)[1] not in {"v2", "admin"}:
+            return request
+        key = self.keys.ring.check(request)
+        return replace(request, visit=replace(request.visit, caller=key.name))
 
-    def _openai_path(self, method: str, path: str) -> str:
-        """The part of `path` that an OpenAI server knows, from `/v1` on."""
-        _, _, endpoint_id, *rest = [*path.split("/", 4), ""]
-        if endpoint_id != self.endpoint_id:
-            raise NoSuchEndpoint(endpoint_id)
-        if rest[0] != "openai":
-            raise NoSuchRoute(method, path)
-        return "/" + rest[1]
-
-    @asynccontextmanager
-    async def _ask(self, path: str, request: Request) -> AsyncIterator[Reply]:
-        async with self.endpoint(replace(request, path=path)) as reply:
-            yield reply
-
-    @asynccontextmanager
-    async def _health(self, _: Request) -> AsyncIterator[Reply]:
-        yield json_reply(200, self.health())
-
-    @asynccontextmanager
-    async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
-        text = self.metrics.render()
-        yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))
+    def _find(self, request: Request) -> Call:
+        for part in self.parts:
+            if call := part.find(request):
+                return call
+        raise NoSuchRoute(request.method, request.path)
 
     def _counted(self, call: Call) -> Call:
         metrics = self.metrics

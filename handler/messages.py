@@ -31,6 +31,8 @@ class Visit:
     """How long it was with workers that were lost, which is no waiting."""
     kept_alive: bool = False
     """If it asks for a stream, its client hears comments while it waits."""
+    caller: str = ""
+    """Whose request it is: the id of a key. Turns are taken and tokens counted by it."""
 
     def deadline_s(self, timeout_s: float) -> float:
         """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""

@@ -12,9 +12,7 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.app import Gateway
 from gateway.keys import Keys
-from gateway.metrics import Metrics
 from gateway.settings import GatewaySettings
 from gateway.upstreams.proxy import SocketProxy
 from handler.asgi import call_app, serve
@@ -27,6 +25,7 @@ from handler.platforms.lobby import Lobby
 from handler.server import Server, config
 from handler.settings import Settings
 from handler.supervision import Notifier
+from tests import gateways
 from tests.raw_http import ask
 from tests.scripted_app import ScriptedApp
 
@@ -175,7 +174,7 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
     settings = GatewaySettings.from_environ({"DRAIN_TIMEOUT_S": "0"})
     async with worker(app, {"UDS": str(uds)}):
         proxy = SocketProxy(uds)
-        gate = Gateway(settings.endpoint_id, proxy.call, Keys.open(key), Metrics(), dict)
+        gate = gateways.one(proxy.call, Keys.open(key), endpoint_id=settings.endpoint_id)
         asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
         server = Server(config(asgi, shutdown_s=2))
         listener = listen(HOST, 0)

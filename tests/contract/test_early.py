@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from gateway.app import Gateway
 from gateway.keys import Keys
-from gateway.metrics import Metrics
 from handler import early
 from handler.admission import Admission
 from handler.asgi import call_app
 from handler.errors import NotAdmitted
 from handler.messages import Headers, Reply, Request, read
 from handler.waiting import Room
+from tests import gateways
 from tests.servers import KEY, MODEL, Stack
 
 JSON = "application/json"
@@ -69,9 +68,7 @@ async def said_early(path: str, body: bytes, content_type: str | None) -> tuple[
     """Status, content type and body of a gateway's answer that has no worker yet."""
     check = partial(early.check, model=MODEL)
     admission = Admission(NeverReady(), room=Room(limit=1), queue_timeout_s=60, keep_alive_s=60, check=check)
-    app = Gateway("local", admission.call, Keys.open(KEY), Metrics(), dict).app(
-        max_body_bytes=2**20, cors_origins=()
-    )
+    app = gateways.one(admission.call, Keys.open(KEY)).app(max_body_bytes=2**20, cors_origins=())
     headers: Headers = (("authorization", f"Bearer {KEY}"),)
     headers += (("content-type", content_type),) if content_type else ()
     async with call_app(app)(Request("POST", f"/v2/local/openai/v1/{path}", headers, body)) as reply:

@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from gateway.app import Gateway
 from gateway.keys import Keys
-from gateway.metrics import Metrics
 from handler import early
 from handler.admission import Admission
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Reply, Request, read
 from handler.waiting import Room
+from tests import gateways
 from tests.scripted_app import EVENT_STREAM, Fail, Say, Script, ScriptedApp, answer, stream
 
 KEY: Headers = (("authorization", "Bearer secret"),)
@@ -34,11 +33,9 @@ def gateway(
     max_body_bytes: int = 100,
 ) -> App:
     """The application in front of `scripted`."""
-    return Gateway(
-        endpoint_id="local",
-        endpoint=call_app(scripted),
-        keys=Keys.open("secret"),
-        metrics=Metrics(),
+    return gateways.one(
+        call_app(scripted),
+        Keys.open("secret"),
         health=lambda: HEALTH,
         open_metrics=open_metrics,
     ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
@@ -259,13 +256,7 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     async def broken(scope: Message, receive: object, send: object) -> None:
         raise UpstreamFailed("The worker went away before it answered.")
 
-    app = Gateway(
-        endpoint_id="local",
-        endpoint=call_app(broken),
-        keys=Keys.open("secret"),
-        metrics=Metrics(),
-        health=lambda: HEALTH,
-    ).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(call_app(broken), Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
     status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
 
@@ -308,9 +299,7 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
         keep_alive_s=0,
         check=partial(early.check, model="mine"),
     )
-    app = Gateway("local", admission.call, Keys.open("secret"), Metrics(), dict).app(
-        max_body_bytes=100, cors_origins=()
-    )
+    app = gateways.one(admission.call, Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
     sent = (*headers, ("content-type", "application/json"))
     status, answered, raw = await ask(app, "POST", f"{BASE}{path}", sent, body)
     assert (status, json.loads(raw)["error"]["code"]) == expected

@@ -1,0 +1,71 @@
+"""The routes that every gateway has: the endpoints' OpenAI routes, `/health` and `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway.keys import Keys
+from gateway.metrics import CONTENT_TYPE, Metrics
+from handler import edge
+from handler.errors import MethodNotAllowed, NoSuchEndpoint, json_reply
+from handler.messages import Call, Reply, Request, once
+
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAI:
+    """`/v2/{endpoint_id}/openai/v1/...`, answered by the endpoint of that id as `/v1/...`."""
+
+    endpoints: Mapping[str, Call]
+
+    def find(self, request: Request) -> Call | None:
+        """The endpoint's call. Raises `NoSuchEndpoint`, and what `edge.allowed` does."""
+        _, top, endpoint_id, *rest = [*request.path.split("/", 4), "", ""]
+        if top != "v2":
+            return None
+        if (endpoint := self.endpoints.get(endpoint_id)) is None:
+            raise NoSuchEndpoint(endpoint_id)
+        if rest[0] != "openai":
+            return None
+        path = "/" + rest[1]
+        edge.allowed(request.method, path)
+        return lambda asked: endpoint(replace(asked, path=path))
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """`/health`, which anyone may see, and `/metrics`.
+
+    `/metrics` wants the key unless `open_metrics`, and always when a proxy passed the request on.
+    """
+
+    keys: Keys
+    metrics: Metrics
+    health: Callable[[], Mapping[str, Any]]
+    open_metrics: bool = False
+
+    def find(self, request: Request) -> Call | None:
+        """The call for one of the two. Raises `MethodNotAllowed` and `Unauthorized`."""
+        call = {"/health": self._health, "/metrics": self._metrics}.get(request.path)
+        if call is None:
+            return None
+        if request.method not in {"GET", "HEAD"}:
+            raise MethodNotAllowed(request.method, request.path, ["GET", "HEAD"])
+        if request.path == "/metrics" and not (
+            self.open_metrics and not any(map(request.header, _FORWARDED))
+        ):
+            self.keys.ring.check(request)
+        return call
+
+    @asynccontextmanager
+    async def _health(self, _: Request) -> AsyncIterator[Reply]:
+        yield json_reply(200, self.health())
+
+    @asynccontextmanager
+    async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
+        text = self.metrics.render()
+        yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))

@@ -1,0 +1,133 @@
+"""The gateway's database: what is written is kept, what fails is not, and nobody waits for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Column, Connection, Integer, Table, insert, select
+from sqlalchemy.exc import IntegrityError
+
+from gateway.store import Store, StoreUnusable, metadata
+
+NUMBERS = Table("test_numbers", metadata, Column("number", Integer, primary_key=True))
+
+
+def put(number: int, connection: Connection) -> int:
+    """Write `number` down."""
+    connection.execute(insert(NUMBERS).values(number=number))
+    return number
+
+
+def numbers(connection: Connection) -> list[int]:
+    """What is written."""
+    return list(connection.scalars(select(NUMBERS.c.number).order_by(NUMBERS.c.number)))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A database in a folder that is not there yet."""
+    return f"sqlite:///{tmp_path}/data/gateway.db"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    """An open one."""
+    store = Store.open(url)
+    yield store
+    store.close()
+
+
+async def test_what_is_written_is_read(store: Store) -> None:
+    """By whoever asks after the write returned."""
+    assert await store.write(lambda connection: put(7, connection)) == 7
+    assert await store.read(numbers) == [7]
+    assert store.read_now(numbers) == [7]
+
+
+async def test_a_write_that_fails_takes_no_other_with_it(store: Store) -> None:
+    """They may share a transaction."""
+    outcomes = await asyncio.gather(
+        *(store.write(lambda connection, n=n: put(n, connection)) for n in [1, 2, 2, 3]),  # type: ignore[misc]
+        return_exceptions=True,
+    )
+    assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [1, 2, 3]
+    assert isinstance(outcomes[2], IntegrityError)
+    assert await store.read(numbers) == [1, 2, 3]
+
+
+async def test_a_write_is_done_though_its_caller_was_cancelled(store: Store) -> None:
+    """Once asked for it is done, so that nobody has to guess."""
+    writing = asyncio.create_task(store.write(lambda connection: put(1, connection)))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    await store.write(lambda connection: put(2, connection))
+    assert await store.read(numbers) == [1, 2]
+
+
+async def test_closing_does_what_was_asked_for(url: str) -> None:
+    """And another process finds it."""
+    store = Store.open(url)
+    writes = [asyncio.ensure_future(store.write(lambda c, n=n: put(n, c))) for n in range(300)]  # type: ignore[misc]
+    await asyncio.sleep(0)
+    store.close()
+    await asyncio.gather(*writes)
+    again = Store.open(url)
+    assert again.read_now(numbers) == list(range(300))
+    again.close()
+
+
+def test_the_file_is_its_owners_alone(url: str, store: Store, tmp_path: Path) -> None:
+    """Keys are hashed in it, but what people asked is not."""
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
+    for file in (tmp_path / "data").iterdir():
+        assert file.stat().st_mode & 0o077 == 0, file
+    assert store.read_now(numbers) == []
+
+
+def test_a_database_that_cant_be_opened_is_said_in_words(tmp_path: Path) -> None:
+    """No traceback for a wrong path."""
+    (tmp_path / "file").write_text("not a database, but long enough to be taken for one" * 100)
+    with pytest.raises(StoreUnusable, match="can't be opened"):
+        Store.open(f"sqlite:///{tmp_path}/file")
+    with pytest.raises(StoreUnusable, match="can't be opened"):
+        Store.open(f"sqlite:///{tmp_path}/file/below/it.db")
+
+
+def _write_and_tell(url: str, told: Pipe) -> None:
+    store = Store.open(url)
+    for number in range(1_000_000):
+        store.write_now(lambda connection, n=number: put(n, connection))  # type: ignore[misc]
+        told.send(number)
+
+
+def test_what_was_answered_for_survives_a_kill(url: str) -> None:
+    """`kill -9` between any two writes loses none that had returned."""
+    heard, told = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(url, told))
+    process.start()
+    told.close()
+    while heard.recv() < 50:
+        pass
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    last = 50
+    try:
+        while True:
+            last = heard.recv()
+    except EOFError:
+        pass
+    store = Store.open(url)
+    kept = store.read_now(numbers)
+    store.close()
+    assert kept[: last + 1] == list(range(last + 1))
+    assert len(kept) <= last + 2
