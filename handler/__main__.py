@@ -20,19 +20,19 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import baked, explain, freeze, logs, machine, model, platforms, readahead
-from handler.engine import Engine, flag_checks, make_parser
+from handler import explain, freeze, logs, machine, platforms, readahead
+from handler.engine import Engine
 from handler.errors import BadSettings, StartError, Unfit, UsageError
-from handler.flags import flag_faults
 from handler.freezable import FreezableEngine
 from handler.listener import listen_unix
-from handler.phases import Phases, process_started_s
+from handler.phases import Phases
 from handler.settings import TABLE, Settings, readable
+from handler.start import begin, open_log, read_settings
 from handler.supervision import Notifier, watch_lifeline
 from handler.table import render_markdown
 from handler.warm import Fork, Parent
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     freezing = commands.add_parser("freeze", help="load the model, wait to be captured, serve once resumed")
     freezing.add_argument("--barrier", metavar="DIR", type=Path, required=True, help="see docs/coldstart.md")
     freezing.add_argument("--timeout", metavar="SECONDS", type=float, help="how long to wait; none: for ever")
+    on_ray = commands.add_parser("ray", help="the same worker as replicas of Ray Serve: docs/scaling.md")
+    on_ray.add_argument("action", choices=("up", "status", "down"))
     args = parser.parse_args(argv)
     match args.command:
         case "settings":
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return exit_code(lambda: explain_start(args.log, args.svg, os.environ))
         case "zygote":
             return exit_code(lambda: keep_parent(os.environ, args.socket))
+        case "ray":
+            return exit_code(lambda: on_cluster(args.action, os.environ))
         case "freeze":
             return exit_code(lambda: freeze_and_serve(os.environ, args.barrier.absolute(), args.timeout))
     return exit_code(lambda: serve(os.environ))
@@ -130,6 +134,15 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         engine.close()
 
 
+def on_cluster(action: str, environ: Mapping[str, str]) -> None:
+    """Do `action` (`up`, `status` or `down`) with Ray Serve. Raises `StartError`."""
+    try:
+        ray_serve = platforms.find("ray_serve")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"Ray Serve is not installed: pip install 'firsttoken[ray]' ({error})") from None
+    getattr(ray_serve, action)(environ, partial(print, flush=True))
+
+
 def stay(platform: platforms.Platform, failure: StartError, notifier: Notifier) -> None:
     """Be up though the worker can't start, and say why to whoever asks."""
     log.error("worker can't start and says so to every request", extra={"reason": str(failure)})
@@ -181,14 +194,6 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         engine.close()
 
 
-def open_log(settings: Settings) -> None:
-    """Log to stderr, first what `settings` give reason to say."""
-    logs.to_stderr("handler", settings.log_level)
-    warnings.simplefilter("ignore", FutureWarning)  # of vLLM and torch: who runs a worker can't act on them
-    for note in settings.notes:
-        log.warning("%s", note)
-
-
 def tell_parent(settings: Settings, phases: Phases) -> Notifier:
     """Speak to who started or resumed this worker, and end when they are gone."""
     notifier = Notifier(settings.notify_socket)
@@ -196,15 +201,6 @@ def tell_parent(settings: Settings, phases: Phases) -> Notifier:
     if settings.lifeline_fd is not None:
         watch_lifeline(settings.lifeline_fd)
     return notifier
-
-
-def begin(environ: MutableMapping[str, str]) -> Phases:
-    """What comes before everything: a bake is found, files are asked for, the clock runs."""
-    baked.adopt(environ)
-    readahead.begin(environ)
-    phases = Phases(process_started_s())
-    phases.until_now("interpreter")
-    return phases
 
 
 def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> int:
@@ -256,16 +252,6 @@ def explain_start(source: str | None, picture: Path | None, environ: MutableMapp
     if picture is not None:
         picture.write_text(explain.svg(report))
     print(explain.waterfall(report, width=shutil.get_terminal_size().columns))
-
-
-def read_settings(environ: MutableMapping[str, str]) -> Settings:
-    """The settings; what is wrong with them and with vLLM's flags is reported together."""
-    try:
-        return model.at_hand(Settings.from_environ(environ))
-    except BadSettings as ours:
-        raise BadSettings(
-            [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]
-        ) from None
 
 
 def _refuse_and_give_up(platform: platforms.Platform, *_: object) -> None:

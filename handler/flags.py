@@ -119,6 +119,12 @@ def flag_faults(
     return tuple(_read(_Vocabulary(parser), sources, (), checks)[1])
 
 
+def named(parser: ArgumentParser, environ: Mapping[str, str]) -> set[str]:
+    """The names in `environ` that are flags of vLLM's `parser`, or once were, or are worker-vllm's."""
+    known = {*_Vocabulary(parser).names, *ALIASES, *UNREAD}
+    return {name for name in ours(environ) if name in known}
+
+
 def engine_argv(settings: Settings) -> tuple[str, ...]:
     """The settings of ours that are flags of vLLM, as words; no secret is among them."""
     given = {

@@ -18,6 +18,7 @@ PROGRAM = [path for name in sorted(OURS) for path in sorted((ROOT / name).rglob(
 LAYERS = (  # of handler/, from the top: a file imports only from lines below its own
     {"__main__", "healthcheck"},
     {"freezable", "platforms", "warm"},
+    {"start"},
     {"engine"},
     {"edge", "server"},
     {"asgi"},
@@ -62,6 +63,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
+ONLY_IN["ray"] = "handler/platforms/ray_serve.py"
 
 
 def imports(path: Path) -> Iterator[str]:
