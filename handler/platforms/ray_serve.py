@@ -47,7 +47,9 @@ class Replica:
     `given` are its settings; what it lacks the node's environment has, secrets above all.
     """
 
-    async def __init__(self, given: Mapping[str, str]) -> None:
+    async def __init__(  # type: ignore[misc] # Ray awaits it
+        self, given: Mapping[str, str]
+    ) -> None:
         os.environ.update(given)
         phases = begin(os.environ)
         settings = await asyncio.to_thread(read_settings, os.environ)
@@ -100,9 +102,12 @@ def app(given: Mapping[str, Any]) -> Any:
     Raises `BadSettings` for what is wrong with those of the deployment; the replicas read their own.
     """
     environ = {name: str(value) for name, value in given.items()}
-    settings = RaySettings.from_environ(environ, gpus=_has_gpus())
+    return _application(RaySettings.from_environ(environ, gpus=_has_gpus()), environ)
+
+
+def _application(settings: RaySettings, given: Mapping[str, str]) -> Any:
     deployment = serve.deployment(serve.ingress()(Replica))
-    return deployment.options(name="worker", **settings.deployment()).bind(environ)
+    return deployment.options(name="worker", **settings.deployment()).bind(given)
 
 
 Say = Callable[[str], None]
@@ -116,17 +121,18 @@ def up(environ: Mapping[str, str], say: Say) -> None:
     of their own ends with SIGTERM or SIGINT. Raises `StartError`.
     """
     worker = read_settings(dict(environ))
-    settings = RaySettings.from_environ(environ, gpus=False)
+    RaySettings.from_environ(environ, gpus=False)  # faults are told before a cluster is made
     given = {name: environ[name] for name in _sent(environ)}
     own = not environ.get("RAY_ADDRESS")
     stop = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if own else set()
     with _cluster(environ, own=own):
+        settings = RaySettings.from_environ(environ, gpus=_has_gpus())
         serve.start(
             proxy_location="EveryNode",
             http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": IDLE_S},
         )
         try:
-            serve.run(app(given), name=NAME, route_prefix="/")
+            serve.run(_application(settings, given), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise EngineFailed(_reason() or str(error)) from None
         say(f"ready  http://{settings.host}:{settings.port}/v1  model {worker.model_id}")

@@ -59,7 +59,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"stored"},
     {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
-    {"imports", "kept", "levers", "messages", "ties", "unread"},
+    {"imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
