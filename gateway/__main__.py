@@ -22,13 +22,15 @@ from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import UPSTREAMS, GatewaySettings
+from gateway.upstreams import WORKER_STATES, folder
 from gateway.upstreams.control_plane import ControlPlane
+from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Event, Ready, StartFailed
-from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
-from gateway.upstreams.local import LocalUpstream
-from gateway.upstreams.runpod import RunpodUpstream
+from gateway.upstreams.local import LocalPool
+from gateway.upstreams.pool import KILL_GRACE_S, Keep, WorkerPool
+from gateway.upstreams.runpod import RunpodPool
 from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
@@ -66,11 +68,12 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
 
 
 async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: Sequence[str]) -> int:
-    """Listen, keep the worker, and answer until a signal comes.
+    """Listen, keep workers, and answer until a signal comes.
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
     listener = listen(settings.host, settings.port)
+    folder.sweep()
     keys = Keys.open(settings.api_key)
     metrics = Metrics()
     console = Console(
@@ -85,20 +88,20 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
             isinstance(event, StartFailed)
             and event.permanent
             and settings.start == "now"
-            and upstream.starts == 1
+            and pool.starts == 1
         ):
             nonlocal exit_code
             exit_code = event.exit_code  # nobody has been served: say so where it was started
             stop()
 
-    upstream = open_upstream(settings, environ, worker, metrics, tell)
-    for state in STATES:
-        metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
+    pool = open_pool(settings, environ, worker, metrics, Devices.of_machine(environ), tell)
+    for state in WORKER_STATES[:4]:
+        metrics.workers.labels(state).set_function(partial(_in_state, pool, state))
     admission = Admission(
-        upstream,
+        pool,
         room=Room(
             limit=settings.queue_limit,
-            others=lambda: upstream.in_line,
+            others=lambda: pool.in_line,
             tell_waiting=metrics.queue_depth.set,
             tell_waited_s=metrics.held_s.observe,
         ),
@@ -111,7 +114,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics,
         health=lambda: {
             "status": "ok",
-            **upstream.health,
+            **pool.health,
             "waiting": admission.waiting,
         },
         open_metrics=_is_loopback(settings.host),
@@ -123,18 +126,18 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
 
     def stop() -> None:
         server.should_exit = True
-        upstream.stop_taking()
+        pool.stop_taking()
 
     def interrupt() -> None:
         if server.should_exit:  # a second Ctrl-C
-            upstream.kill()
+            pool.kill()
             os._exit(INTERRUPTED)
         stop()
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream:
+    async with pool:
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
@@ -142,33 +145,36 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     return exit_code
 
 
-def open_upstream(
+def open_pool(
     settings: GatewaySettings,
     environ: Mapping[str, str],
     worker: Sequence[str],
     metrics: Metrics,
+    devices: Devices,
     tell: Callable[[Event], None],
-) -> Keeper:
-    """The upstream that `settings` name, whose workers are `worker`, a command."""
+) -> WorkerPool:
+    """The pool that `settings` name, whose workers are `worker`, a command."""
 
-    def launcher(folder: Path) -> Launcher:
-        return WarmParent(worker, folder / "parent.sock") if settings.warm_parent else Fresh(worker)
+    def launcher(private: Path) -> Launcher:
+        return WarmParent(worker, private / "parent.sock") if settings.warm_parent else Fresh(worker)
 
-    keep: Keep = {
-        "at_once": settings.start == "now",
-        "start_timeout_s": settings.start_timeout_s,
-        "drain_timeout_s": settings.drain_timeout_s,
-        "tell": tell,
-    }
+    keep = Keep(
+        at_once=settings.start == "now",
+        start_timeout_s=settings.start_timeout_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        scaling=settings.scaling,
+        devices=devices,
+        tell=tell,
+    )
     if settings.upstream == "local":
-        return LocalUpstream(launcher, environ, **keep)
+        return LocalPool(launcher, environ, keep)
     line = Line(
         metrics,
         limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         execution_timeout_s=settings.execution_timeout_s,
     )
-    return RunpodUpstream(launcher, environ, ControlPlane(settings.endpoint_id, line, metrics), **keep)
+    return RunpodPool(launcher, environ, ControlPlane(settings.endpoint_id, line, metrics), keep)
 
 
 def _base_url(settings: GatewaySettings, listener: socket.socket) -> str:
@@ -184,8 +190,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _is(upstream: Keeper, state: str) -> float:
-    return float(upstream.state == state)
+def _in_state(pool: WorkerPool, state: str) -> float:
+    return sum(worker.state == state for worker in pool.workers)
 
 
 def _count(metrics: Metrics, event: Event) -> None:

@@ -84,22 +84,27 @@ class Console:
             case Starting():
                 self._began_s = time.monotonic()
                 self._progress("starting the worker")
-            case Progress(text):
+            case Progress(text=text):
                 self._progress(text)
-            case Ready(took_s, cold_start):
+            case Ready(worker, took_s, cold_start):
                 self._end_progress()
                 total_s = cold_start.get("total_s", took_s)
                 if self._shown:
-                    log.info("worker ready", extra={"cold_start_s": round(total_s, 1)})
+                    log.info("worker ready", extra={"worker": worker, "cold_start_s": round(total_s, 1)})
                 else:
                     self._show(f"ready in {total_s:.1f} s")
-            case StartFailed(reason, exit_code, again_in_s=again_in_s):
+            case StartFailed(worker, reason, exit_code, again_in_s=again_in_s):
                 self._end_progress()
-                fields = {"reason": reason, "exit_code": exit_code, "again_in_s": again_in_s}
+                fields = {
+                    "worker": worker,
+                    "reason": reason,
+                    "exit_code": exit_code,
+                    "again_in_s": again_in_s,
+                }
                 log.error("worker could not start", extra=fields)
-            case Ended(reason, expected):
+            case Ended(worker, reason, expected):
                 level = logging.INFO if expected else logging.ERROR
-                log.log(level, "worker ended", extra={"reason": reason})
+                log.log(level, "worker ended", extra={"worker": worker, "reason": reason})
 
     def _show(self, how: str) -> None:
         self._shown = True

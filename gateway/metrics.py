@@ -44,11 +44,8 @@ class Metrics:
         self.worker_cold_start_s = Gauge(
             "firsttoken_gateway_worker_cold_start_seconds", "How long the last start took.", registry=registry
         )
-        self.worker_state = Gauge(
-            "firsttoken_gateway_worker_state",
-            "1 for the state the worker is in.",
-            ("state",),
-            registry=registry,
+        self.workers = Gauge(
+            "firsttoken_gateway_workers", "Living workers by state.", ("state",), registry=registry
         )
 
         self.jobs_queued = Gauge(

@@ -10,13 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from gateway.scaling import Scaling
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import ENDPOINT_ID, SWITCH, Setting, Table, choice, public_name, read, seconds, whole
+from handler.table import (
+    ENDPOINT_ID,
+    SWITCH,
+    Setting,
+    Table,
+    auto_or,
+    choice,
+    public_name,
+    read,
+    seconds,
+    whole,
+)
 from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
+MOST_WORKERS = 64
 
 _SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
 
@@ -47,7 +60,30 @@ TABLE: Table = (
         "start",
         choice("now", "first_request"),
         "now",
-        "When the worker starts.",
+        "When the first worker starts. One that was started `now` and dies is replaced at once.",
+    ),
+    Setting(
+        "MIN_WORKERS",
+        "min_workers",
+        whole(0, MOST_WORKERS),
+        "0",
+        "How many workers stay though nobody asks.",
+    ),
+    Setting(
+        "MAX_WORKERS",
+        "max_workers",
+        whole(1, MOST_WORKERS),
+        "1",
+        "How many workers there are at most; more than one are started as the queue wants them. Each has "
+        "GPUs of its own: there are never more than the GPUs hold.",
+    ),
+    Setting(
+        "IDLE_TIMEOUT_S",
+        "idle_timeout_s",
+        auto_or(seconds(1, 86_400)),
+        "auto",
+        "How long a worker must not have been needed before it is ended. `auto`: five times what the last "
+        "start took, and a minute at least.",
     ),
     Setting(
         "WARM_PARENT",
@@ -109,6 +145,9 @@ class GatewaySettings:
     served_model_name: str | None
     upstream: str
     start: str
+    min_workers: int
+    max_workers: int
+    idle_timeout_s: float | None
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
@@ -120,6 +159,11 @@ class GatewaySettings:
     cors_origins: tuple[str, ...]
     log_level: str
     foreign_names: tuple[str, ...]
+
+    @property
+    def scaling(self) -> Scaling:
+        """The bounds of the one endpoint."""
+        return Scaling(self.min_workers, self.max_workers, self.idle_timeout_s)
 
     @property
     def model_id(self) -> str:
@@ -134,6 +178,9 @@ class GatewaySettings:
         """
         others = {*UNREAD, *(name for row in WORKER_TABLE for name in row.names)}
         values, faults = read(TABLE, environ, others)
+        least, most = values["min_workers"], values["max_workers"]
+        if least is not None and most is not None and least > most:
+            faults.append(f"MIN_WORKERS={least} is more than MAX_WORKERS={most}")
         if faults:
             raise BadSettings(faults)
         return cls(**values)
