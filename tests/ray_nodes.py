@@ -124,7 +124,10 @@ def _network(nodes: tuple[Node, ...]) -> Iterator[None]:
             _ip("netns", "add", node.namespace)
             _ip("link", "add", ours, "type", "veth", "peer", "name", "eth0", "netns", node.namespace)
             _ip("link", "set", ours, "master", BRIDGE, "up")
-            for words in (("addr", "add", f"{node.address}/24", "dev", "eth0"), ("link", "set", "eth0", "up")):
+            for words in (
+                ("addr", "add", f"{node.address}/24", "dev", "eth0"),
+                ("link", "set", "eth0", "up"),
+            ):
                 _ip("-n", node.namespace, *words)
             _ip("-n", node.namespace, "link", "set", "lo", "up")
         yield

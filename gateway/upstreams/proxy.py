@@ -1,4 +1,4 @@
-"""Sends a `Request` to the HTTP server behind a unix socket, and its answer back as it comes."""
+"""Sends a `Request` to an HTTP server, and its answer back as it comes."""
 
 from __future__ import annotations
 
@@ -38,17 +38,19 @@ class Refused(WorkerLost):
     """Nothing listens at the socket: the worker is dead or takes no more."""
 
 
-class SocketProxy:
-    """Asks the HTTP server at the unix socket `path`.
+class Proxy:
+    """Asks the HTTP server at `base`, a URL without a path, with `headers` on each request.
 
     Leaving a reply closes its connection at once, which is how the worker learns that its
     client has gone. Raises `WorkerLost` while nothing was answered, and `UpstreamFailed`
     from the frames when the answer is cut off.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, base: str, connector: aiohttp.BaseConnector, headers: Headers = ()) -> None:
+        self._base = base
+        self._headers = headers
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -79,9 +81,9 @@ class SocketProxy:
         try:
             response = await self._session.request(
                 request.method,
-                _url(request),
+                self._url(request),
                 data=_payload(request.body),
-                headers=without(request.headers, _NOT_FOR_THE_WORKER),
+                headers=(*without(request.headers, _NOT_FOR_THE_WORKER), *self._headers),
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
@@ -97,6 +99,11 @@ class SocketProxy:
             response.close()
             raise
 
+    def _url(self, request: Request) -> URL:
+        # Encoded here and not by yarl, which would resolve `..`: what the allow-list saw is what is asked.
+        query = "?" + request.query if request.query else ""
+        return URL(f"{self._base}{quote(request.path)}{query}", encoded=True)
+
     async def close(self) -> None:
         """Wait for what is in flight to end, then close every connection."""
         try:
@@ -105,15 +112,24 @@ class SocketProxy:
             await self._session.close()
 
 
+class SocketProxy(Proxy):
+    """Asks the HTTP server at the unix socket `path`."""
+
+    def __init__(self, path: Path) -> None:
+        connector = aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        super().__init__("http://worker", connector)
+
+
+class NetworkProxy(Proxy):
+    """Asks the HTTP server at `base`, which may be another machine."""
+
+    def __init__(self, base: str, headers: Headers = ()) -> None:
+        super().__init__(base, aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S), headers)
+
+
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
     # aiohttp warns of large `bytes`, which it would write in one go.
     return (body or None) if len(body) < LARGE_BODY_BYTES else io.BytesIO(body)
-
-
-def _url(request: Request) -> URL:
-    # Encoded here and not by yarl, which would resolve `..`: what the allow-list saw is what is asked.
-    query = "?" + request.query if request.query else ""
-    return URL(f"http://worker{quote(request.path)}{query}", encoded=True)
 
 
 def _reply(response: aiohttp.ClientResponse, begun: bytes) -> Reply:

@@ -1,0 +1,299 @@
+"""An OpenAI server that others run: Ray Serve, a Kubernetes service, a RunPod endpoint, `vllm serve`.
+
+It has workers of its own, starts and stops them; to the gateway it is one that is there or is not. What
+stands in front of those workers answers in its own way when it has lost one. An answer of the model's that
+is an error is OpenAI's JSON; a 5xx that is not comes from what stands between, and nothing was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+from gateway.scaling import Scaling
+from gateway.upstreams import WorkerLost, WorkerView
+from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.proxy import NetworkProxy, Refused
+from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
+from handler.messages import Call, Reply, Request, once, without
+from handler.waiting import kept_alive
+
+NAME = "upstream"
+TRIES = 3
+"""How many workers of the upstream's may be lost with a request before anything of its answer was there."""
+PROBE_MIN_S, PROBE_MAX_S = 0.5, 5.0
+PROBE_TIMEOUT_S = 10.0
+FULL_RETRY_AFTER_S = 5.0
+"""When an upstream may have room again that does not say it."""
+COLD_START_GUESS_S = 30.0
+ERROR_MAX_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where it is and how it is asked: `url` ends with the path under which `/chat/completions` is."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    slots: int = 1024
+    """How many requests it is given at once; the others wait here, where turns are fair."""
+
+
+class HttpPool:
+    """The server at `upstream.url` as the one worker of an endpoint (a `Pool`).
+
+    A request that it can't take because it is not there waits until it is, within `queue_timeout_s` of its
+    arrival. One whose worker it lost before the first byte is asked again, `TRIES` times in all.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        queue_timeout_s: float,
+        keep_alive_s: float,
+        tell: Callable[[Event], None] = lambda _: None,
+    ) -> None:
+        parts = urlsplit(upstream.url.rstrip("/"))
+        self._upstream = upstream
+        self._prefix = parts.path.removesuffix("/v1")
+        self._queue_timeout_s = queue_timeout_s
+        self._tell = tell
+        headers = (("authorization", f"Bearer {upstream.key}"),) if upstream.key else ()
+        self._proxy = NetworkProxy(f"{parts.scheme}://{parts.netloc}", headers)
+        self._listeners: list[Callable[[], None]] = []
+        self._in_flight = 0
+        self._idle_since_s = time.monotonic()
+        self._up = asyncio.Event()
+        self._stopping = False
+        self._since_s = time.monotonic()
+        self._started_at = time.time()
+        self._cold_start_s = COLD_START_GUESS_S
+        self._probing: asyncio.Task[None] | None = None
+        self.starts = 0
+        self.call: Call = kept_alive(self._tried, keep_alive_s)
+        """Answers a request (a `handler.messages.Call`)."""
+
+    async def __aenter__(self) -> Self:
+        self._is_gone()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- as others see it ---------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """How many more requests it is given at once."""
+        return max(0, self.capacity - self._in_flight)
+
+    @property
+    def capacity(self) -> int:
+        """How many it is given at once, in all; 0 while it is not there."""
+        return self._upstream.slots if self._up.is_set() and not self._stopping else 0
+
+    @property
+    def refusal(self) -> NotAdmitted | None:
+        """What whoever waits is refused with. Who runs the upstream may be starting it: nobody is told no."""
+        return NotAdmitted("The gateway is stopping.", retry_after_s=1) if self._stopping else None
+
+    @property
+    def retry_after_s(self) -> float:
+        """What is left of an absence that lasts as long as the last one."""
+        if self._up.is_set():
+            return FULL_RETRY_AFTER_S
+        return self._cold_start_s - (time.monotonic() - self._since_s)
+
+    @property
+    def cold_start_s(self) -> float:
+        """How long it was away the last time; a guess while it never was."""
+        return self._cold_start_s
+
+    @property
+    def workers(self) -> Sequence[WorkerView]:
+        """The upstream, however many workers it has."""
+        up, now_s = self._up.is_set(), time.monotonic()
+        return [
+            WorkerView(
+                id=NAME,
+                state="ready" if up else "starting",
+                phase=None if up else "waiting for the upstream",
+                pid=None,
+                devices=(),
+                started_at=self._started_at,
+                ready_after_s=self._cold_start_s if up else None,
+                in_flight=self._in_flight,
+                slots=self.capacity,
+                idle_s=now_s - self._idle_since_s if up and not self._in_flight else None,
+            )
+        ]
+
+    @property
+    def scaling(self) -> Scaling:
+        """As one worker that others start and stop."""
+        return Scaling()
+
+    def rescale(self, scaling: Scaling) -> None:
+        """How many workers it has is decided where it runs."""
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """Its workers are asked for their metrics where they run."""
+        return {}
+
+    def want(self, waiting: int, oldest_wait_s: float) -> None:
+        """How many workers it has is decided where it runs."""
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """Have `heard` called on the loop whenever `free` may have grown or `refusal` has changed."""
+        self._listeners.append(heard)
+
+    # --- how requests get there ---------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _tried(self, request: Request) -> AsyncIterator[Reply]:
+        self._in_flight += 1
+        try:
+            async with AsyncExitStack() as stack:
+                yield await self._answer(request, stack)
+        finally:
+            self._in_flight -= 1
+            self._idle_since_s = time.monotonic()
+            self._heard()
+
+    async def _answer(self, request: Request, stack: AsyncExitStack) -> Reply:
+        asked = replace(request, path=self._prefix + request.path)
+        tries = 0
+        while True:
+            await self._there(request)
+            try:
+                return await _answered(await stack.enter_async_context(self._proxy.call(asked)))
+            except Refused:
+                self._is_gone()
+            except WorkerLost:
+                tries += 1
+                if tries == TRIES:
+                    raise
+
+    async def _there(self, request: Request) -> None:
+        """Return once it is there; raises `DeadlineExceeded` and, when the gateway stops, `NotAdmitted`."""
+        try:
+            async with asyncio.timeout_at(request.visit.deadline_s(self._queue_timeout_s)):
+                await self._up.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The upstream could not be reached within {self._queue_timeout_s:g} s.",
+                headers=retry_after(self.retry_after_s),
+            ) from None
+        if refusal := self.refusal:
+            raise refusal
+
+    # --- whether it is there ------------------------------------------------------------------
+
+    def _is_gone(self) -> None:
+        """It can't be reached, or was never asked: look until it can."""
+        if self._probing is not None and not self._probing.done():
+            return
+        if self._up.is_set():
+            self._tell(Ended(NAME, "it can't be reached", expected=False))
+            self._up.clear()
+        self._since_s, self._started_at = time.monotonic(), time.time()
+        self.starts += 1
+        self._tell(Starting(NAME, self.starts))
+        self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        wait_s = PROBE_MIN_S
+        while not await self._answers():
+            await asyncio.sleep(wait_s)
+            wait_s = min(PROBE_MAX_S, 2 * wait_s)
+        took_s = time.monotonic() - self._since_s
+        if self.starts > 1 or took_s > PROBE_MIN_S:
+            self._cold_start_s = took_s
+        self._up.set()
+        self._tell(Ready(NAME, took_s))
+        self._heard()
+
+    async def _answers(self) -> bool:
+        """Whether it says anything at all: a model that loads is its own to wait for."""
+        with suppress(WorkerLost, TimeoutError):
+            async with asyncio.timeout(PROBE_TIMEOUT_S), self._proxy.call(self._models()) as reply:
+                return reply.status not in _NOT_THERE
+        return False
+
+    def _models(self) -> Request:
+        return Request("GET", f"{self._prefix}/v1/models")
+
+    def _heard(self) -> None:
+        for heard in self._listeners:
+            heard()
+
+    # --- its end --------------------------------------------------------------------------------
+
+    def stop_taking(self) -> None:
+        """Turn away whoever waits or comes."""
+        self._stopping = True
+        self._up.set()
+        self._heard()
+
+    async def close(self) -> None:
+        """Let what runs finish, as long as the caller waits for that."""
+        self.stop_taking()
+        if self._probing is not None:
+            self._probing.cancel()
+        await self._proxy.close()
+
+    def kill(self) -> None:
+        """There is no process to end."""
+
+
+_NOT_THERE = frozenset({502, 503, 504})
+
+
+async def _answered(reply: Reply) -> Reply:
+    """`reply`, if it is the model's. Raises `NotAdmitted` for a bare 503 and `WorkerLost` for another 5xx."""
+    if reply.status < 500:
+        return reply
+    body = await _start_of(reply)
+    if _is_openai(body):
+        headers = without(reply.headers, ["content-length", "transfer-encoding"])
+        if reply.status == 503 and reply.header("retry-after") is None:
+            headers = (*headers, *retry_after(FULL_RETRY_AFTER_S))
+        return Reply(reply.status, (*headers, ("content-length", str(len(body)))), once(body))
+    if reply.status == 503:
+        raise NotAdmitted("The upstream takes no more requests now.", retry_after_s=_seconds(reply))
+    raise WorkerLost(f"The upstream answered with status {reply.status} and no error of OpenAI's.")
+
+
+async def _start_of(reply: Reply) -> bytes:
+    parts, size = [], 0
+    with suppress(UpstreamFailed):
+        async for chunk in reply.frames:
+            parts.append(chunk)
+            size += len(chunk)
+            if size > ERROR_MAX_BYTES:
+                break
+    return b"".join(parts)
+
+
+def _is_openai(body: bytes) -> bool:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get("error"), dict)
+
+
+def _seconds(reply: Reply) -> float:
+    given = reply.header("retry-after") or ""
+    return float(given) if given.isdecimal() and len(given) < 6 else FULL_RETRY_AFTER_S

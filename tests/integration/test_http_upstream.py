@@ -1,0 +1,245 @@
+"""An OpenAI server that others run, behind the gateway: what stands between is told from what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gateway.upstreams import WorkerLost
+from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.http import TRIES, HttpPool, Upstream
+from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
+from handler.messages import Reply, Request, read
+
+ERROR = json.dumps({"error": {"message": "it broke", "type": "server_error", "param": None, "code": None}})
+MODELS = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def whole(status: str, kind: str, body: str, *headers: str) -> str:
+    """One answer as it goes over the wire."""
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"content-type: {kind}",
+        f"content-length: {len(body)}",
+        "connection: close",
+    ]
+    return "\r\n".join([*lines, *headers]) + "\r\n\r\n" + body
+
+
+def chunk(text: str) -> str:
+    """A piece of a body whose length nobody knows."""
+    return f"{len(text):x}\r\n{text}\r\n"
+
+
+class Scripted:
+    """A server that plays a script for each POST and closes the connection; it has its models always."""
+
+    def __init__(self, *scripts: str) -> None:
+        self.scripts = list(scripts)
+        self.heads: list[str] = []
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.startswith("GET"):
+                    writer.write(MODELS.encode())
+                    continue
+                self.heads.append(head)
+                length = int(head.lower().partition("content-length: ")[2].partition("\r\n")[0])
+                await reader.readexactly(length)
+                writer.write(self.scripts.pop(0).encode())
+                await writer.drain()
+                break
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def served(scripted: Scripted, port: int = 0) -> AsyncIterator[int]:
+    """The port of `scripted`."""
+    server = await asyncio.start_server(scripted.answer, "127.0.0.1", port, reuse_address=True)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def pool(
+    port: int, *, key: str | None = None, slots: int = 8, timeout_s: float = 20, tell: Callable[[Event], None]
+) -> AsyncIterator[HttpPool]:
+    """The upstream at `port`, once it is there."""
+    upstream = Upstream(f"http://127.0.0.1:{port}/serve/v1", key, slots)
+    async with HttpPool(upstream, queue_timeout_s=timeout_s, keep_alive_s=0, tell=tell) as opened:
+        yield opened
+
+
+def chat(body: bytes = b"{}") -> Request:
+    """A request of a client's."""
+    headers = (("authorization", "Bearer the client's"), ("content-type", "application/json"))
+    return Request("POST", "/v1/chat/completions", headers, body)
+
+
+async def asked(scripted: Scripted, use: Callable[[HttpPool], Coroutine[None, None, None]]) -> list[Event]:
+    """What was told while `use` asked a pool in front of `scripted`."""
+    events: list[Event] = []
+    async with served(scripted) as port, pool(port, tell=events.append) as opened:
+        await use(opened)
+    assert not scripted.scripts
+    return events
+
+
+async def test_it_is_asked_under_its_own_path_and_key() -> None:
+    """The client's key ends at the gateway."""
+    scripted = Scripted(whole("200 OK", "application/json", '{"id": 1}'))
+    async with (
+        served(scripted) as port,
+        pool(port, key="theirs", tell=lambda _: None) as opened,
+        opened.call(chat()) as reply,
+    ):
+        assert (reply.status, await read(reply)) == (200, b'{"id": 1}')
+    (head,) = scripted.heads
+    assert head.startswith("POST /serve/v1/chat/completions HTTP/1.1\r\n")
+    assert "Bearer theirs" in head
+    assert "the client's" not in head
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "",
+        whole("500 Internal Server Error", "text/plain", "replica died"),
+        whole("502 Bad", "text/html", "<p>"),
+    ],
+    ids=["cut", "bare-500", "bare-502"],
+)
+async def test_what_was_not_answered_is_asked_again(lost: str) -> None:
+    """Nothing of an answer was there: another of its workers gets the request."""
+    scripted = Scripted(lost, lost, whole("200 OK", "application/json", "{}"))
+
+    async def use(opened: HttpPool) -> None:
+        async with opened.call(chat()) as reply:
+            assert reply.status == 200
+
+    await asked(scripted, use)
+
+
+async def test_it_is_asked_again_a_few_times_only() -> None:
+    """A request that every worker dies of has an end."""
+
+    async def use(opened: HttpPool) -> None:
+        with pytest.raises(WorkerLost):
+            async with opened.call(chat()):
+                pass
+
+    await asked(Scripted(*[""] * TRIES), use)
+
+
+async def test_an_error_of_the_models_is_an_answer() -> None:
+    """OpenAI's shape says whose it is."""
+
+    async def use(opened: HttpPool) -> None:
+        async with opened.call(chat()) as reply:
+            assert (reply.status, await read(reply)) == (500, ERROR.encode())
+
+    await asked(Scripted(whole("500 Internal Server Error", "application/json", ERROR)), use)
+
+
+@pytest.mark.parametrize(
+    ("answer", "wait_s"),
+    [
+        (whole("503 Service Unavailable", "text/plain", "full"), "5"),
+        (whole("503 Service Unavailable", "text/plain", "full", "retry-after: 17"), "17"),
+    ],
+)
+async def test_a_bare_503_says_when_to_come_again(answer: str, wait_s: str) -> None:
+    """In OpenAI's shape, whatever stood there."""
+
+    async def use(opened: HttpPool) -> None:
+        with pytest.raises(NotAdmitted) as refused:
+            async with opened.call(chat()):
+                pass
+        assert dict(refused.value.headers)["retry-after"] == wait_s
+
+    await asked(Scripted(answer), use)
+
+
+async def test_a_503_of_the_models_says_it_too() -> None:
+    """It has OpenAI's shape and lacks the header."""
+
+    async def use(opened: HttpPool) -> None:
+        async with opened.call(chat()) as reply:
+            assert (reply.status, reply.header("retry-after")) == (503, "5")
+            assert await read(reply) == ERROR.encode()
+
+    await asked(Scripted(whole("503 Service Unavailable", "application/json", ERROR)), use)
+
+
+async def test_a_stream_that_is_cut_fails() -> None:
+    """After the first byte nobody else is asked: what the client has can't be taken back."""
+    scripted = Scripted(STREAM + chunk("data: {}\n\n"))
+
+    async def use(opened: HttpPool) -> None:
+        async with opened.call(chat()) as reply:
+            frames = reply.frames
+            assert await anext(frames) == b"data: {}\n\n"
+            with pytest.raises(UpstreamFailed):
+                await anext(frames)
+
+    await asked(scripted, use)
+
+
+async def test_who_comes_while_it_is_away_waits_for_it() -> None:
+    """It comes back at the same address, and everybody hears of that."""
+    events: list[Event] = []
+    scripted = Scripted(whole("200 OK", "application/json", "{}"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    heard = asyncio.Event()
+    async with pool(port, tell=events.append) as opened:
+        opened.listen(heard.set)
+        assert (opened.free, opened.workers[0].state) == (0, "starting")
+
+        async def ask() -> Reply:
+            async with opened.call(chat()) as reply:
+                return reply
+
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)
+        async with served(scripted, port):
+            assert (await asking).status == 200
+        await heard.wait()
+        assert [type(event) for event in events] == [Starting, Ready]
+        assert (opened.free, opened.workers[0].state) == (8, "ready")
+        with pytest.raises(DeadlineExceeded):
+            async with opened.call(patient(chat())):  # it has gone again
+                pass
+        assert [type(event) for event in events] == [Starting, Ready, Ended, Starting]
+        assert opened.free == 0
+
+
+def patient(request: Request) -> Request:
+    """`request`, which has waited for nearly as long as it may."""
+    loop = asyncio.get_running_loop()
+    object.__setattr__(request.visit, "arrived_s", loop.time() - 19.8)
+    return request
+
+
+async def test_it_has_as_many_places_as_it_was_given() -> None:
+    """The others wait at the gateway, where turns are fair."""
+    scripted = Scripted(STREAM + chunk("data: {}\n\n") + "0\r\n\r\n")
+    async with served(scripted) as port, pool(port, slots=1, tell=lambda _: None) as opened:
+        async with opened.call(chat()):
+            assert (opened.free, opened.capacity, opened.workers[0].in_flight) == (0, 1, 1)
+        assert opened.free == 1
