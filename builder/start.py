@@ -7,7 +7,7 @@ are the worker's.
 
 from __future__ import annotations
 
-from handler.__main__ import begin, end, exit_code, open_log, read_settings, remember_start  # isort: skip
+from handler.start import begin, end, exit_code, open_log, read_settings, remember_start  # isort: skip
 # First, because it turns garbage collection off, as a worker does.
 
 import json

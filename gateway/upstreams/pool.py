@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from gateway.scaling import Scaler, Scaling, Seen
 from gateway.upstreams import WorkerView
-from gateway.upstreams.devices import VISIBLE, Devices, per_worker
+from gateway.upstreams.devices import VISIBLE, Devices
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.folder import PrivateFolder
 from gateway.upstreams.launch import Launcher
@@ -31,6 +31,7 @@ from gateway.upstreams.worker import Worker
 from handler import machine
 from handler.errors import NotAdmitted
 from handler.messages import Reply, Request
+from handler.parallel import devices_per_engine
 
 log = logging.getLogger("gateway")
 
@@ -87,7 +88,7 @@ class WorkerPool(ABC):
         self._how = keep
         self._tell = keep.tell
         self._devices = keep.devices
-        self._devices_each = per_worker(environ) if self._devices.total else 0
+        self._devices_each = devices_per_engine(environ) if self._devices.total else 0
         self._hidden = secrets_of(environ)
         self._scaler = Scaler(self._bounded(keep.scaling))
         self._folder = PrivateFolder()

@@ -19,7 +19,8 @@ OFF = (*KEPT, "inductor", "sources")
 START = """
 import json, os, sys
 
-from handler.__main__ import begin, read_settings, remember_start
+from handler.__main__ import remember_start
+from handler.start import begin, read_settings
 from handler.engine import Engine
 from handler.messages import Request, read
 
