@@ -7,13 +7,14 @@ are the worker's.
 
 from __future__ import annotations
 
-from handler.start import begin, end, exit_code, open_log, read_settings, remember_start  # isort: skip
+from handler.__main__ import end, exit_code, remember_start  # isort: skip
 # First, because it turns garbage collection off, as a worker does.
 
 import json
 import os
 
 from handler import engine
+from handler.start import begin, open_log, read_settings
 from handler.supervision import watch_lifeline
 
 
