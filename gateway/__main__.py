@@ -11,13 +11,17 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 from gateway.app import Gateway
 from gateway.console import Address, Console
+from gateway.endpoint import Endpoint
+from gateway.endpoints import Endpoints
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
@@ -116,7 +120,10 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         },
         open_metrics=_is_loopback(settings.host),
     )
-    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
+    endpoints = Endpoints(
+        [Endpoint(settings, admission.call, admission.call, OneWorker(upstream, admission))]
+    )
+    gateway = Gateway([OpenAI(endpoints), operations], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -140,6 +147,23 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         await server.serve(sockets=[listener])
     console.close()
     return exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class OneWorker:
+    """The only worker of `upstream`, and those who wait for it."""
+
+    upstream: Keeper
+    admission: Admission
+
+    @property
+    def capacity(self) -> int:
+        """How many requests it works on at once: it has not said, so one."""
+        return int(self.upstream.ready)
+
+    def status(self) -> Mapping[str, Any]:
+        """Its state, and how many wait."""
+        return {"waiting": self.admission.waiting, **self.upstream.health}
 
 
 def open_upstream(
