@@ -13,7 +13,19 @@ from typing import Self
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import ENDPOINT_ID, SWITCH, Setting, Table, choice, public_name, read, seconds, whole
+from handler.table import (
+    ENDPOINT_ID,
+    SWITCH,
+    Kind,
+    Setting,
+    Table,
+    choice,
+    matching,
+    public_name,
+    read,
+    seconds,
+    whole,
+)
 from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
@@ -25,6 +37,13 @@ TABLE: Table = (
     replace(
         _SHARED["API_KEY"],
         help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown.",
+    ),
+    Setting(
+        "ENDPOINTS_FILE",
+        "endpoints_file",
+        Kind("a path that ends in `.toml`", matching(r"(?s).+\.toml")),
+        None,
+        "Where several endpoints are described (docs/gateway.md). If not set: the environment describes one.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -104,6 +123,7 @@ class GatewaySettings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    endpoints_file: str | None
     endpoint_id: str
     model_name: str
     served_model_name: str | None

@@ -86,6 +86,7 @@ def test_gateway_defaults() -> None:
         host="127.0.0.1",
         port=8000,
         api_key=None,
+        endpoints_file=None,
         endpoint_id="local",
         model_name=DEFAULT_MODEL,
         served_model_name=None,
