@@ -87,21 +87,34 @@ class Description:
     notes: tuple[str, ...] = ()
 
 
-def of_environ(environ: Mapping[str, str]) -> Described:
-    """The one endpoint that `environ` describes. Raises `BadSettings`."""
-    environ = {**environ, **baked.names(environ)}
-    return Described(GatewaySettings.from_environ(environ), environ)
+def describe(environ: Mapping[str, str]) -> tuple[GatewaySettings, Description]:
+    """The gateway that `environ` describes, and its endpoints: those of `ENDPOINTS_FILE`, if it is set.
+
+    Raises `BadSettings`, which names every fault of both. A model in an object store is looked up there.
+    """
+    path = ours(environ).get("ENDPOINTS_FILE", "").strip()
+    environ = environ if path else {**environ, **baked.names(environ)}
+    settings, faults = _read(environ)
+    description = Description(())
+    try:
+        if path:
+            description = load(Path(path), environ)
+        elif settings is not None:
+            description = Description((Described(settings, environ),))
+    except BadSettings as error:
+        faults += error.faults
+    if settings is None or faults:
+        raise BadSettings(faults)
+    return settings, description
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Description:
     """The endpoints that the file at `path` describes, for a gateway in `environ`.
 
-    Raises `BadSettings`, which names every fault and not only the first. A model in an object store is looked
-    up there.
+    Raises `BadSettings`, which names every fault of the file and none of the environment.
     """
     try:
-        raw = path.read_bytes()
-        tables = tomllib.loads(raw.decode())
+        tables = tomllib.loads(path.read_bytes().decode())
     except OSError as error:
         raise BadSettings([f"{path}: {error.strerror}"]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -132,6 +145,13 @@ def load(path: Path, environ: Mapping[str, str]) -> Description:
         tuple(one for one in described if one is not None),
         (*ignored, *_open_secrets(path, entries)),
     )
+
+
+def _read(environ: Mapping[str, str]) -> tuple[GatewaySettings | None, list[str]]:
+    try:
+        return GatewaySettings.from_environ(environ), []
+    except BadSettings as error:
+        return None, list(error.faults)
 
 
 def _place(number: int, table: Mapping[str, Any]) -> str:
@@ -176,10 +196,10 @@ class _Entry:
         }
         environ = {**common, **given}
         environ.update(baked.names(environ))
-        try:
-            settings = GatewaySettings.from_environ(environ)
-        except BadSettings as error:
-            self.faults += [f"{self.place}: {fault}" for fault in error.faults]
+        settings, faults = _read(environ)
+        if settings is None:
+            common_faults = _read(self._environ)[1]
+            self.faults += [f"{self.place}: {fault}" for fault in faults if fault not in common_faults]
             return None
         shared = {name for row in WORKER_TABLE for name in row.names}
         of_gateway = {row.name for row in ROWS.values()} - shared

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.endpoints_file import KEPT, NAMED, ROWS, Described, load, of_environ
+from gateway.endpoints_file import KEPT, NAMED, ROWS, Described, describe, load
 from gateway.settings import TABLE
 from handler.errors import BadSettings
 
 WHOLE_GATEWAY = {
-    *("HOST", "PORT", "API_KEY", "ENDPOINTS_FILE", "DRAIN_TIMEOUT_S"),
+    *("HOST", "PORT", "API_KEY", "ENDPOINTS_FILE", "DRAIN_TIMEOUT_S", "DATA_DIR", "DATABASE_URL"),
     *("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
 }
 """Settings that no endpoint has its own of."""
@@ -215,6 +215,18 @@ def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
 def test_without_a_file_the_environment_describes_one() -> None:
     """As it is."""
     environ = {"ENDPOINT_ID": "e", "MODEL_NAME": "org/m", "QUEUE_LIMIT": "3"}
-    one = of_environ(environ)
-    assert (one.id, one.settings.queue_limit, one.environ) == ("e", 3, environ)
-    assert one == Described(one.settings, environ)
+    settings, described = describe(environ)
+    assert (settings.endpoint_id, settings.queue_limit) == ("e", 3)
+    assert described.endpoints == (Described(settings, environ),)
+
+
+def test_faults_of_environment_and_file_are_told_together(tmp_path: Path) -> None:
+    """Those of the environment once, however many endpoints have them from there."""
+    path = written(tmp_path, TWO.replace("org/b", "no model"))
+    with pytest.raises(BadSettings) as caught:
+        describe({"ENDPOINTS_FILE": str(path), "PORT": "many", "QUEUE_TIMEOUT_S": "0", "TOKEN_OF_CHAT": "x"})
+    assert [fault.partition(" is not")[0] for fault in caught.value.faults] == [
+        "PORT='many'",
+        "QUEUE_TIMEOUT_S='0'",
+        f"{path}: endpoint 2 'code': model = 'no model'",
+    ]
