@@ -29,13 +29,14 @@ from gateway.endpoint import Endpoint
 from gateway.endpoints import Endpoints
 from gateway.key_table import Following
 from gateway.keys import Keys
-from gateway.metrics import Metrics
+from gateway.metrics import EndpointMetrics, Metrics
 from gateway.parts import OpenAI, Operations
+from gateway.scrape import Target
 from gateway.settings import UPSTREAMS, GatewaySettings
 from gateway.store import Store
 from gateway.upstreams.control_plane import ControlPlane
-from gateway.upstreams.events import Event, Ready, StartFailed
-from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
+from gateway.upstreams.events import Event, StartFailed
+from gateway.upstreams.keeper import KILL_GRACE_S, Keep, Keeper
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
@@ -45,6 +46,7 @@ from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 from handler.server import Server, config
+from handler.usage import metered
 from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
@@ -108,6 +110,7 @@ async def answer(
     following = Following(keys, store)
     await following.look()
     metrics = Metrics()
+    own = metrics.endpoint(settings.endpoint_id)
     address = Address(
         _base_url(settings, listener), settings.model_id, first, given=settings.api_key is not None
     )
@@ -116,7 +119,7 @@ async def answer(
 
     def tell(event: Event) -> None:
         console(event)
-        _count(metrics, event)
+        own.tell(event)
         if (
             isinstance(event, StartFailed)
             and event.permanent
@@ -127,16 +130,13 @@ async def answer(
             exit_code = event.exit_code  # nobody has been served: say so where it was started
             stop()
 
-    upstream = open_upstream(settings, environ, worker, metrics, tell)
-    for state in STATES:
-        metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
+    upstream = open_upstream(settings, environ, worker, own, tell)
     admission = Admission(
         upstream,
         room=Room(
             limit=settings.queue_limit,
             others=lambda: upstream.in_line,
-            tell_waiting=metrics.queue_depth.set,
-            tell_waited_s=metrics.held_s.observe,
+            tell_waited_s=own.held_s.observe,
         ),
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
@@ -153,7 +153,15 @@ async def answer(
         open_metrics=_is_loopback(settings.host),
     )
     endpoints = Endpoints(
-        [Endpoint(settings, admission.call, admission.call, OneWorker(upstream, admission))]
+        [
+            Endpoint(
+                settings, admission.call, metered(admission.call, own.count), OneWorker(upstream, admission)
+            )
+        ]
+    )
+    metrics.watch(
+        lambda: [endpoint.status() for endpoint in endpoints.values()],
+        lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
     )
     gateway = Gateway([OpenAI(endpoints), operations], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
@@ -195,7 +203,12 @@ class OneWorker:
 
     def status(self) -> Mapping[str, Any]:
         """Its state, and how many wait."""
-        return {"waiting": self.admission.waiting, **self.upstream.health}
+        return {
+            "waiting": self.admission.waiting,
+            "capacity": self.capacity,
+            "workers": [{"state": self.upstream.state}],
+            **self.upstream.health,
+        }
 
 
 @asynccontextmanager
@@ -213,7 +226,7 @@ def open_upstream(
     settings: GatewaySettings,
     environ: Mapping[str, str],
     worker: Sequence[str],
-    metrics: Metrics,
+    metrics: EndpointMetrics,
     tell: Callable[[Event], None],
 ) -> Keeper:
     """The upstream that `settings` name, whose workers are `worker`, a command."""
@@ -249,18 +262,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _is(upstream: Keeper, state: str) -> float:
-    return float(upstream.state == state)
-
-
-def _count(metrics: Metrics, event: Event) -> None:
-    if isinstance(event, Ready):
-        metrics.worker_starts.labels("ready").inc()
-        metrics.worker_cold_start_s.set(event.cold_start.get("total_s", event.took_s))
-    elif isinstance(event, StartFailed):
-        metrics.worker_starts.labels("failed").inc()
 
 
 if __name__ == "__main__":

@@ -68,5 +68,5 @@ class Operations:
 
     @asynccontextmanager
     async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
-        text = self.metrics.render()
+        text = await self.metrics.exposition()
         yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))

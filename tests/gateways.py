@@ -45,5 +45,6 @@ def one(
 ) -> Gateway:
     """The gateway whose only endpoint is answered by `call`."""
     metrics = metrics or Metrics()
+    metrics.endpoint(endpoint_id)
     own = Operations(keys, metrics, health, open_metrics)
     return Gateway([OpenAI({endpoint_id: endpoint(call, endpoint_id)}), own], keys, metrics)
