@@ -30,6 +30,7 @@ class Outputs:
         self._frames: list[str] = []
         self._frames_chars = 0
         self._news = asyncio.Event()
+        self._over = False
         self.size_bytes = 0
         self.told = 0
 
@@ -59,12 +60,14 @@ class Outputs:
         return taken
 
     async def news(self) -> None:
-        """Return once there is more than there was when this was asked, or the attempt is over."""
-        self._news.clear()
+        """Return once there is more than when this was asked, or it is known what came of it all."""
+        if not self._over:
+            self._news.clear()
         await self._news.wait()
 
     def over(self) -> None:
-        """Nothing more comes."""
+        """Nothing more comes, and what came of it is written down."""
+        self._over = True
         self._news.set()
 
     def whole(self) -> bytes:
@@ -149,8 +152,6 @@ class Attempt:
             if self._timer is None or not self._timer.expired():
                 raise
             return self._timed_out()
-        finally:
-            self.outputs.over()
         if self._lost is not None:
             return self._lost
         if error is not None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.jobs import table
-from gateway.jobs.attempt import Attempt
+from gateway.jobs.attempt import first
+from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Count, Ledger
 from gateway.jobs.runner import Asked, Runner
+from gateway.jobs.status import dump
 from gateway.jobs.table import Job, NewJob, State
 from gateway.jobs.webhooks import Webhooks
 from gateway.store import Store
@@ -25,6 +30,18 @@ EXPIRED_AT_ONCE = 64
 """How many jobs one transaction forgets: nobody else's write waits long for it."""
 LOOK_S = 1.0
 """How late a job is forgotten at most; nobody is shown one whose time is over."""
+
+
+_GOES_ON = {State.IN_QUEUE.shown, State.IN_PROGRESS.shown}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What `/stream` tells of a job: outputs as JSON, each once in an attempt."""
+
+    status: str
+    attempt: int
+    outputs: list[bytes]
 
 
 class Jobs:
@@ -45,14 +62,12 @@ class Jobs:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.ledger = Ledger(store, count, limit=limit, clock=clock)
-        self.attempts: dict[str, Attempt] = {}
-        """What runs here, by the ids of jobs."""
+        self._desk = Desk()
         self._store = store
         self._endpoints = endpoints
         self._webhooks = webhooks
         self._drain_s = drain_s
         self._runners: dict[str, Runner] = {}
-        self._waiters: dict[str, list[asyncio.Future[Job]]] = {}
         self._sweep: asyncio.Task[None] | None = None
         self._closing = False
         self.ledger.heard.append(self._ended)
@@ -90,15 +105,22 @@ class Jobs:
         if self._closing:
             return
         if endpoint_id not in self._runners:
-            self._runners[endpoint_id] = Runner(endpoint_id, self._endpoints, self.ledger, self.attempts)
+            self._runners[endpoint_id] = Runner(endpoint_id, self._endpoints, self.ledger, self._desk)
         self._runners[endpoint_id].wake()
 
-    async def submit(self, new: NewJob) -> tuple[Job, bool]:
-        """Line `new` up; the job, and whether it is a new one (`Ledger.add`)."""
+    async def submit(self, new: NewJob, admit: Callable[[], None] = lambda: None) -> Job:
+        """Line `new` up. One that comes again with its idempotency key is the first, and needs no `admit`.
+
+        Raises what `admit` does, `RateLimited` when too many wait, and `KeyReused` for an idempotency key
+        that came with another request before.
+        """
+        if known := await self.ledger.repeated(new):
+            return known
+        admit()
         job, added = await self.ledger.add(new)
         if added:
             self.wake(job.endpoint_id)
-        return job, added
+        return job
 
     async def find(self, job_id: str) -> Job | None:
         """The job `job_id`, unless its time is over."""
@@ -109,22 +131,62 @@ class Jobs:
         return await self._store.read(lambda connection: table.output_of(connection, job))
 
     async def wait(self, job: Job, timeout_s: float) -> Job:
-        """`job` once it has ended, or as it was after `timeout_s`."""
-        ended: asyncio.Future[Job] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(job.id, []).append(ended)
-        try:
-            current = await self.ledger.find(job.id)  # it may have ended before there was a waiter
-            if current is None or current.ended:
-                return current or job
+        """`job` once it has ended, or as it is after `timeout_s`."""
+        with self._desk.listening(job.id) as heard, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                return await ended
-        except TimeoutError:
-            return await self.ledger.find(job.id) or job
-        finally:
-            waiters = self._waiters[job.id]
-            waiters.remove(ended)
-            if not waiters:
-                del self._waiters[job.id]
+                while not job.ended:
+                    heard.clear()
+                    current = await self.ledger.find(job.id)
+                    if current is None:
+                        break
+                    job = current
+                    if not job.ended:
+                        await heard.wait()
+        return job
+
+    async def stream(self, job: Job, hold_s: float) -> Told | None:
+        """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
+
+        None if its time is over.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + hold_s
+        with self._desk.listening(job.id) as heard:
+            while True:
+                heard.clear()
+                attempt = self._desk.attempt(job.id)
+                if attempt is not None:
+                    outputs = attempt.outputs.take()
+                    state = State.IN_PROGRESS if attempt.begun else State.IN_QUEUE
+                    told = Told(state.shown, attempt.job.attempt, outputs)
+                else:
+                    current = await self.ledger.find(job.id)
+                    if current is None:
+                        return None
+                    told = await self._told(current)
+                if told.outputs or told.status not in _GOES_ON:
+                    return told
+                try:
+                    async with asyncio.timeout_at(until_s):
+                        await (heard.wait() if attempt is None else attempt.outputs.news())
+                except TimeoutError:
+                    return told
+
+    async def _told(self, job: Job) -> Told:
+        """What is left to tell of `job`, on which nothing runs here."""
+        if not job.ended:
+            return Told(job.state.shown, job.attempt, [])
+        after = self._desk.told(job.id)
+
+        def work(connection: Connection) -> list[bytes]:
+            output = table.output_of(connection, job)
+            return first([dump(one) for one in json.loads(output)[after:]]) if output else []
+
+        outputs = await self._store.read(work)
+        if self._desk.told(job.id) != after:  # somebody else has got these
+            return await self._told(job)
+        self._desk.tell(job.id, len(outputs))
+        return Told(job.state.shown, job.attempt, outputs)
 
     async def cancel(self, where: ColumnElement[bool], states: Sequence[State] = table.OPEN) -> list[Job]:
         """End the jobs for which `where`, of `table.JOBS`, holds; those that were."""
@@ -149,13 +211,11 @@ class Jobs:
         return await self._store.read(lambda connection: table.retried(connection, endpoint_id))
 
     def _stop(self, job: Job) -> None:
-        if attempt := self.attempts.get(job.id):
+        if attempt := self._desk.attempt(job.id):
             attempt.stop()
 
     def _ended(self, job: Job) -> None:
-        for waiter in self._waiters.get(job.id, ()):
-            if not waiter.done():
-                waiter.set_result(job)
+        self._desk.news(job.id)
         if self._webhooks is not None and job.webhook is not None:
             self._webhooks.wake()
 
@@ -171,5 +231,6 @@ class Jobs:
                 log.exception("jobs can't be forgotten")
             for job in gone:
                 self._stop(job)
+            self._desk.forget(gone)
             if len(gone) < EXPIRED_AT_ONCE:
                 await asyncio.sleep(LOOK_S)

@@ -47,6 +47,20 @@ class Ledger:
         """Unix seconds."""
         return self._clock()
 
+    async def repeated(self, new: NewJob) -> Job | None:
+        """The job that was submitted with the idempotency key of `new`. Raises `KeyReused`."""
+        if new.idempotency_key is None:
+            return None
+        return await self._store.write(lambda connection: self._repeated(connection, new))
+
+    def _repeated(self, connection: Connection, new: NewJob) -> Job | None:
+        if new.idempotency_key is None:
+            return None
+        known = table.find_repeated(connection, new, self._clock())
+        if known is not None and known.digest != new.digest:
+            raise KeyReused("This idempotency key was used with another request.")
+        return known
+
     async def add(self, new: NewJob) -> tuple[Job, bool]:
         """Line `new` up; the job, and whether it is a new one.
 
@@ -55,15 +69,10 @@ class Ledger:
         """
 
         def work(connection: Connection) -> tuple[Job, bool]:
-            now = self._clock()
-            if new.idempotency_key is not None:
-                known = table.find_repeated(connection, new, now)
-                if known is not None and known.digest != new.digest:
-                    raise KeyReused("This idempotency key was used with another request.")
-                if known is not None:
-                    return known, False
+            if known := self._repeated(connection, new):
+                return known, False
             self._find_room(connection, new.endpoint_id, len(new.body))
-            return table.add(connection, new, now), True
+            return table.add(connection, new, self._clock()), True
 
         return await self._store.write(work)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.jobs.attempt import Attempt, Lost, Outcome, Refused
+from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Ledger
 from gateway.jobs.table import Ending, Job, State
 from handler import jobs
@@ -43,8 +44,8 @@ class Asked(Protocol):
 class Runner:
     """The jobs of the endpoint `endpoint_id`. It looks for it in `endpoints` each time: they are reloaded.
 
-    `attempts` are those that run, by their jobs' ids. What an attempt comes to is written down before its
-    place is free again, however long the disk is full.
+    `desk` has the attempts that run. What an attempt comes to is written down before its place is free again,
+    however long the disk is full.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Runner:
         endpoint_id: str,
         endpoints: Mapping[str, Asked],
         ledger: Ledger,
-        attempts: MutableMapping[str, Attempt],
+        desk: Desk,
     ) -> None:
         self._endpoint_id = endpoint_id
         self._endpoints = endpoints
         self._ledger = ledger
-        self._attempts = attempts
+        self._desk = desk
         self._running = {False: 0, True: 0}
         self._last_key = {False: "", True: ""}
         self._start_failures = 0
@@ -82,9 +83,8 @@ class Runner:
         await asyncio.wait({self._loop})
         if self._works:
             _, late = await asyncio.wait(self._works, timeout=timeout_s)
-            for attempt in self._attempts.values():
-                if attempt.job.endpoint_id == self._endpoint_id:
-                    attempt.stop()
+            for attempt in self._desk.attempts_at(self._endpoint_id):
+                attempt.stop()
             if late:
                 await asyncio.wait(late)
 
@@ -140,7 +140,7 @@ class Runner:
             self.wake()  # there is more capacity than before, if it was a cold start
 
         attempt = Attempt(job, body, ask, began)
-        self._attempts[job.id] = attempt
+        self._desk.begun(attempt)
         try:
             outcome = await attempt.run()
             if beginning is not None:
@@ -152,8 +152,7 @@ class Runner:
             ending = Ending(State.FAILED, error=_told(fault))
             await self._insist(lambda: self._ledger.end(job, ending, attempt.usage))
         finally:
-            if self._attempts.get(job.id) is attempt:  # else the job was claimed again already
-                del self._attempts[job.id]
+            self._desk.over(attempt)
             self._running[job.background] -= 1
             self.wake()
 

@@ -67,6 +67,8 @@ class State(StrEnum):
 WAITING = (State.IN_QUEUE, State.CLAIMED)
 OPEN = (*WAITING, State.IN_PROGRESS)
 """The states that a job leaves again by itself."""
+CLIENTS = ("run", "runsync")
+"""The kinds of jobs that clients submit one by one."""
 
 JOBS = Table(
     "jobs",
@@ -239,7 +241,7 @@ def queued(connection: Connection, endpoint_id: str) -> tuple[int, int]:
             select(func.count(), func.coalesce(func.sum(JOBS.c.size_bytes), 0)).where(
                 JOBS.c.endpoint_id == endpoint_id,
                 JOBS.c.state.in_(WAITING),
-                JOBS.c.kind.in_(("run", "runsync")),
+                JOBS.c.kind.in_(CLIENTS),
             )
         )
         .tuples()
