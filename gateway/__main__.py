@@ -1,4 +1,4 @@
-"""`python -m gateway`: settings, listener, upstream, server. Exit codes are sysexits'."""
+"""`python -m gateway`: settings, database, listener, upstream, server. Exit codes are sysexits'."""
 
 from __future__ import annotations
 
@@ -10,18 +10,31 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from gateway.app import Gateway
+from gateway import key_table
+from gateway.admin import Admin
+from gateway.alone import alone
+from gateway.app import Gateway, Part
+from gateway.clients import Clients
+from gateway.commands import keys as keys_command
+from gateway.commands import usage as usage_command
 from gateway.console import Address, Console
+from gateway.key_table import Following
 from gateway.keys import Keys
+from gateway.limits import Limits
+from gateway.metering import Metering
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import UPSTREAMS, GatewaySettings
+from gateway.store import Store
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
@@ -29,6 +42,7 @@ from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
+from gateway.usage import Prices
 from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
@@ -38,6 +52,8 @@ from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
+COMMANDS = (keys_command, usage_command)
+"""Those beside `serve`, each a module of `gateway.commands`."""
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
@@ -49,9 +65,13 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serving = commands.add_parser("serve", help="serve; also without a command")
     serving.add_argument("--upstream", choices=UPSTREAMS, help="how the worker is asked (UPSTREAM)")
+    for command in COMMANDS:
+        command.add(commands)
     args = parser.parse_args(argv)
     given = {"UPSTREAM": args.upstream} if getattr(args, "upstream", None) else {}
     try:
+        if "run" in args:
+            return int(args.run(args, os.environ))
         settings = GatewaySettings.from_environ({**os.environ, **baked.names(os.environ), **given})
         logs.to_stderr("gateway", settings.log_level)
         logs.to_stderr("handler", settings.log_level)
@@ -70,12 +90,32 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
-    listener = listen(settings.host, settings.port)
-    keys = Keys.open(settings.api_key)
+    with (
+        listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
+        alone(settings.database_url),
+        closing(Store.open(settings.database_url)) as store,
+    ):
+        return await answer(settings, environ, worker, listener, store)
+
+
+async def answer(
+    settings: GatewaySettings,
+    environ: Mapping[str, str],
+    worker: Sequence[str],
+    listener: socket.socket,
+    store: Store,
+) -> int:
+    """`serve`, with what it has opened."""
+    keys = Keys(settings.api_key)
+    first = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+    limits = Limits()
+    following = Following(keys, store)
+    await following.look()
     metrics = Metrics()
-    console = Console(
-        Address(_base_url(settings, listener), settings.model_id, keys.shown), sys.stdout, sys.stderr
+    address = Address(
+        _base_url(settings, listener), settings.model_id, first, given=settings.api_key is not None
     )
+    console = Console(address, sys.stdout, sys.stderr)
     exit_code = 0
 
     def tell(event: Event) -> None:
@@ -116,7 +156,15 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         },
         open_metrics=_is_loopback(settings.host),
     )
-    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
+    metering = Metering(store, keys, limits)
+    call = Clients(keys, limits, metering).call(
+        admission.call,
+        endpoint_id=settings.endpoint_id,
+        model_id=settings.model_id,
+        prices=Prices(settings.price_input, settings.price_output),
+    )
+    parts: list[Part] = [OpenAI({settings.endpoint_id: call}), Admin(store, following), operations]
+    gateway = Gateway(parts, keys, metrics, limits)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -134,12 +182,23 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream:
+    async with metering, upstream, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
     console.close()
     return exit_code
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """`work` beside the block, and cancelled after it."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def open_upstream(
