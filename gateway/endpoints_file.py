@@ -33,7 +33,8 @@ from handler.unread import UNREAD
 NAMED = {"id": "ENDPOINT_ID", "model": "MODEL_NAME"}
 """Keys that are not called as their settings."""
 KEPT = (
-    *("SERVED_MODEL_NAME", "UPSTREAM", "START", "START_TIMEOUT_S", "WARM_PARENT"),
+    *("SERVED_MODEL_NAME", "UPSTREAM", "UPSTREAM_URL", "UPSTREAM_KEY", "UPSTREAM_SLOTS"),
+    *("START", "START_TIMEOUT_S", "WARM_PARENT"),
     *("MIN_WORKERS", "MAX_WORKERS", "IDLE_TIMEOUT_S"),
     *("QUEUE_LIMIT", "QUEUE_TIMEOUT_S", "EXECUTION_TIMEOUT_S", "KEEP_ALIVE_S"),
     *("PRICE_INPUT", "PRICE_OUTPUT"),
@@ -216,13 +217,16 @@ class _Entry:
             if (row := ROWS.get(key)) is None:
                 self._fault(_unknown(key, [*ROWS, "settings"]))
                 continue
-            text = _text(row, value)
+            text = self._value(row.name, value) if row.secret else _text(row, value)
+            if row.secret and text is None:
+                continue  # it was told why
             try:
                 if text is None:
                     raise ValueError(value)
                 row.kind.parse(text)
             except ValueError:
-                self._fault(f"{key} = {_toml(value)} is not allowed; allowed: {_allowed(row)}")
+                given = key if row.secret else f"{key} = {_toml(value)}"
+                self._fault(f"{given} is not allowed; allowed: {_allowed(row)}")
                 continue
             yield row.name, text
 
@@ -318,7 +322,9 @@ def _twice(entries: Iterable[_Entry]) -> Iterator[str]:
 
 
 def _is_secret(name: str) -> bool:
-    return any(row.secret for row in WORKER_TABLE if name in row.names) or bool(SECRETS.search(name))
+    return any(row.secret for row in (*TABLE, *WORKER_TABLE) if name in row.names) or bool(
+        SECRETS.search(name)
+    )
 
 
 def _open_secrets(path: Path, entries: Iterable[_Entry]) -> Iterator[str]:

@@ -15,7 +15,10 @@ from gateway.upstreams import Pool, WorkerView
 from gateway.upstreams.successive import FINISH_S, OwnPool, Successive
 from handler.messages import Call
 
-WORKERS_ARE_MADE_OF = ("upstream", "warm_parent", "start_timeout_s", "execution_timeout_s")
+WORKERS_ARE_MADE_OF = (
+    *("upstream", "upstream_url", "upstream_key", "upstream_slots"),
+    *("warm_parent", "start_timeout_s", "execution_timeout_s"),
+)
 """Settings of the gateway that its workers are started with, beside their environment."""
 
 

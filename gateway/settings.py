@@ -18,6 +18,7 @@ from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
+    SECRET,
     SWITCH,
     Kind,
     Setting,
@@ -33,7 +34,7 @@ from handler.table import (
 )
 from handler.unread import UNREAD
 
-UPSTREAMS = ("local", "runpod")
+UPSTREAMS = ("local", "runpod", "http")
 MOST_WORKERS = 64
 
 
@@ -49,6 +50,7 @@ def _price(value: str) -> int:
 
 
 PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
+URL = Kind("a URL such as `https://host:8000/v1`", matching(r"https?://[^\s/?#@]+(/[^\s?#]*)?"))
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
 
@@ -102,7 +104,30 @@ TABLE: Table = (
         choice(*UPSTREAMS),
         "local",
         "How the worker is asked. `local`: through a socket. `runpod`: as RunPod does, through jobs and its "
-        "own SDK. `python -m gateway serve --upstream` wins.",
+        "own SDK. `http`: it is an OpenAI server that others run, at `UPSTREAM_URL`. "
+        "`python -m gateway serve --upstream` wins.",
+    ),
+    Setting(
+        "UPSTREAM_URL",
+        "upstream_url",
+        URL,
+        None,
+        "With `UPSTREAM=http`, where `/chat/completions` is: Ray Serve, a Kubernetes service, `vllm serve`.",
+    ),
+    Setting(
+        "UPSTREAM_KEY",
+        "upstream_key",
+        SECRET,
+        None,
+        "The key that the server at `UPSTREAM_URL` wants. Clients' keys end at the gateway.",
+        secret=True,
+    ),
+    Setting(
+        "UPSTREAM_SLOTS",
+        "upstream_slots",
+        whole(1, 100_000),
+        "1024",
+        "How many requests it is given at once; the others wait here, where turns are fair.",
     ),
     Setting(
         "START",
@@ -203,6 +228,9 @@ class GatewaySettings:
     model_name: str
     served_model_name: str | None
     upstream: str
+    upstream_url: str | None
+    upstream_key: str | None = field(repr=False)
+    upstream_slots: int
     start: str
     min_workers: int
     max_workers: int
@@ -243,6 +271,8 @@ class GatewaySettings:
         least, most = values["min_workers"], values["max_workers"]
         if least is not None and most is not None and least > most:
             faults.append(f"MIN_WORKERS={least} is more than MAX_WORKERS={most}")
+        if values["upstream"] == "http" and "UPSTREAM_URL" not in ours(environ):
+            faults.append("UPSTREAM=http asks a server that others run; set UPSTREAM_URL")
         if faults:
             raise BadSettings(faults)
         return cls(**_kept(values, environ))

@@ -16,11 +16,13 @@ from gateway.upstreams import Pool
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Event
+from gateway.upstreams.http import HttpPool, Upstream
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalPool
-from gateway.upstreams.pool import Keep, WorkerPool
+from gateway.upstreams.pool import Keep
 from gateway.upstreams.runpod import RunpodPool
+from gateway.upstreams.successive import OwnPool
 from gateway.usage import Prices
 from handler import early
 from handler.messages import Call, Request
@@ -54,18 +56,27 @@ class Site:
         """The endpoint that is described, not opened yet."""
         return Served(described, self)
 
-    def pool(self, described: Described) -> WorkerPool:
+    def pool(self, described: Described) -> OwnPool:
         """Workers, of whom none is started yet."""
         settings = described.settings
         own = self._metrics.endpoint(described.id)
 
-        def launcher(private: Path) -> Launcher:
-            warm = settings.warm_parent
-            return WarmParent(self._command, private / "parent.sock") if warm else Fresh(self._command)
-
         def tell(event: Event) -> None:
             own.tell(event)
             self._tell(described.id, event)
+
+        if settings.upstream == "http":
+            assert settings.upstream_url is not None, "checked with the settings"
+            return HttpPool(
+                Upstream(settings.upstream_url, settings.upstream_key, settings.upstream_slots),
+                queue_timeout_s=settings.queue_timeout_s,
+                keep_alive_s=settings.keep_alive_s,
+                tell=tell,
+            )
+
+        def launcher(private: Path) -> Launcher:
+            warm = settings.warm_parent
+            return WarmParent(self._command, private / "parent.sock") if warm else Fresh(self._command)
 
         keep = Keep(
             at_once=settings.start == "now",
@@ -121,5 +132,7 @@ class Site:
 
 def _check(described: Described) -> Callable[[Request], None]:
     """Raises what a worker is sure to answer a request with."""
-    model = early.only_model(described.settings.model_id, described.environ)
+    settings = described.settings
+    others = settings.upstream == "http"  # who runs the server knows what it serves
+    model = None if others else early.only_model(settings.model_id, described.environ)
     return partial(early.check, model=model)
