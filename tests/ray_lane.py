@@ -1,0 +1,180 @@
+"""Ray Serve on two nodes of one machine, real engines on their CPUs, the gateway in front: `make test-ray`.
+
+Each node is a network namespace, with room for one replica. It takes root, `ip` and minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests import ray_nodes
+from tests.ray_nodes import Cluster
+from tests.servers import KEY, MODEL, ROOT, Server, engine_environ, first_line, program
+
+SLOTS = 8
+PORT = "8000"
+WAIT_S = 120.0
+LONG = {"max_tokens": 700, "extra_body": {"ignore_eos": True}}
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes without a deployment."""
+    with tempfile.TemporaryDirectory(prefix="ftr-", dir="/tmp") as folder:
+        path = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
+        environ = {**engine_environ(ROOT / "tests/tinychat/model"), "PYTHONPATH": str(ROOT), "PATH": path}
+        with ray_nodes.cluster(2, environ, Path(folder)) as opened:
+            yield opened
+
+
+@contextmanager
+def deployed(cluster: Cluster, **settings: str) -> Iterator[None]:
+    """`python -m handler ray up`, and `down` after the block."""
+    own = {"HOST": "0.0.0.0", "AUTH": "off", "PORT": PORT, "MAX_CONCURRENCY": str(SLOTS), **settings}
+    up = cluster.run(sys.executable, "-m", "handler", "ray", "up", **own)
+    assert up.returncode == 0, up.stderr[-4000:]
+    assert up.stdout.startswith("ready  http://0.0.0.0:8000/v1  model ")
+    try:
+        yield
+    finally:
+        down = cluster.run(sys.executable, "-m", "handler", "ray", "down")
+        assert down.returncode == 0, down.stderr[-4000:]
+
+
+@contextmanager
+def gateway(cluster: Cluster) -> Iterator[Server]:
+    """`python -m gateway` in front of it."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        environ = {
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            "MODEL_NAME": MODEL,
+            "UPSTREAM": "http",
+            "UPSTREAM_URL": f"http://{cluster.nodes[0].address}:{PORT}/v1",
+            "PORT": "0",
+            "API_KEY": KEY,
+            "DATA_DIR": f"{folder}/data",
+            "TMPDIR": folder,
+        }
+        with program("gateway", environ, Path(folder)) as (process, errors):
+            ready = first_line(process, "/openai/v1", errors)
+            yield Server(next(word for word in ready.split() if word.startswith("http://")))
+
+
+async def until_replicas(cluster: Cluster, *wanted: int) -> None:
+    """Return once the nodes have so many replicas each, in any order."""
+    deadline_s = time.monotonic() + WAIT_S
+    while (found := sorted(len(node.replicas()) for node in cluster.nodes)) != sorted(wanted):
+        assert time.monotonic() < deadline_s, f"{found} replicas, wanted {wanted}"
+        await asyncio.sleep(0.25)
+
+
+async def until_running(cluster: Cluster, number: int) -> None:
+    """Return once Ray says that so many replicas run."""
+    deadline_s = time.monotonic() + WAIT_S
+    said = ""
+    while f", {number} running" not in said:
+        assert time.monotonic() < deadline_s, said
+        status = await asyncio.to_thread(cluster.run, sys.executable, "-m", "handler", "ray", "status")
+        said = status.stdout
+
+
+@dataclass
+class Asked:
+    """One stream: how many pieces came, and how it ended."""
+
+    pieces: int = 0
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    error: openai.APIError | None = None
+    finish: str | None = None
+
+
+async def stream(client: openai.AsyncOpenAI, asked: Asked) -> None:
+    """Read a long answer to its end."""
+    try:
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hello"}], stream=True, **LONG
+        )
+        async for chunk in answer:
+            asked.pieces += 1
+            asked.begun.set()
+            if chunk.choices and chunk.choices[0].finish_reason:
+                asked.finish = chunk.choices[0].finish_reason
+    except openai.APIError as error:
+        asked.error = error
+    finally:
+        asked.begun.set()
+
+
+async def test_from_none_to_two_and_back(cluster: Cluster) -> None:
+    """Nobody asks, and there is no replica; requests wait for the first; a load has two; then none again."""
+    settings = {"START": "first_request", "MAX_WORKERS": "2", "IDLE_TIMEOUT_S": "5", "MAX_CONCURRENCY": "4"}
+    with deployed(cluster, **settings), gateway(cluster) as server:
+        await until_replicas(cluster, 0, 0)
+        async with server.client() as client:
+            asked = [Asked() for _ in range(8)]
+            streams = [asyncio.create_task(stream(client, one)) for one in asked]
+            await until_replicas(cluster, 1, 1)
+            await asyncio.gather(*streams)
+            assert [one.finish for one in asked] == ["length"] * 8
+            await until_replicas(cluster, 0, 0)
+            one = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=3
+            )
+            assert one.usage is not None
+
+
+@pytest.mark.parametrize("what", ["replica", "node"])
+async def test_a_loss_is_repaired_or_told(cluster: Cluster, what: str) -> None:
+    """What had no first byte is answered by another replica; the rest ends with an error frame; nothing hangs."""
+    with deployed(cluster, MIN_WORKERS="2", MAX_WORKERS="2"), gateway(cluster) as server:
+        await until_running(cluster, 2)
+        async with server.client() as client:
+            streams = [Asked() for _ in range(2 * SLOTS)]
+            tasks = [asyncio.create_task(stream(client, one)) for one in streams]
+            await asyncio.gather(*(one.begun.wait() for one in streams))
+            whole = [
+                asyncio.create_task(
+                    client.chat.completions.create(
+                        model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=40
+                    )
+                )
+                for _ in range(SLOTS)
+            ]
+            lost = cluster.nodes[1]
+            if what == "replica":
+                os.kill(lost.replicas()[0], signal.SIGKILL)
+            else:
+                lost.kill()
+            async with asyncio.timeout(WAIT_S):
+                await asyncio.gather(*tasks)
+                answers = await asyncio.gather(*whole)
+            assert all(answer.choices for answer in answers)
+            cut = [one for one in streams if one.error]
+            assert cut, "the replica that was lost had streams"
+            assert all(one.finish == "length" for one in streams if not one.error)
+            for one in cut:
+                assert one.pieces
+                assert one.finish is None
+                assert isinstance(one.error, openai.APIError)
+                assert one.error.code == "upstream_failed"
+            again = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=3
+            )
+            assert again.choices
+    # The node is not made again: this test is the last of its cluster.
