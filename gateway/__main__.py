@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from gateway.clients import Clients
 from gateway.commands import keys as keys_command
 from gateway.commands import usage as usage_command
 from gateway.console import Address, Console
+from gateway.jobs import Jobs
+from gateway.jobs.account import Account
+from gateway.jobs.routes import JobRoutes, worker_counts
+from gateway.jobs.webhooks import Allowed, Webhooks
 from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.limits import Limits
@@ -47,6 +52,7 @@ from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
+from handler.messages import Call
 from handler.server import Server, config
 from handler.waiting import Room
 
@@ -157,13 +163,22 @@ async def answer(
         open_metrics=_is_loopback(settings.host),
     )
     metering = Metering(store, keys, limits)
+    prices = Prices(settings.price_input, settings.price_output)
     call = Clients(keys, limits, metering).call(
         admission.call,
         endpoint_id=settings.endpoint_id,
         model_id=settings.model_id,
-        prices=Prices(settings.price_input, settings.price_output),
+        prices=prices,
     )
-    parts: list[Part] = [OpenAI({settings.endpoint_id: call}), Admin(store, following), operations]
+    endpoint = _Endpoint(admission.call, upstream)
+    account = Account(keys, limits, lambda _: (settings.model_id, prices))
+    jobs, job_routes = open_jobs(settings, store, account, endpoint)
+    parts: list[Part] = [
+        job_routes,
+        OpenAI({settings.endpoint_id: call}),
+        Admin(store, following),
+        operations,
+    ]
     gateway = Gateway(parts, keys, metrics, limits)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
@@ -171,6 +186,7 @@ async def answer(
 
     def stop() -> None:
         server.should_exit = True
+        jobs.stop_taking()
         upstream.stop_taking()
 
     def interrupt() -> None:
@@ -182,12 +198,25 @@ async def answer(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with metering, upstream, running(following.run()):
+    async with metering, upstream, jobs, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
     console.close()
     return exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """The one endpoint, for its jobs."""
+
+    ask: Call
+    upstream: Keeper
+
+    @property
+    def capacity(self) -> int:
+        """A worker says it nowhere yet: jobs beyond it wait there."""
+        return 16 if self.upstream.ready else 0
 
 
 @asynccontextmanager
@@ -199,6 +228,26 @@ async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.wait({task})
+
+
+def open_jobs(
+    settings: GatewaySettings, store: Store, account: Account, endpoint: _Endpoint
+) -> tuple[Jobs, JobRoutes]:
+    """The jobs of `endpoint`, and their API."""
+    endpoints = {settings.endpoint_id: endpoint}
+    allowed = Allowed.of(settings.webhook_hosts)
+    jobs = Jobs(
+        store,
+        endpoints,
+        costs=account,
+        limit=settings.jobs_limit,
+        webhooks=Webhooks(store, allowed),
+        drain_s=settings.drain_timeout_s,
+    )
+    upstream = endpoint.upstream
+    return jobs, JobRoutes(
+        jobs, endpoints, account, allowed, workers=lambda _: worker_counts([(upstream.state, 0)])
+    )
 
 
 def open_upstream(

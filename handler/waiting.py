@@ -91,13 +91,18 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
     """`call`, whose streams hear something while they wait for its answer.
 
     A request that asks for a stream and has no answer after `keep_alive_s` is answered 200 early and
-    gets a comment frame as often, until its stream begins; an error is then its last frame. 0: never.
+    gets a comment frame as often, until its stream begins; an error is then its last frame. 0: never, as for
+    one that says itself how long it may wait.
     """
     if not keep_alive_s:
         return call
 
     @asynccontextmanager
     async def kept(request: Request) -> AsyncIterator[Reply]:
+        if request.visit.wait_s is not None:
+            async with call(request) as reply:
+                yield reply
+            return
         async with _entered(call(request)) as head:
             await asyncio.wait({head}, timeout=keep_alive_s)
             if head.done() or not asks_for_stream(request):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -173,7 +174,10 @@ class Attempt:
     @asynccontextmanager
     async def _call(self, request: Request) -> AsyncIterator[Reply]:
         edge.allowed(request.method, request.path)
-        request = replace(request, visit=Visit(admitted=True, caller=self.job.key_id, taken=self._begin))
+        job = self.job
+        left_s = job.ttl_s if job.expires_at is None else job.expires_at - time.time()
+        visit = Visit(caller=job.key_id, background=job.background, wait_s=left_s, taken=self._begin)
+        request = replace(request, visit=visit)
         try:
             async with self._ask(request) as reply:
                 self._begin()
@@ -196,4 +200,5 @@ class Attempt:
         self._began()
 
     def _tell_usage(self, usage: Usage) -> None:
-        self.usage = usage
+        if usage.whole or usage.completion_tokens:
+            self.usage = usage
