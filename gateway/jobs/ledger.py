@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Connection
 from gateway.jobs import status, table, webhooks
 from gateway.jobs.table import Ending, Job, NewJob, State
 from gateway.store import Store
-from handler.errors import BadRequest, RateLimited
+from handler.errors import KeyReused, RateLimited
 from handler.usage import Usage
 
 QUEUED_MAX_BYTES = 4 << 30
@@ -39,13 +39,6 @@ class Free:
 
     def spend(self, job: Job, used: Usage) -> None:
         """Nothing."""
-
-
-class KeyReused(BadRequest):
-    """An idempotency key came with another request than the first time."""
-
-    status = 422
-    code = "idempotency_key_reused"
 
 
 class Ledger:
@@ -76,7 +69,7 @@ class Ledger:
             return None
         known = table.find_repeated(connection, new, self._clock())
         if known is not None and known.digest != new.digest:
-            raise KeyReused("This idempotency key was used with another request.")
+            raise KeyReused
         return known
 
     async def add(self, new: NewJob) -> tuple[Job, bool]:

@@ -23,7 +23,7 @@ from handler.errors import (
     BodyTooLarge,
     MethodNotAllowed,
     NoSuchEndpoint,
-    NotFound,
+    NoSuchJob,
     json_reply,
 )
 from handler.messages import Call, Reply, Request, once
@@ -61,15 +61,6 @@ class Callers(Protocol):
 
     def admit(self, key_id: str, endpoint_id: str, inside: Request | None) -> None:
         """Let a job in that asks the endpoint for `inside`, or raise what it is refused with."""
-
-
-class NoSuchJob(NotFound):
-    """No job of that id is kept here, or it is another key's."""
-
-    code = "job_not_found"
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"The job `{job_id}` does not exist; what came of a job is kept for a while only.")
 
 
 @dataclass(frozen=True, slots=True)
