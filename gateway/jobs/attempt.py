@@ -138,10 +138,11 @@ class Attempt:
         """Ask, and collect what is said; until `stop` is called."""
         error: str | None = None
         try:
-            async with asyncio.timeout(None) as self._timer:
+            async with asyncio.timeout(None) as timer:
                 if self.stopped:
                     return Refused(None)
-                async with aclosing(jobs.outputs(self._call, self.job.id, self._input)) as outputs:  # type: ignore[type-var]
+                self._timer = timer
+                async with aclosing(jobs.outputs(self._call, self.job.id, self._input)) as outputs:
                     async for output in outputs:
                         error = jobs.failure(output)
                         if error is None:
@@ -150,9 +151,11 @@ class Attempt:
                             error = json.dumps(jobs.error_of(jobs.too_large(self.outputs.size_bytes)))
                             break
         except TimeoutError:
-            if self._timer is None or not self._timer.expired():
+            if not timer.expired():
                 raise
             return self._timed_out()
+        finally:
+            self._timer = None
         if self._lost is not None:
             return self._lost
         if error is not None:
@@ -195,7 +198,7 @@ class Attempt:
         if self.begun:
             return
         self.begun = True
-        if self._timer is not None and not self.stopped:
+        if self._timer is not None and not self.stopped and not self._timer.expired():
             self._timer.reschedule(asyncio.get_running_loop().time() + self.job.execution_timeout_s)
         self._began()
 
