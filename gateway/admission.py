@@ -116,6 +116,7 @@ class Admission:
         tries = 0
         if self._has_place(request):
             self._tell.outcome("at_once")
+            request.visit.taken()
             began_s, answered = self._loop.time(), False
             try:
                 async with self._pool.call(request) as reply:
@@ -147,6 +148,7 @@ class Admission:
                 cold = cold or waiter.cold
                 await self._turn(waiter, request)
                 request = replace(request, visit=replace(request.visit, admitted=True))
+                request.visit.taken()
                 began_s = self._loop.time()
                 try:
                     reply = await stack.enter_async_context(self._pool.call(request))
