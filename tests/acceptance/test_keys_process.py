@@ -192,10 +192,11 @@ async def usage(folder: Path) -> dict[str, Any]:
 async def test_every_answer_is_counted_once_though_the_gateway_is_killed(tmp_path: Path) -> None:
     """65 answers under way, `kill -9` when the first is whole: each counts for what its client saw, once."""
     asked = clients()
+    play = ([("ready", str(len(asked)))], {CHAT: [client.script for client in asked]})
     environ = {"PRICE_INPUT": "1.5", "PRICE_OUTPUT": "2"}
     finished = asyncio.Event()
     async with (
-        gateway(tmp_path, (READY, {CHAT: [client.script for client in asked]}), environ=environ) as program,
+        gateway(tmp_path, play, environ=environ) as program,
         aiohttp.ClientSession(
             headers={"authorization": f"Bearer {KEY}"}, connector=aiohttp.TCPConnector(limit=0)
         ) as session,
