@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway.app import Gateway
 from gateway.keys import Keys
+from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from handler.messages import Call
@@ -20,8 +21,9 @@ def one(
     metrics: Metrics | None = None,
     health: Callable[[], Mapping[str, Any]] = dict,
     open_metrics: bool = False,
+    limits: Limits | None = None,
 ) -> Gateway:
     """The gateway whose only endpoint is `endpoint`."""
     metrics = metrics or Metrics()
     own = Operations(keys, metrics, health, open_metrics)
-    return Gateway([OpenAI({endpoint_id: endpoint}), own], keys, metrics)
+    return Gateway([OpenAI({endpoint_id: endpoint}), own], keys, metrics, limits or Limits())
