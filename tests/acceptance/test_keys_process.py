@@ -87,8 +87,7 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
     _, listed, _ = await command(tmp_path, "keys", "list", "--all")
     head, *rows = listed.splitlines()
     assert head.split()[:2] == ["id", "name"]
-    assert [row.split()[1] for row in rows] == ["first", "app"]
-    assert [row.split()[-1] for row in rows] == ["admin", "revoked"]
+    assert {row.split()[1]: row.split()[-1] for row in rows} == {"first": "admin", "app": "revoked"}
 
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:
