@@ -91,6 +91,20 @@ class Admission:
         self._served_s = SERVED_GUESS_S
         pool.listen(self._heard)
 
+    def adjust(
+        self,
+        *,
+        limit: int,
+        queue_timeout_s: float,
+        keep_alive_s: float,
+        check: Callable[[Request], None] = _nobody,
+    ) -> None:
+        """Keep to these from now on. Who waits already is not turned away for it."""
+        self._turns.rebound(limit)
+        self._queue_timeout_s = queue_timeout_s
+        self._keep_alive_s = keep_alive_s
+        self._check = check
+
     @property
     def waiting(self) -> int:
         """How many requests wait."""

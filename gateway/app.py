@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.keys import Key, Keys
+from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
@@ -27,6 +28,14 @@ class Part(Protocol):
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
+class Doorkeeper(Protocol):
+    """Who knows the keys."""
+
+    def check(self, request: Request) -> Key:
+        """The key that `request` bears. Raises `Unauthorized` unless it opens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
@@ -36,7 +45,7 @@ class Gateway:
     """
 
     parts: Sequence[Part]
-    keys: Keys
+    keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
 
@@ -103,20 +112,28 @@ class Gateway:
 
         @asynccontextmanager
         async def counted(request: Request) -> AsyncIterator[Reply]:
-            status = "left"
-            metrics.in_flight.inc()
+            route, status = _label(request.path), "left"
+            of = metrics.known(_endpoint_id(request.path))
+            of.in_flight.inc()
             try:
                 async with call(request) as reply:
                     status = str(reply.status)
-                    yield reply
+                    yield of.timed(reply, request.visit.arrived_s) if reply.streams else reply
             except RequestError:
-                metrics.broken_replies.inc()
+                of.broken_replies.inc()
                 raise
             finally:
-                metrics.in_flight.dec()
-                metrics.requests.labels(_label(request.path), status).inc()
+                of.in_flight.dec()
+                metrics.requests.labels(of.endpoint_id, route, status).inc()
+                took_s = time.monotonic() - request.visit.arrived_s
+                metrics.duration_s.labels(of.endpoint_id, route).observe(took_s)
 
         return counted
+
+
+def _endpoint_id(path: str) -> str:
+    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
+    return endpoint_id if top == "v2" else ""
 
 
 def _label(path: str) -> str:

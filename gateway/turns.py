@@ -45,6 +45,11 @@ class Turns(Generic[T]):
         self._again: OrderedDict[T, None] = OrderedDict()
         self._all: OrderedDict[T, None] = OrderedDict()
 
+    def rebound(self, limit: int) -> None:
+        """Have room for `limit` from now on; whoever waits already stays."""
+        for band in (self._front, self._background):
+            band.limit = limit
+
     def __len__(self) -> int:
         return len(self._all)
 
@@ -115,7 +120,7 @@ class _Band(Generic[T]):
     """The lines of those who wait in one band, that of the next key first."""
 
     def __init__(self, limit: int, limit_bytes: float) -> None:
-        self._limit = limit
+        self.limit = limit
         self._limit_bytes = limit_bytes
         self._lines: OrderedDict[str, _Line[T]] = OrderedDict()
         self._count = 0
@@ -167,11 +172,11 @@ class _Band(Generic[T]):
         return [turn]
 
     def _holds(self, count: int, size_bytes: int) -> bool:
-        return count <= self._limit and (count == 1 or size_bytes <= self._limit_bytes)
+        return count <= self.limit and (count == 1 or size_bytes <= self._limit_bytes)
 
     def _share(self, count: int, size_bytes: int) -> float:
         """How much of the queue that is, by number or by bytes: whichever is scarcer."""
-        return max(count / self._limit, size_bytes / self._limit_bytes)
+        return max(count / max(1, self.limit), size_bytes / self._limit_bytes)
 
     def _share_without_newest(self, line: _Line[T]) -> float:
         newest = next(reversed(line.turns))
