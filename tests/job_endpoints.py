@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+from aiohttp.abc import AbstractResolver, ResolveResult
 from sqlalchemy import Column, Connection, Integer, String, Table, insert, select
 
 from gateway.jobs import Job, Jobs, NewJob, status
@@ -122,3 +124,22 @@ async def told(jobs: Jobs, job: Job) -> Mapping[str, Any]:
     shown.pop("delayTime", None)
     shown.pop("executionTime", None)
     return shown
+
+
+class Names(AbstractResolver):
+    """A resolver that knows what the test says."""
+
+    def __init__(self, **addresses: Sequence[str]) -> None:
+        self._addresses = addresses
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """What the test says."""
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=socket.AF_INET, proto=0, flags=0)
+            for address in self._addresses[host]
+        ]
+
+    async def close(self) -> None:
+        """Nothing is held."""

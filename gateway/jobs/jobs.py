@@ -135,17 +135,15 @@ class Jobs:
         """`job` once it has ended, or as it is after `timeout_s`, or when this gateway begins no more."""
         with self._desk.listening(job.id) as heard, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not job.ended:
+                while True:
                     heard.clear()
-                    current = await self.ledger.find(job.id)
-                    if current is None:
-                        break
+                    if (current := await self.ledger.find(job.id)) is None:
+                        return job
                     job = current
-                    if self._closing and self._desk.attempt(job.id) is None:
-                        break
-                    if not job.ended:
-                        await heard.wait()
-        return job
+                    if job.ended or (self._closing and self._desk.attempt(job.id) is None):
+                        return job
+                    await heard.wait()
+        return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
         """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
