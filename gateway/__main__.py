@@ -16,6 +16,7 @@ from pathlib import Path
 
 import uvloop
 
+from gateway.admission import Admission
 from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
@@ -32,11 +33,11 @@ from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import KILL_GRACE_S, Keep, WorkerPool
 from gateway.upstreams.runpod import RunpodPool
 from handler import baked, early, logs
-from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
+from handler.messages import Call
 from handler.server import Server, config
-from handler.waiting import Room
+from handler.waiting import kept_alive
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
@@ -99,16 +100,16 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.workers.labels(state).set_function(partial(_in_state, pool, state))
     admission = Admission(
         pool,
-        room=Room(
-            limit=settings.queue_limit,
-            others=lambda: pool.in_line,
-            tell_waiting=metrics.queue_depth.set,
-            tell_waited_s=metrics.held_s.observe,
-        ),
+        limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
+        tell=metrics.admitted,
     )
+    metrics.queue_depth.set_function(lambda: admission.waiting)
+    ask: Call = admission.call
+    if settings.upstream == "runpod":  # a worker fetches its jobs: a stream may wait for that too
+        ask = kept_alive(ask, settings.keep_alive_s)
     operations = Operations(
         keys,
         metrics,
@@ -119,7 +120,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         },
         open_metrics=_is_loopback(settings.host),
     )
-    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
+    gateway = Gateway([OpenAI({settings.endpoint_id: ask}), operations], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))

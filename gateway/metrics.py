@@ -74,6 +74,11 @@ class Metrics:
             registry=registry,
         )
 
+    def admitted(self, outcome: str, waited_s: float) -> None:
+        """Count how long a request waited, unless it was asked `at_once`."""
+        if outcome != "at_once":
+            self.held_s.observe(waited_s)
+
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
