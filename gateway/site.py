@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from gateway.admission import Admission, Tell
+from gateway.admission import Admission
 from gateway.clients import Clients
 from gateway.endpoints_file import Described
 from gateway.metrics import Metrics
@@ -96,7 +96,7 @@ class Site:
             queue_timeout_s=settings.queue_timeout_s,
             keep_alive_s=settings.keep_alive_s,
             check=_check(described),
-            tell=Tell(waited_s=own.held_s.observe, outcome=own.admitted),
+            tell=own.admitted,
         )
 
     def adjust(self, line: Admission, described: Described) -> None:

@@ -215,8 +215,7 @@ async def test_tokens_and_admissions_are_counted_by_endpoint() -> None:
     metrics = Metrics()
     metrics.endpoint("a").count(Usage("m", 10, 5))
     metrics.endpoint("a").admitted("at_once")
-    metrics.endpoint("a").admitted("waited")
-    metrics.endpoint("a").held_s.observe(2.0)
+    metrics.endpoint("a").admitted("waited", 2.0)
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_prompt_tokens_total", endpoint="a", model="m")] == 10
     assert found[of("firsttoken_gateway_completion_tokens_total", endpoint="a", model="m")] == 5
