@@ -13,7 +13,19 @@ from typing import Self
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import ENDPOINT_ID, SWITCH, Setting, Table, choice, public_name, read, seconds, whole
+from handler.table import (
+    ENDPOINT_ID,
+    SIZE,
+    SWITCH,
+    Setting,
+    Table,
+    choice,
+    public_name,
+    read,
+    seconds,
+    size,
+    whole,
+)
 from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
@@ -93,6 +105,20 @@ TABLE: Table = (
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
     ),
+    Setting(
+        "MAX_FILE_BYTES",
+        "max_file_bytes",
+        SIZE,
+        "512MiB",
+        "The largest file that `/files` takes; more is a 413. A batch's input may have 200 MB at most.",
+    ),
+    Setting(
+        "MAX_STORED_BYTES",
+        "max_stored_bytes",
+        size(1 << 20),
+        "16GiB",
+        "What all files may take together; a file more is a 413 until some are deleted.",
+    ),
     *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
 )
 
@@ -116,6 +142,8 @@ class GatewaySettings:
     execution_timeout_s: float
     keep_alive_s: float
     drain_timeout_s: float
+    max_file_bytes: int
+    max_stored_bytes: int
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str

@@ -11,7 +11,9 @@ FirstTokenError
 │   │   ├── NoSuchModel     404  model_not_found
 │   │   └── NoSuchEndpoint  404  endpoint_not_found
 │   ├── MethodNotAllowed    405  method_not_allowed, with Allow
+│   ├── Conflict            409  conflict
 │   ├── BodyTooLarge        413  request_too_large
+│   ├── StorageFull         413  storage_full
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
@@ -172,6 +174,14 @@ class MethodNotAllowed(RequestError):
         )
 
 
+class Conflict(RequestError):
+    """What is asked for can't be done in the state that the thing is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(RequestError):
     """The body is larger than `MAX_BODY_BYTES`."""
 
@@ -181,6 +191,14 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is larger than {limit_bytes} bytes.")
+
+
+class StorageFull(RequestError):
+    """There is no place for the file. No 5xx: a client would send it all again, at once."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "storage_full"
 
 
 class _RetryLater(RequestError):
