@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import openai.types
 
+from handler.batch_window import Pace
 from handler.engine import Engine
 from handler.platforms.batch_shift import Times
-from handler.platforms.batch_window import Pace
 from handler.platforms.s3_batch import S3Batches
 from handler.platforms.sqs import Consumer, Sqs
 from handler.platforms.sqs_queue import Times as QueueTimes

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from handler.__main__ import end, exit_code
 from handler.asgi import call_app
+from handler.batch_window import Pace
 from handler.engine import Engine
 from handler.phases import Phases
-from handler.platforms.batch_window import Pace
 from handler.platforms.s3_batch import S3Batches
 from handler.platforms.sqs import Sqs
 from handler.settings import Settings

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from handler import edge
+from handler import batch_source, edge
 from handler.asgi import call_app
+from handler.batch_lines import Progress
+from handler.batch_window import Pace, Part
 from handler.errors import UpstreamFailed
-from handler.platforms import batch_shift, batch_source, batch_upload
+from handler.platforms import batch_shift, batch_upload
 from handler.platforms.aws_clients import Clients
 from handler.platforms.batch_lease import Lease, Leases, Taken
-from handler.platforms.batch_lines import Progress
 from handler.platforms.batch_store import BatchStore, Place
-from handler.platforms.batch_window import Pace, Part
 from handler.platforms.lambda_messages import Created, Shift
 from handler.platforms.s3_batch import S3Batches
 from handler.settings import Settings

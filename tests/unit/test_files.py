@@ -64,7 +64,9 @@ class Desk:
             return error.status, error.body()["error"]
         return reply.status, json.loads(body) if reply.header("content-type") == "application/json" else body
 
-    async def upload(self, content: bytes = b"hello", /, *, key: str = "k1", **fields: str) -> tuple[int, Any]:
+    async def upload(
+        self, content: bytes = b"hello", /, *, key: str = "k1", **fields: str
+    ) -> tuple[int, Any]:
         """What comes of an upload."""
         form = {
             "purpose": "user_data",

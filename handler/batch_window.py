@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from handler.batch_lines import OVERHEAD_BYTES, Item, Outcome, Progress, refused
 from handler.errors import DeadlineExceeded, RequestError
-from handler.platforms.batch_lines import OVERHEAD_BYTES, Item, Outcome, Progress, refused
 
 TIMED_OUT = "request_timeout"
 """OpenAI's code for a line whose answer took too long."""

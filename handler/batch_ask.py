@@ -6,9 +6,9 @@ import asyncio
 import json
 import math
 
+from handler.batch_lines import Item, Outcome, answered
 from handler.errors import EngineDead, RequestError
 from handler.messages import Call, Request, read
-from handler.platforms.batch_lines import Item, Outcome, answered
 
 TRIES = 3
 """How often a line is asked whose answers blame the server."""
