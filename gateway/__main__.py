@@ -1,4 +1,4 @@
-"""`python -m gateway`: settings, listener, upstream, server. Exit codes are sysexits'."""
+"""`python -m gateway`: settings, database, listener, upstream, server. Exit codes are sysexits'."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
+from gateway import key_table
+from gateway.alone import alone
 from gateway.app import Gateway
+from gateway.commands import keys as keys_command
 from gateway.console import Address, Console
+from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import UPSTREAMS, GatewaySettings
+from gateway.store import Store
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
@@ -38,6 +46,8 @@ from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
+COMMANDS = (keys_command,)
+"""Those beside `serve`, each a module of `gateway.commands`."""
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
@@ -49,9 +59,13 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serving = commands.add_parser("serve", help="serve; also without a command")
     serving.add_argument("--upstream", choices=UPSTREAMS, help="how the worker is asked (UPSTREAM)")
+    for command in COMMANDS:
+        command.add(commands)
     args = parser.parse_args(argv)
     given = {"UPSTREAM": args.upstream} if getattr(args, "upstream", None) else {}
     try:
+        if "run" in args:
+            return int(args.run(args, os.environ))
         settings = GatewaySettings.from_environ({**os.environ, **baked.names(os.environ), **given})
         logs.to_stderr("gateway", settings.log_level)
         logs.to_stderr("handler", settings.log_level)
@@ -70,12 +84,31 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
-    listener = listen(settings.host, settings.port)
-    keys = Keys.open(settings.api_key)
+    with (
+        listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
+        alone(settings.database_url),
+        closing(Store.open(settings.database_url)) as store,
+    ):
+        return await answer(settings, environ, worker, listener, store)
+
+
+async def answer(
+    settings: GatewaySettings,
+    environ: Mapping[str, str],
+    worker: Sequence[str],
+    listener: socket.socket,
+    store: Store,
+) -> int:
+    """`serve`, with what it has opened."""
+    keys = Keys(settings.api_key)
+    first = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+    following = Following(keys, store)
+    await following.look()
     metrics = Metrics()
-    console = Console(
-        Address(_base_url(settings, listener), settings.model_id, keys.shown), sys.stdout, sys.stderr
+    address = Address(
+        _base_url(settings, listener), settings.model_id, first, given=settings.api_key is not None
     )
+    console = Console(address, sys.stdout, sys.stderr)
     exit_code = 0
 
     def tell(event: Event) -> None:
@@ -134,12 +167,23 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream:
+    async with upstream, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
     console.close()
     return exit_code
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """`work` beside the block, and cancelled after it."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def open_upstream(

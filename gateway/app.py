@@ -11,7 +11,7 @@ from typing import Protocol
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import NoSuchRoute, RequestError
+from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError
 from handler.messages import Call, Reply, Request
 
 
@@ -43,7 +43,8 @@ class Reads:
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
-    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not.
+    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not; `/admin` an
+    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there.
     """
 
     parts: Sequence[Part]
@@ -74,11 +75,16 @@ class Gateway:
             yield reply
 
     def _known(self, request: Request) -> Request:
-        """`request`, and whose it is."""
-        if request.path.split("/", 2)[1] not in {"v2", "admin"}:
+        """`request`, and whose it is. Raises what its key is refused with."""
+        _, top, endpoint_id, *_ = [*request.path.split("/", 3), "", ""]
+        if top not in {"v2", "admin"}:
             return request
-        key = self.keys.ring.check(request)
-        return replace(request, visit=replace(request.visit, caller=key.name))
+        key = self.keys.check(request)
+        if top == "admin" and not key.admin:
+            raise Forbidden("This needs an admin key.")
+        if top == "v2" and not key.may_use(endpoint_id):
+            raise NoSuchEndpoint(endpoint_id)  # what others have, nobody needs to know of
+        return replace(request, visit=replace(request.visit, caller=key.id))
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:

@@ -58,7 +58,7 @@ class Operations:
         if request.path == "/metrics" and not (
             self.open_metrics and not any(map(request.header, _FORWARDED))
         ):
-            self.keys.ring.check(request)
+            self.keys.check(request)
         return call
 
     @asynccontextmanager

@@ -35,7 +35,7 @@ def gateway(
     """The application in front of `scripted`."""
     return gateways.one(
         call_app(scripted),
-        Keys.open("secret"),
+        Keys("secret"),
         health=lambda: HEALTH,
         open_metrics=open_metrics,
     ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
@@ -256,7 +256,7 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     async def broken(scope: Message, receive: object, send: object) -> None:
         raise UpstreamFailed("The worker went away before it answered.")
 
-    app = gateways.one(call_app(broken), Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(call_app(broken), Keys("secret")).app(max_body_bytes=100, cors_origins=())
     status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
 
@@ -299,7 +299,7 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
         keep_alive_s=0,
         check=partial(early.check, model="mine"),
     )
-    app = gateways.one(admission.call, Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(admission.call, Keys("secret")).app(max_body_bytes=100, cors_origins=())
     sent = (*headers, ("content-type", "application/json"))
     status, answered, raw = await ask(app, "POST", f"{BASE}{path}", sent, body)
     assert (status, json.loads(raw)["error"]["code"]) == expected
