@@ -15,11 +15,11 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -36,6 +36,8 @@ from sqlalchemy import (
 
 from gateway.store import Store, metadata
 from handler.errors import BodyTooLarge, NotFound, StorageFull
+
+T = TypeVar("T")
 
 FILENAME_MAX_CHARS = 255
 READ_BYTES = 1 << 20
@@ -220,11 +222,7 @@ class FileStore:
             await self._store.write(lambda connection: put(connection, file))
             return file
 
-        finishing = asyncio.ensure_future(finish())
-        try:
-            return await asyncio.shield(finishing)
-        finally:  # a client that leaves now leaves a file, and not half of one
-            await asyncio.wait({finishing})
+        return await to_the_end(finish())  # a client that leaves now leaves a file, and not half of one
 
     async def find(self, file_id: str, key_id: str | None) -> File:
         """The file `file_id` of the key `key_id`, or of any for None. Raises `NotFound`."""
@@ -268,6 +266,15 @@ class FileStore:
         """The files whose time is over."""
         wanted = select(FILES.c.id).where(FILES.c.expires_at <= self.now())
         return await self._store.read(lambda connection: list(connection.scalars(wanted)))
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`; it is not cancelled with its caller, who waits for its end all the same."""
+    doing = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(doing)
+    finally:
+        await asyncio.wait({doing})
 
 
 def no_such_file(file_id: str, param: str = "id") -> NotFound:

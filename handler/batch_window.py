@@ -112,6 +112,11 @@ class Window:
         self.written = 0
         """How many parts were written."""
 
+    def allow(self, most: int) -> None:
+        """Have so many lines in work at a time from now on."""
+        self._pace = replace(self._pace, most=most)
+        self._news.set()
+
     def refuse(self, why: RequestError) -> None:
         """Ask no more: what runs is ended, and the rest of the file is told `why`."""
         self._refusal = why

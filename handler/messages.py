@@ -33,6 +33,8 @@ class Visit:
     """If it asks for a stream, its client hears comments while it waits."""
     caller: str = ""
     """Whose request it is: the id of a key. Turns are taken and tokens counted by it."""
+    background: bool = False
+    """Nobody waits for it now: it goes after those for which somebody does."""
 
     def deadline_s(self, timeout_s: float) -> float:
         """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
