@@ -239,9 +239,9 @@ class BatchRun:
     def _call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
         means, key_id = self._means, self._row.key_id
         if not means.keys.of(key_id).opens(means.now):
-            self._refuse(
-                BadRequest("The key of the batch is valid no more.", code="batch_cancelled"), "cancelled"
-            )
+            why = BadRequest("The key of the batch is valid no more.", code="batch_cancelled")
+            self._refuse(why, "cancelled")
+            raise why
         endpoint = means.endpoints.get(self._row.endpoint_id)
         if endpoint is None:  # it may come back with the next reload
             raise NotAdmitted("The endpoint is gone.", retry_after_s=GONE_RETRY_S)
