@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,33 +21,43 @@ from typing import Any
 import uvloop
 
 from gateway import key_table
+from gateway.admin import Admin
 from gateway.alone import alone
-from gateway.app import Gateway
+from gateway.app import Gateway, Part
+from gateway.clients import Clients
 from gateway.commands import keys as keys_command
+from gateway.commands import usage as usage_command
 from gateway.console import Address, Console
+from gateway.endpoint import Endpoint
+from gateway.endpoints import Endpoints
 from gateway.key_table import Following
 from gateway.keys import Keys
-from gateway.metrics import Metrics
+from gateway.limits import Limits
+from gateway.metering import Metering
+from gateway.metrics import EndpointMetrics, Metrics
 from gateway.parts import OpenAI, Operations
+from gateway.scrape import Target
 from gateway.settings import UPSTREAMS, GatewaySettings
 from gateway.store import Store
 from gateway.upstreams.control_plane import ControlPlane
-from gateway.upstreams.events import Event, Ready, StartFailed
-from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
+from gateway.upstreams.events import Event, StartFailed
+from gateway.upstreams.keeper import KILL_GRACE_S, Keep, Keeper
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
+from gateway.usage import Prices
 from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 from handler.server import Server, config
+from handler.usage import metered
 from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
-COMMANDS = (keys_command,)
+COMMANDS = (keys_command, usage_command)
 """Those beside `serve`, each a module of `gateway.commands`."""
 
 
@@ -102,9 +113,11 @@ async def answer(
     """`serve`, with what it has opened."""
     keys = Keys(settings.api_key)
     first = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+    limits = Limits()
     following = Following(keys, store)
     await following.look()
     metrics = Metrics()
+    own = metrics.endpoint(settings.endpoint_id)
     address = Address(
         _base_url(settings, listener), settings.model_id, first, given=settings.api_key is not None
     )
@@ -113,7 +126,7 @@ async def answer(
 
     def tell(event: Event) -> None:
         console(event)
-        _count(metrics, event)
+        own.tell(event)
         if (
             isinstance(event, StartFailed)
             and event.permanent
@@ -124,16 +137,13 @@ async def answer(
             exit_code = event.exit_code  # nobody has been served: say so where it was started
             stop()
 
-    upstream = open_upstream(settings, environ, worker, metrics, tell)
-    for state in STATES:
-        metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
+    upstream = open_upstream(settings, environ, worker, own, tell)
     admission = Admission(
         upstream,
         room=Room(
             limit=settings.queue_limit,
             others=lambda: upstream.in_line,
-            tell_waiting=metrics.queue_depth.set,
-            tell_waited_s=metrics.held_s.observe,
+            tell_waited_s=own.held_s.observe,
         ),
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
@@ -149,7 +159,20 @@ async def answer(
         },
         open_metrics=_is_loopback(settings.host),
     )
-    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
+    metering = Metering(store, keys, limits)
+    call = Clients(keys, limits, metering).call(
+        metered(admission.call, own.count),
+        endpoint_id=settings.endpoint_id,
+        model_id=settings.model_id,
+        prices=Prices(settings.price_input, settings.price_output),
+    )
+    endpoints = Endpoints([Endpoint(settings, admission.call, call, OneWorker(upstream, admission))])
+    metrics.watch(
+        lambda: [endpoint.status() for endpoint in endpoints.values()],
+        lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
+    )
+    parts: list[Part] = [OpenAI(endpoints), Admin(store, following), operations]
+    gateway = Gateway(parts, keys, metrics, limits)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -167,12 +190,34 @@ async def answer(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream, running(following.run()):
+    async with metering, upstream, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
     console.close()
     return exit_code
+
+
+@dataclass(frozen=True, slots=True)
+class OneWorker:
+    """The only worker of `upstream`, and those who wait for it."""
+
+    upstream: Keeper
+    admission: Admission
+
+    @property
+    def capacity(self) -> int:
+        """How many requests it works on at once: it has not said, so one."""
+        return int(self.upstream.ready)
+
+    def status(self) -> Mapping[str, Any]:
+        """Its state, and how many wait."""
+        return {
+            "waiting": self.admission.waiting,
+            "capacity": self.capacity,
+            "workers": [{"state": self.upstream.state}],
+            **self.upstream.health,
+        }
 
 
 @asynccontextmanager
@@ -190,7 +235,7 @@ def open_upstream(
     settings: GatewaySettings,
     environ: Mapping[str, str],
     worker: Sequence[str],
-    metrics: Metrics,
+    metrics: EndpointMetrics,
     tell: Callable[[Event], None],
 ) -> Keeper:
     """The upstream that `settings` name, whose workers are `worker`, a command."""
@@ -226,18 +271,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _is(upstream: Keeper, state: str) -> float:
-    return float(upstream.state == state)
-
-
-def _count(metrics: Metrics, event: Event) -> None:
-    if isinstance(event, Ready):
-        metrics.worker_starts.labels("ready").inc()
-        metrics.worker_cold_start_s.set(event.cold_start.get("total_s", event.took_s))
-    elif isinstance(event, StartFailed):
-        metrics.worker_starts.labels("failed").inc()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,19 @@ from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
 
+
+def _price(value: str) -> int:
+    """In billionths, so that sums of it are exact."""
+    try:
+        number = Decimal(value) * 10**9
+    except InvalidOperation:
+        raise ValueError(value) from None
+    if not (number.is_finite() and 0 <= number <= 10**15 and number == int(number)):
+        raise ValueError(value)
+    return int(number)
+
+
+PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price)
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
 
@@ -65,6 +79,13 @@ TABLE: Table = (
         _SHARED["API_KEY"],
         help="An admin key, `Authorization: Bearer ...`, beside those of `python -m gateway keys`. If not "
         "set and there is no key yet: one is made, and shown once.",
+    ),
+    Setting(
+        "ENDPOINTS_FILE",
+        "endpoints_file",
+        Kind("a path that ends in `.toml`", matching(r"(?s).+\.toml")),
+        None,
+        "Where several endpoints are described (docs/gateway.md). If not set: the environment describes one.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -129,6 +150,14 @@ TABLE: Table = (
         "where OpenAI's clients give up.",
     ),
     *KEPT,
+    Setting(
+        "PRICE_INPUT",
+        "price_input",
+        PRICE,
+        "0",
+        "What a million tokens of prompts cost, in whichever money: usage shows it.",
+    ),
+    Setting("PRICE_OUTPUT", "price_output", PRICE, "0", "What a million tokens of answers cost."),
     *rows("KEEP_ALIVE_S"),
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
@@ -159,6 +188,7 @@ class GatewaySettings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    endpoints_file: str | None
     endpoint_id: str
     model_name: str
     served_model_name: str | None
@@ -171,6 +201,8 @@ class GatewaySettings:
     execution_timeout_s: float
     data_dir: Path
     database_url: str = field(repr=False)
+    price_input: int
+    price_output: int
     keep_alive_s: float
     drain_timeout_s: float
     max_file_bytes: int
