@@ -20,16 +20,21 @@ from typing import Any
 
 import uvloop
 
-from gateway import key_table
+from gateway import batch_table, key_table
 from gateway.admin import Admin
 from gateway.alone import alone
 from gateway.app import Gateway, Part
+from gateway.batch_run import Means
+from gateway.batch_runs import BatchRuns
+from gateway.batches import Batches
 from gateway.clients import Clients
 from gateway.commands import keys as keys_command
 from gateway.commands import usage as usage_command
 from gateway.console import Address, Console
 from gateway.endpoint import Endpoint
 from gateway.endpoints import Endpoints
+from gateway.file_store import FileStore
+from gateway.files import Files
 from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.limits import Limits
@@ -166,12 +171,35 @@ async def answer(
         model_id=settings.model_id,
         prices=Prices(settings.price_input, settings.price_output),
     )
-    endpoints = Endpoints([Endpoint(settings, admission.call, call, OneWorker(upstream, admission))])
+    endpoints = Endpoints(
+        [
+            Endpoint(
+                settings,
+                admission.call,
+                call,
+                OneWorker(upstream, admission),
+                refuse=partial(early.check, model=early.only_model(settings.model_id, environ)),
+            )
+        ]
+    )
+    files = FileStore(
+        store,
+        settings.data_dir / "files",
+        max_file_bytes=settings.max_file_bytes,
+        max_stored_bytes=settings.max_stored_bytes,
+    )
+    batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
     metrics.watch(
         lambda: [endpoint.status() for endpoint in endpoints.values()],
         lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
     )
-    parts: list[Part] = [OpenAI(endpoints), Admin(store, following), operations]
+    parts: list[Part] = [
+        Files(files, endpoints, keys, batch_table.check_delete),
+        Batches(batches, endpoints, keys),
+        OpenAI(endpoints),
+        Admin(store, following),
+        operations,
+    ]
     gateway = Gateway(parts, keys, metrics, limits)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
@@ -179,6 +207,7 @@ async def answer(
 
     def stop() -> None:
         server.should_exit = True
+        batches.stop()
         upstream.stop_taking()
 
     def interrupt() -> None:
@@ -190,7 +219,7 @@ async def answer(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with metering, upstream, running(following.run()):
+    async with metering, upstream, batches, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])

@@ -29,12 +29,12 @@ def check(
     url: str,
     *,
     default_model: str,
-    refuse: Callable[[str, Request], None],
+    refuse: Callable[[Request], None],
     goes_on: Callable[[], bool],
 ) -> Checked | None:
     """Look at every line of `source`, all of which have to ask `url`; None if `goes_on` said no first.
 
-    `refuse(model, request)` raises what the first request is refused with, whoever asks it.
+    `refuse` raises what the first request is refused with, whoever asks it.
     """
     found = Checked()
     seen: set[bytes] = set()
@@ -49,7 +49,7 @@ def check(
                 return found
             fault = item.fault or _fault(item, url, seen, found, default_model)
             if fault is None and found.total == 1:
-                fault = _refusal(item, found, refuse)
+                fault = _refusal(item, refuse)
             if fault is not None:
                 found.faults.append((item.line.number, fault))
                 if len(found.faults) == FAULTS_MAX:
@@ -78,11 +78,10 @@ def _fault(item: Item, url: str, seen: set[bytes], found: Checked, default_model
     return None
 
 
-def _refusal(item: Item, found: Checked, refuse: Callable[[str, Request], None]) -> RequestError | None:
+def _refusal(item: Item, refuse: Callable[[Request], None]) -> RequestError | None:
     assert item.request is not None, "the line is not bad by itself"
-    assert found.model is not None, "the line has told it"
     try:
-        refuse(found.model, item.request)
+        refuse(item.request)
     except RequestError as error:
         return error
     return None

@@ -15,26 +15,28 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanag
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, Self
 
 from sqlalchemy import Connection
 
 from gateway import batch_table as table
-from gateway import file_store
+from gateway import file_store, usage
 from gateway.batch_check import Checked, check
 from gateway.batch_table import Row
+from gateway.clients import permit
+from gateway.endpoint import Endpoint
 from gateway.file_store import File, FileStore, digest, sync_folder, to_the_end
 from gateway.keys import Keys
 from gateway.store import Store
-from gateway.usage import Entry
+from gateway.usage import Entry, Prices
 from handler import batch_object
 from handler.batch_ask import Asker
 from handler.batch_lines import Item, Outcome, Progress
 from handler.batch_object import Batch
 from handler.batch_source import Source
 from handler.batch_window import Pace, Part, Window
-from handler.errors import BadRequest, NoSuchModel, NotAdmitted, NotFound, RequestError
-from handler.messages import Call, Reply, Request, Visit
+from handler.errors import BadRequest, NotAdmitted, NotFound, RequestError
+from handler.messages import Reply, Request, Visit
 
 log = logging.getLogger("gateway")
 
@@ -44,40 +46,15 @@ PAUSE_S = 1.0
 GONE_RETRY_S = 30.0
 
 
-class Asked(Protocol):
-    """What a batch needs to know of the endpoint that it asks."""
-
-    @property
-    def ask(self) -> Call:
-        """Waits for a worker and is answered by it."""
-        ...
-
-    @property
-    def model_id(self) -> str:
-        """What clients call its model."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """How many requests its workers work on at once, in all; 0 while none is ready."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What every batch is run with.
-
-    `account(connection, entry)` counts what was used, `refuse(endpoint, request)` raises what its workers
-    are sure to answer a request with.
-    """
+    """What every batch is run with."""
 
     store: Store
     files: FileStore
     keys: Keys
-    endpoints: Mapping[str, Asked]
+    endpoints: Mapping[str, Endpoint]
     max_body_bytes: int
-    account: Callable[[Connection, Entry], None]
-    refuse: Callable[[str, Request], None]
 
     @property
     def now(self) -> float:
@@ -173,7 +150,7 @@ class BatchRun:
                 source,
                 self._row.object["endpoint"],
                 default_model=self._default_model(),
-                refuse=self._refuse_model,
+                refuse=self._refuse_line,
                 goes_on=lambda: not self._stops,
             )
 
@@ -242,18 +219,19 @@ class BatchRun:
             why = BadRequest("The key of the batch is valid no more.", code="batch_cancelled")
             self._refuse(why, "cancelled")
             raise why
-        endpoint = means.endpoints.get(self._row.endpoint_id)
-        if endpoint is None:  # it may come back with the next reload
+        if self._endpoint is None:
             raise NotAdmitted("The endpoint is gone.", retry_after_s=GONE_RETRY_S)
-        return endpoint.ask(replace(request, visit=Visit(caller=key_id, background=True)))
+        left_s = max(0.0, self._row.object["expires_at"] - means.now)
+        return self._endpoint.ask(
+            replace(request, visit=Visit(caller=key_id, background=True, wait_s=left_s))
+        )
 
     def _most(self) -> int:
         """How many lines are in work: all places of the endpoint's workers, and a few wait for the next.
 
         Those show that there is work for more of them.
         """
-        endpoint = self._means.endpoints.get(self._row.endpoint_id)
-        places = endpoint.capacity if endpoint else 0
+        places = self._endpoint.capacity if self._endpoint else 0
         return places + max(1, places // 4)
 
     async def _write(self, outputs: _Outputs, part: Part) -> None:
@@ -261,20 +239,12 @@ class BatchRun:
 
     async def _commit(self, outputs: _Outputs, part: Part) -> None:
         sizes = await asyncio.to_thread(outputs.append, b"".join(part.outputs), b"".join(part.errors))
-        before, after = self._progress, part.progress
-        used = Entry(
-            key_id=self._row.key_id,
-            endpoint_id=self._row.endpoint_id,
-            model=self._model or self._default_model(),
-            prompt_tokens=after.input_tokens - before.input_tokens,
-            completion_tokens=after.output_tokens - before.output_tokens,
-            requests=after.completed - before.completed,
-        )
+        after, used = part.progress, self._used(part.progress)
         columns = {"progress": after.dump(), "output_bytes": sizes[0], "error_bytes": sizes[1]}
 
         def commit(connection: Connection) -> Batch:
             if used.requests:
-                self._means.account(connection, used)
+                usage.add(connection, used)
             return table.change(
                 connection, self._row.id, lambda batch: batch_object.counted(batch, after), **columns
             )
@@ -283,6 +253,24 @@ class BatchRun:
         self._progress = after
         if batch["cancelling_at"]:
             self.cancel()
+
+    def _used(self, after: Progress) -> Entry:
+        """What was used since the last commit, if it is `after` now."""
+        before, endpoint = self._progress, self._endpoint
+        prompt_tokens = after.input_tokens - before.input_tokens
+        completion_tokens = after.output_tokens - before.output_tokens
+        prices = (
+            Prices(endpoint.settings.price_input, endpoint.settings.price_output) if endpoint else Prices()
+        )
+        return Entry(
+            key_id=self._row.key_id,
+            endpoint_id=self._row.endpoint_id,
+            model=self._model or self._default_model(),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            cost_nano=prices.cost_nano(prompt_tokens, completion_tokens),
+            requests=after.completed - before.completed,
+        )
 
     # --- parts of it ---------------------------------------------------------------------------
 
@@ -333,14 +321,19 @@ class BatchRun:
         sync_folder(self._paths()[0].parent)
         return made
 
-    def _default_model(self) -> str:
-        endpoint = self._means.endpoints.get(self._row.endpoint_id)
-        return endpoint.model_id if endpoint else ""
+    @property
+    def _endpoint(self) -> Endpoint | None:
+        """The endpoint that is asked, None while it is gone: the next reload may bring it back."""
+        return self._means.endpoints.get(self._row.endpoint_id)
 
-    def _refuse_model(self, model: str, request: Request) -> None:
-        if not self._means.keys.of(self._row.key_id).may_ask(model):
-            raise NoSuchModel(model)
-        self._means.refuse(self._row.endpoint_id, request)
+    def _default_model(self) -> str:
+        return self._endpoint.model_id if self._endpoint else ""
+
+    def _refuse_line(self, request: Request) -> None:
+        """Raise what the key or the endpoint is sure to refuse `request` with."""
+        if endpoint := self._endpoint:
+            permit(self._means.keys.of(self._row.key_id), request, endpoint.model_id)
+            endpoint.refuse(request)
 
 
 class _Outputs:

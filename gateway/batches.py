@@ -7,7 +7,7 @@ https://platform.openai.com/docs/api-reference/batch
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Container, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from gateway.batch_runs import BatchRuns
 from gateway.batch_table import Row
 from gateway.file_store import new_id
 from gateway.files import expires_in_s
+from gateway.keys import Keys
 from handler import batch_lines, batch_object
 from handler.batch_lines import FILE_MAX_BYTES
 from handler.batch_object import Batch
@@ -37,11 +38,11 @@ METADATA_MAX, METADATA_NAME_CHARS, METADATA_VALUE_CHARS = 16, 64, 512
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The routes of batches. `is_admin` is asked with the id of a key."""
+    """The routes of batches."""
 
     runs: BatchRuns
     endpoints: Container[str]
-    is_admin: Callable[[str], bool]
+    keys: Keys
 
     def find(self, request: Request) -> Call | None:
         """The call for a route of batches. Raises `MethodNotAllowed`."""
@@ -62,17 +63,12 @@ class Batches:
             raise MethodNotAllowed(request.method, request.path, methods)
         return methods[request.method]
 
-    def _owner(self, request: Request) -> str | None:
-        """Whose batches the request may see: those of its key, or None for all."""
-        caller = request.visit.caller
-        return None if self.is_admin(caller) else caller
-
     @asynccontextmanager
     async def _create(self, endpoint_id: str, request: Request) -> AsyncIterator[Reply]:
         if fault := body_fault(request):
             raise fault
         wanted = _Wanted.parse(json.loads(request.body))
-        owner, caller, now = self._owner(request), request.visit.caller, self.runs.means.now
+        owner, caller, now = openai_route.owner(self.keys, request), request.visit.caller, self.runs.means.now
         batch = batch_object.begin(
             new_id("batch_"),
             input_file_id=wanted.input_file_id,
@@ -114,7 +110,7 @@ class Batches:
         limit = openai_route.limit(given, most=LIST_MAX, otherwise=LIST_DEFAULT)
         wanted = partial(
             table.listed,
-            key_id=self._owner(request),
+            key_id=openai_route.owner(self.keys, request),
             endpoint_id=endpoint_id,
             after=given.get("after"),
             limit=limit + 1,
@@ -133,7 +129,7 @@ class Batches:
         yield json_reply(200, await self.runs.cancel(batch_id))
 
     async def _find(self, endpoint_id: str, batch_id: str, request: Request) -> Batch:
-        owner = self._owner(request)
+        owner = openai_route.owner(self.keys, request)
         batch = await self.runs.means.store.read(
             lambda connection: table.find(connection, batch_id, owner, endpoint_id)
         )

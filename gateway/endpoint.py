@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.settings import GatewaySettings
-from handler.messages import Call
+from handler.messages import Call, Request
 
 
 class Workers(Protocol):
@@ -35,6 +35,8 @@ class Endpoint:
     ask: Call = field(repr=False)
     call: Call = field(repr=False)
     workers: Workers = field(repr=False)
+    refuse: Callable[[Request], None] = field(default=lambda _: None, repr=False)
+    """Raises what its workers are sure to answer a request with."""
 
     @property
     def id(self) -> str:

@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 from gateway import openai_route
 from gateway.app import Reads
 from gateway.file_store import READ_BYTES, FileStore, no_such_file
+from gateway.keys import Keys
 from gateway.uploads import OVERHEAD_BYTES, read_form
 from handler.errors import BadRequest, MethodNotAllowed, json_reply
 from handler.messages import Call, Reply, Request
@@ -32,14 +33,11 @@ LIST_MAX = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The routes of files. `is_admin` is asked with the id of a key.
-
-    `check_delete(file_id, connection)` raises where a file is in use and has to stay.
-    """
+    """The routes of files. `check_delete(file_id, connection)` raises where a file has to stay."""
 
     store: FileStore
     endpoints: Container[str]
-    is_admin: Callable[[str], bool]
+    keys: Keys
     check_delete: Callable[[str, Connection], None] = lambda _file_id, _connection: None
 
     def find(self, request: Request) -> Call | None:
@@ -61,11 +59,6 @@ class Files:
         if request.method not in methods:
             raise MethodNotAllowed(request.method, request.path, methods)
         return methods[request.method]
-
-    def _owner(self, request: Request) -> str | None:
-        """Whose files the request may see: those of its key, or None for all."""
-        caller = request.visit.caller
-        return None if self.is_admin(caller) else caller
 
     @asynccontextmanager
     async def _upload(self, request: Request) -> AsyncIterator[Reply]:
@@ -91,7 +84,7 @@ class Files:
         if order not in {"asc", "desc"}:
             raise BadRequest("Invalid 'order': it has to be 'asc' or 'desc'.", param="order")
         files = await self.store.list(
-            self._owner(request),
+            openai_route.owner(self.keys, request),
             purpose=given.get("purpose"),
             after=given.get("after"),
             limit=limit + 1,
@@ -102,18 +95,18 @@ class Files:
 
     @asynccontextmanager
     async def _retrieve(self, file_id: str, request: Request) -> AsyncIterator[Reply]:
-        file = await self.store.find(file_id, self._owner(request))
+        file = await self.store.find(file_id, openai_route.owner(self.keys, request))
         yield json_reply(200, file.public())
 
     @asynccontextmanager
     async def _delete(self, file_id: str, request: Request) -> AsyncIterator[Reply]:
-        await self.store.find(file_id, self._owner(request))
+        await self.store.find(file_id, openai_route.owner(self.keys, request))
         await self.store.delete([file_id], partial(self.check_delete, file_id))
         yield json_reply(200, {"id": file_id, "object": "file", "deleted": True})
 
     @asynccontextmanager
     async def _content(self, file_id: str, request: Request) -> AsyncIterator[Reply]:
-        file = await self.store.find(file_id, self._owner(request))
+        file = await self.store.find(file_id, openai_route.owner(self.keys, request))
         try:
             opened = await asyncio.to_thread(self.store.path(file.id).open, "rb")
         except FileNotFoundError:  # deleted just now

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
+from gateway.keys import Keys
 from handler.errors import BadRequest
 from handler.messages import Request
 
@@ -17,6 +18,12 @@ def parts(path: str, collection: str) -> tuple[str, str | None, str | None] | No
     """The endpoint, the id and what comes behind it, if `path` is that of `collection` or below it."""
     found = _ROUTE.fullmatch(path)
     return (found[1], found[3], found[4]) if found and found[2] == collection else None
+
+
+def owner(keys: Keys, request: Request) -> str | None:
+    """Whose things `request` may see: those of its key, or None for all."""
+    key = keys.of(request.visit.caller)
+    return None if key.admin else key.id
 
 
 def query(request: Request) -> dict[str, str]:

@@ -7,7 +7,8 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from gateway.file_store import File, FileStore, new_id, put
 from gateway.files import Files
 from gateway.keys import Key, Keys
 from gateway.store import Store
-from handler import batch_ask, batch_lines
-from handler.errors import NoSuchModel, NotAdmitted, RequestError, UpstreamFailed
+from handler import batch_ask, batch_lines, early
+from handler.errors import NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Reply, Request, Visit, once, read
+from tests import gateways
 from tests.asgi_client import turns
 
 BASE = "/v2/local/openai/v1"
@@ -41,8 +43,6 @@ def line(custom_id: str, **changes: Any) -> dict[str, Any]:
 class Endpoint:
     """Answers a line with its own text and 3 + 2 tokens. `bad` texts are a 400; one of `gates` waits."""
 
-    model_id: str = "m"
-    capacity: int = 2
     bad: set[str] = field(default_factory=set)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     reached: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -98,10 +98,10 @@ class Place:
         self.folder = folder / "files"
         self.now = 1_000_000.0
         self.endpoint = Endpoint()
-        self.endpoints: dict[str, Endpoint] = {"local": self.endpoint}
+        served = gateways.endpoint(self.endpoint.ask, capacity=2)
+        self.endpoints = {"local": replace(served, refuse=partial(early.check, model="m"))}
         self.stored = [Key("k1", "one", b"1"), Key("k2", "two", b"2"), Key("boss", "boss", b"3", admin=True)]
         self.keys = Keys(None, self.stored, clock=lambda: self.now)
-        self.only_model = "m"
 
     @asynccontextmanager
     async def gateway(self) -> AsyncIterator[BatchRuns]:
@@ -109,21 +109,13 @@ class Place:
         files = FileStore(
             self.store, self.folder, max_file_bytes=1 << 30, max_stored_bytes=1 << 30, now=lambda: self.now
         )
-        means = Means(
-            self.store, files, self.keys, self.endpoints, 10_000, account=usage.add, refuse=self._refuse
-        )
-        async with BatchRuns(means) as runs:
+        async with BatchRuns(Means(self.store, files, self.keys, self.endpoints, 10_000)) as runs:
             self.runs, self.files = runs, files
             self.parts = (
-                Files(files, self.endpoints, lambda key: self.keys.of(key).admin, batch_table.check_delete),
-                Batches(runs, self.endpoints, lambda key: self.keys.of(key).admin),
+                Files(files, self.endpoints, self.keys, batch_table.check_delete),
+                Batches(runs, self.endpoints, self.keys),
             )
             yield runs
-
-    def _refuse(self, endpoint_id: str, request: Request) -> None:
-        model = json.loads(request.body).get("model")
-        if endpoint_id == "local" and model not in {None, self.only_model}:
-            raise NoSuchModel(model, [self.only_model])
 
     async def ask(
         self, method: str, path: str, body: object = None, *, key: str = "k1", query: str = ""
@@ -537,10 +529,10 @@ async def test_an_endpoint_that_is_gone_is_waited_for(
     running.endpoint.gate("0")
     batch = await running.create(line("0"), line("1"), line("2"), line("3"))
     await running.endpoint.reached["0"].wait()
-    del running.endpoints["local"]
+    gone = running.endpoints.pop("local")
     running.endpoint.gates["0"].set()
     await asyncio.sleep(0)
-    running.endpoints["local"] = running.endpoint
+    running.endpoints["local"] = gone
     assert (await running.over(batch))["request_counts"]["completed"] == 4
 
 

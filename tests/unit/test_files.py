@@ -15,6 +15,7 @@ import pytest
 
 from gateway.file_store import FILES, FileStore, new_id
 from gateway.files import Files
+from gateway.keys import Key, Keys
 from gateway.store import Store
 from handler.errors import Conflict, RequestError
 from handler.messages import Request, Visit, read
@@ -43,7 +44,12 @@ class Desk:
             now=lambda: self.now,
         )
         self.files = await files.open(writing)
-        self.part = Files(files, {"local"}, lambda caller: caller == "admin", self._check_delete)
+        self.part = Files(
+            files,
+            {"local"},
+            Keys(stored=[Key("k1", "", b"1"), Key("k2", "", b"2"), Key("admin", "", b"3", admin=True)]),
+            self._check_delete,
+        )
         return self
 
     def _check_delete(self, file_id: str, _: object) -> None:
