@@ -34,7 +34,6 @@ from tests.batch_stack import (
     URL,
     Resources,
     consuming,
-    echo,
     echoes,
     echoing,
     line,
@@ -42,7 +41,7 @@ from tests.batch_stack import (
 from tests.integration.test_lambda_platform import sqs
 from tests.lambda_function import function
 from tests.object_store import ObjectStore
-from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer
+from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer, echo
 from tests.servers import MODEL
 from tests.until import until
 
