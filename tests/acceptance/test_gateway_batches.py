@@ -47,12 +47,13 @@ async def echoing(folder: Path, **environ: str) -> AsyncIterator[tuple[Program, 
         yield program, worker
 
 
-async def over(client: openai.AsyncOpenAI, batch_id: str) -> openai.types.Batch:
+async def over(client: openai.AsyncOpenAI, batch_id: str, look_s: float = 0.01) -> openai.types.Batch:
     """The batch, once it is."""
     while True:
         batch = await client.batches.retrieve(batch_id)
         if batch.status in {"completed", "failed", "expired", "cancelled"}:
             return batch
+        await asyncio.sleep(look_s)
 
 
 async def read_lines(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:
