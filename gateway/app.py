@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.keys import Key, Keys
+from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
@@ -27,6 +27,14 @@ class Part(Protocol):
 
     def find(self, request: Request) -> Call | None:
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
+
+
+class Doorkeeper(Protocol):
+    """Who knows the keys."""
+
+    def check(self, request: Request) -> Key:
+        """The key that `request` bears. Raises `Unauthorized` unless it opens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Gateway:
     """
 
     parts: Sequence[Part]
-    keys: Keys
+    keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
 

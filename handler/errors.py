@@ -14,6 +14,7 @@ FirstTokenError
 │   ├── Conflict            409  conflict
 │   ├── BodyTooLarge        413  request_too_large
 │   ├── StorageFull         413  storage_full
+│   ├── BadFile             422  bad_settings: what the gateway was to read again is at fault
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
@@ -200,6 +201,17 @@ class StorageFull(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "storage_full"
+
+
+class BadFile(RequestError):
+    """The file that was to be read again is at fault; nothing has changed. `faults` names every one."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "bad_settings"
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        super().__init__("Nothing has changed: " + "; ".join(faults) + ".")
 
 
 class _RetryLater(RequestError):
