@@ -15,15 +15,20 @@ from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
 
-from gateway import door, key_table
+from gateway import batch_table, door, key_table
 from gateway.admin import Admin
 from gateway.alone import alone
 from gateway.app import Gateway, Part
+from gateway.batch_run import Means
+from gateway.batch_runs import BatchRuns
+from gateway.batches import Batches
 from gateway.clients import Clients
 from gateway.console import Address, Console
 from gateway.control import Control
 from gateway.endpoints import Changes, Endpoints
 from gateway.endpoints_file import Description, describe
+from gateway.file_store import FileStore
+from gateway.files import Files
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
 from gateway.jobs.routes import JobRoutes, worker_counts
@@ -95,15 +100,25 @@ async def serve(
             )
             endpoints.listen(partial(_wake, jobs))
             control = Control(endpoints, jobs.counts)
+            files = FileStore(
+                store,
+                settings.data_dir / "files",
+                max_file_bytes=settings.max_file_bytes,
+                max_stored_bytes=settings.max_stored_bytes,
+            )
+            batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
             parts: list[Part] = [
+                Files(files, endpoints, keys, batch_table.check_delete),
+                Batches(batches, endpoints, keys),
                 JobRoutes(jobs, endpoints, account, webhooks, partial(_workers, endpoints)),
                 OpenAI(endpoints),
                 Admin(store, following),
                 control,
                 Operations(keys, metrics, endpoints, open_metrics=_is_loopback(settings.host)),
             ]
-            running = Running(settings, console, endpoints, [control.stop, jobs.stop_taking])
-            async with endpoints, jobs, beside(following.run()):
+            stops = [control.stop, jobs.stop_taking, batches.stop]
+            running = Running(settings, console, endpoints, stops)
+            async with endpoints, jobs, batches, beside(following.run()):
                 running.begin(Notifier(environ.get("NOTIFY_SOCKET")))
                 await asyncio.gather(
                     running.answer(Gateway(parts, keys, metrics, limits), listener),

@@ -109,6 +109,8 @@ def test_gateway_defaults() -> None:
         price_output=0,
         keep_alive_s=15.0,
         drain_timeout_s=30.0,
+        max_file_bytes=512 * 2**20,
+        max_stored_bytes=16 * 2**30,
         max_body_bytes=32 * 2**20,
         cors_origins=(),
         log_level="INFO",
