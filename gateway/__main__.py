@@ -28,13 +28,13 @@ from gateway.parts import OpenAI, Operations
 from gateway.scrape import Target
 from gateway.settings import UPSTREAMS, GatewaySettings
 from gateway.upstreams.control_plane import ControlPlane
-from gateway.upstreams.events import Event, StartFailed
+from gateway.upstreams.events import Event, Ready, StartFailed
 from gateway.upstreams.keeper import KILL_GRACE_S, Keep, Keeper
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
-from handler import baked, early, logs
+from handler import baked, early, logs, traces
 from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
@@ -76,6 +76,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
+    traced = traces.open(settings)
     listener = listen(settings.host, settings.port)
     keys = Keys.open(settings.api_key)
     metrics = Metrics()
@@ -88,6 +89,8 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     def tell(event: Event) -> None:
         console(event)
         own.tell(event)
+        if traced is not None and isinstance(event, Ready):
+            traced.started(event.cold_start)
         if (
             isinstance(event, StartFailed)
             and event.permanent
@@ -131,7 +134,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         lambda: [endpoint.status() for endpoint in endpoints.values()],
         lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
     )
-    gateway = Gateway([OpenAI(endpoints), operations], keys, metrics)
+    gateway = Gateway([OpenAI(endpoints), operations], keys, metrics, traced)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -154,6 +157,8 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
             console.waits_for_request()
         await server.serve(sockets=[listener])
     console.close()
+    if traced is not None:
+        traced.close()
     return exit_code
 
 

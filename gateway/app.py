@@ -6,13 +6,16 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from handler import asgi, edge
 from handler.errors import NoSuchRoute, RequestError
 from handler.messages import Call, Reply, Request
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 
 class Part(Protocol):
@@ -37,12 +40,14 @@ class Gateway:
     parts: Sequence[Part]
     keys: Keys
     metrics: Metrics
+    traces: Traces | None = None
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(edge.front(call, cors_origins=cors_origins))
+            fronted = edge.front(call, cors_origins=cors_origins)
+            return self._counted(self.traces.follow(fronted, _route) if self.traces else fronted)
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
@@ -94,6 +99,14 @@ class Gateway:
         return counted
 
 
+def _route(request: Request) -> str | None:
+    """The pattern of a path that has traces."""
+    if not request.path.startswith("/v2/"):
+        return None
+    inner = _label(request.path)
+    return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}")
+
+
 def _endpoint_id(path: str) -> str:
     _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
     return endpoint_id if top == "v2" else ""
@@ -101,13 +114,6 @@ def _endpoint_id(path: str) -> str:
 
 def _label(path: str) -> str:
     """One of a bounded number of names for the route of `path`."""
-    inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
     if path.startswith("/v2/"):
-        return (
-            inner
-            if inner in edge.ROUTES
-            else "/v1/models/{id}"
-            if inner.startswith("/v1/models/")
-            else "other"
-        )
+        return edge.pattern("/" + "/".join(path.split("/")[4:])) or "other"
     return path if path in {"/health", "/metrics"} else "other"

@@ -18,7 +18,7 @@ from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
 
-_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S", "OTEL_SERVICE_NAME")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
@@ -93,7 +93,14 @@ TABLE: Table = (
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
     ),
-    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
+    *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    replace(
+        _SHARED["OTEL_SERVICE_NAME"],
+        default="firsttoken-gateway",
+        help="What traces call this gateway. Set, it is the name of its workers too.",
+    ),
+    *rows("FOREIGN_NAMES"),
 )
 
 
@@ -119,6 +126,10 @@ class GatewaySettings:
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     foreign_names: tuple[str, ...]
 
     @property

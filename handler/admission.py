@@ -5,6 +5,7 @@ The gateway holds them while no worker is there, a worker while it loads its mod
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -100,12 +101,14 @@ class Admission:
         waited = False
         async with AsyncExitStack() as stack:
             for last in (False, True):
+                trace = request.visit.trace
                 if not self._upstream.ready:
                     await self._wait(request)
                     waited = True
                     request = _admitted(request)
                 try:
-                    reply = await stack.enter_async_context(self._upstream.call(request))
+                    ask = trace.attempted(self._upstream.call) if trace else self._upstream.call
+                    reply = await stack.enter_async_context(ask(request))
                     break
                 except WorkerLost as lost:
                     if last:
@@ -116,12 +119,17 @@ class Admission:
     async def _wait(self, request: Request) -> None:
         upstream = self._upstream
         self._check(request)
-        await self._room.wait(
-            upstream.wait_ready,
-            request,
-            timeout_s=self._queue_timeout_s,
-            retry_after_s=lambda: upstream.retry_after_s,
-        )
+        since_s = time.monotonic()
+        try:
+            await self._room.wait(
+                upstream.wait_ready,
+                request,
+                timeout_s=self._queue_timeout_s,
+                retry_after_s=lambda: upstream.retry_after_s,
+            )
+        finally:
+            if trace := request.visit.trace:
+                trace.waited(since_s)
 
 
 def _admitted(request: Request, worked_s: float = 0.0) -> Request:
