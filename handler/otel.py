@@ -87,11 +87,15 @@ class _Start:
 
 
 class Traces:
-    """Makes the spans of this process. `close` sends what is left."""
+    """Makes the spans of this process. `close` sends what is left.
 
-    def __init__(self, tracer: Tracer, close: Callable[[], None] = lambda: None) -> None:
+    `asks`: it asks others, so each attempt has a span; else it is the one that is asked.
+    """
+
+    def __init__(self, tracer: Tracer, close: Callable[[], None] = lambda: None, *, asks: bool) -> None:
         self.tracer = tracer
         self.close = close
+        self.asks = asks
         self._starts: deque[_Start] = deque(maxlen=STARTS_KEPT)
 
     @classmethod
@@ -109,12 +113,12 @@ class Traces:
             closing.start()
             closing.join(CLOSE_S)
 
-        return cls(provider.get_tracer("firsttoken"), close)
+        return cls(provider.get_tracer("firsttoken"), close, asks=True)
 
     @classmethod
     def here(cls) -> Self:
-        """Traces that go where the process sends its own."""
-        return cls(get_tracer("firsttoken"))
+        """A worker's, once the process has opened them."""
+        return cls(get_tracer("firsttoken"), asks=False)
 
     def started(self, report: Mapping[str, Any]) -> None:
         """A worker is ready from now on; `report` is what it says of its cold start."""
@@ -216,6 +220,8 @@ class Trace:
 
     def attempted(self, call: Call) -> Call:
         """`call`, each time it is asked a span: the attempt to have a model answer, as its client."""
+        if not self._traces.asks:
+            return call
 
         @asynccontextmanager
         async def tried(request: Request) -> AsyncIterator[Reply]:
