@@ -37,12 +37,14 @@ from opentelemetry.trace import (
 )
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from handler import sse
+from handler import logs, sse
 from handler.errors import RequestError
 from handler.messages import Call, Headers, Reply, Request, without
 
 CLOSE_S = 2.0
 """How long the last spans may take on their way out; a collector that is dead costs no more."""
+COMPLAINTS_S = 60.0
+"""How often it is said at most that spans can't be sent."""
 STARTS_KEPT = 16
 ANSWER_MAX_BYTES = 1 << 20
 """Of an answer that is longer it is not told what it has cost."""
@@ -102,7 +104,9 @@ class Traces:
     def open(cls, url: str, service: str) -> Self:
         """Traces that are posted to `url`. To be called once in a process: vLLM's spans join them."""
         # The SDK reads the rest of the environment itself: headers, sampler, resource, the queue's size.
-        logging.getLogger("opentelemetry.trace").addFilter(_overridden)
+        logs.to_stderr("opentelemetry", "WARNING")
+        for handler in logging.getLogger("opentelemetry").handlers:
+            handler.addFilter(_Rarely())
         provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)))
         set_tracer_provider(provider)
@@ -394,6 +398,17 @@ def _epoch_ns(at_s: float) -> int:
     return time.time_ns() - int((time.monotonic() - at_s) * 1e9)
 
 
-def _overridden(record: logging.LogRecord) -> bool:
-    """Not that a process has one provider: vLLM sets one of its own, which is not taken."""
-    return "Overriding of current TracerProvider" not in record.getMessage()
+class _Rarely(logging.Filter):
+    """A line now and then: a dead collector gives a reason for several with each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next_s = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now_s = time.monotonic()
+        # Not that a process has one provider: vLLM sets one of its own, which is not taken.
+        if now_s < self._next_s or "Overriding of current TracerProvider" in record.getMessage():
+            return False
+        self._next_s = now_s + COMPLAINTS_S
+        return True

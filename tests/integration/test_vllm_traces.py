@@ -1,4 +1,4 @@
-"""The real engine's spans in the trace of the request that it answers, and its start below the wait for it."""
+"""The real engine's spans in the trace of its request, and the start that it waited for."""
 
 from __future__ import annotations
 
