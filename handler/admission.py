@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from handler.errors import UpstreamFailed
-from handler.messages import PATIENCE_S, Call, Reply, Request
+from handler.messages import Call, Reply, Request
 from handler.waiting import Room, kept_alive
 
 
@@ -84,7 +84,6 @@ class Admission:
     ) -> None:
         self._upstream = upstream
         self._queue_timeout_s = queue_timeout_s
-        self._kept_alive = 0 < keep_alive_s < PATIENCE_S
         self._check = check
         self._room = room
         self.call: Call = kept_alive(self._answer, keep_alive_s)
@@ -97,7 +96,6 @@ class Admission:
 
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[Reply]:
-        request = replace(request, visit=replace(request.visit, kept_alive=self._kept_alive))
         waited = False
         async with AsyncExitStack() as stack:
             for last in (False, True):
@@ -106,6 +104,7 @@ class Admission:
                     await self._wait(request)
                     waited = True
                     request = _admitted(request)
+                request.visit.taken()
                 try:
                     ask = trace.attempted(self._upstream.call) if trace else self._upstream.call
                     reply = await stack.enter_async_context(ask(request))

@@ -75,12 +75,13 @@ _ASKED = {
 """What of a request's body is told: how it asks, never what."""
 _TELLING = (b'"usage"', b'"finish_reason":"')
 
-Route = Callable[[Request], str | None]
-"""The pattern of a request's path; None for what has no trace."""
+Route = Callable[[Request], tuple[str, str] | None]
+"""The pattern of a request's path, and for whose workers it waits; None for what has no trace."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
+    of: str
     report: Mapping[str, Any]
     began_s: float
     ended_s: float
@@ -124,21 +125,21 @@ class Traces:
         """A worker's, once the process has opened them."""
         return cls(get_tracer("firsttoken"), asks=False)
 
-    def started(self, report: Mapping[str, Any]) -> None:
-        """A worker is ready from now on; `report` is what it says of its cold start."""
+    def started(self, report: Mapping[str, Any], *, of: str = "") -> None:
+        """A worker of `of` is ready from now on; `report` is what it says of its cold start."""
         now_s = time.monotonic()
-        self._starts.append(_Start(report, now_s - float(report.get("total_s") or 0.0), now_s, []))
+        self._starts.append(_Start(of, report, now_s - float(report.get("total_s") or 0.0), now_s, []))
 
     def follow(self, call: Call, route: Route) -> Call:
         """`call`, each of whose requests with a `route` has a trace: its client's, or a new one."""
 
         @asynccontextmanager
         async def followed(request: Request) -> AsyncIterator[Reply]:
-            if (pattern := route(request)) is None:
+            if (found := route(request)) is None:
                 async with call(request) as reply:
                     yield reply
                 return
-            with self._served(request, pattern) as trace:
+            with self._served(request, *found) as trace:
                 visit = replace(request.visit, trace=trace)
                 inner = replace(request, headers=_handed(request.headers, trace.span), visit=visit)
                 async with call(inner) as reply:
@@ -148,7 +149,7 @@ class Traces:
         return followed
 
     @contextmanager
-    def _served(self, request: Request, pattern: str) -> Iterator[Trace]:
+    def _served(self, request: Request, pattern: str, of: str) -> Iterator[Trace]:
         span = self.tracer.start_span(
             f"{request.method} {pattern}",
             context=_W3C.extract(dict(request.headers)),
@@ -162,14 +163,14 @@ class Traces:
             start_time=_epoch_ns(request.visit.arrived_s),
         )
         with _ended(span):
-            yield Trace(self, span)
+            yield Trace(self, span, of)
 
-    def waited(self, parent: Span, since_s: float) -> None:
-        """Who waited since `since_s` does no more: a span below `parent`, with the starts it waited for."""
+    def waited(self, parent: Span, since_s: float, of: str) -> None:
+        """Who waited for `of` since `since_s` does no more: a span, with the starts meanwhile below it."""
         context = set_span_in_context(parent)
         span = self.tracer.start_span("wait", context=context, start_time=_epoch_ns(since_s))
         for start in self._starts:
-            if start.ended_s >= since_s and span.is_recording():
+            if start.of == of and start.ended_s >= since_s and span.is_recording():
                 self._tell(start, span)
         span.end()
 
@@ -208,8 +209,9 @@ class Traces:
 class Trace:
     """What one request's trace is told here (`handler.messages.Trace`)."""
 
-    def __init__(self, traces: Traces, span: Span) -> None:
+    def __init__(self, traces: Traces, span: Span, of: str) -> None:
         self._traces = traces
+        self._of = of
         self.span = span
 
     def answered(self, status: int) -> None:
@@ -220,7 +222,7 @@ class Trace:
 
     def waited(self, since_s: float) -> None:
         """It has waited since `since_s`, a time of `time.monotonic`, and does no more."""
-        self._traces.waited(self.span, since_s)
+        self._traces.waited(self.span, since_s, self._of)
 
     def attempted(self, call: Call) -> Call:
         """`call`, each time it is asked a span: the attempt to have a model answer, as its client."""

@@ -60,7 +60,7 @@ def application(
 
     def fronted(inner: Call) -> Call:
         outer = front(edge.front(inner, cors_origins=settings.cors_origins))
-        return followed.follow(outer, lambda request: edge.pattern(request.path)) if followed else outer
+        return followed.follow(outer, _route) if followed else outer
 
     return asgi.serve(answered, max_body_bytes=settings.max_body_bytes, check=check, front=fronted)
 
@@ -77,6 +77,11 @@ def probes(state: State, *, max_body_bytes: int) -> asgi.App:
         yield _probed(request, state())
 
     return asgi.serve(answered, max_body_bytes=max_body_bytes, check=check, front=edge.front)
+
+
+def _route(request: Request) -> tuple[str, str] | None:
+    pattern = edge.pattern(request.path)
+    return None if pattern is None else (pattern, "")
 
 
 def _is_probe(request: Request) -> bool:

@@ -95,7 +95,7 @@ class Http:
                 phases.report(),
                 state=server.state,
             )
-        notifier.ready(phases.report())
+        notifier.ready(phases.report(), self._settings.max_concurrency or engine.capacity())
         log.info("ready", extra={"address": address})
         serving.result()
         if self._lobby is not None:

@@ -22,7 +22,10 @@ from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedA
 
 KEY: Headers = (("authorization", "Bearer secret"),)
 BASE = "/v2/local/openai"
-HEALTH = {"status": "ok", "worker": {"state": "ready"}}
+HEALTH = {
+    "status": "ok",
+    "endpoints": [{"id": "local", "waiting": 0, "in_flight": 0, "capacity": 8, "workers": {}}],
+}
 
 
 def gateway(
@@ -35,8 +38,7 @@ def gateway(
     """The application in front of `scripted`."""
     return gateways.one(
         call_app(scripted),
-        Keys.open("secret"),
-        health=lambda: HEALTH,
+        Keys("secret"),
         open_metrics=open_metrics,
     ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
 
@@ -208,7 +210,7 @@ async def test_stream_passes_through_byte_by_byte() -> None:
     assert body == "data: héllo 😀\n\ndata: 2\n\ndata: [DONE]\n\n".encode()
 
 
-async def test_health_is_open_and_says_how_the_worker_is() -> None:
+async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
     """Liveness needs no key and holds no secret."""
     status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", ())
     assert (status, json.loads(body)) == (200, HEALTH)
@@ -271,7 +273,7 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     async def broken(scope: Message, receive: object, send: object) -> None:
         raise UpstreamFailed("The worker went away before it answered.")
 
-    app = gateways.one(call_app(broken), Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(call_app(broken), Keys("secret")).app(max_body_bytes=100, cors_origins=())
     status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
 
@@ -314,7 +316,7 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
         keep_alive_s=0,
         check=partial(early.check, model="mine"),
     )
-    app = gateways.one(admission.call, Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(admission.call, Keys("secret")).app(max_body_bytes=100, cors_origins=())
     sent = (*headers, ("content-type", "application/json"))
     status, answered, raw = await ask(app, "POST", f"{BASE}{path}", sent, body)
     assert (status, json.loads(raw)["error"]["code"]) == expected
