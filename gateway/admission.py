@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -108,7 +108,7 @@ class Admission:
             request.visit.taken()
             began_s, answered = self._loop.time(), False
             try:
-                async with self._pool.call(request) as reply:
+                async with self._ask(request) as reply:
                     answered = True
                     yield reply
             except WorkerLost as lost:
@@ -135,12 +135,16 @@ class Admission:
         async with AsyncExitStack() as stack:
             while True:
                 cold = cold or waiter.cold
-                await self._turn(waiter, request)
+                try:
+                    await self._turn(waiter, request)
+                finally:
+                    if trace := request.visit.trace:
+                        trace.waited(waiter.began_s)
                 request = replace(request, visit=replace(request.visit, admitted=True))
                 request.visit.taken()
                 began_s = self._loop.time()
                 try:
-                    reply = await stack.enter_async_context(self._pool.call(request))
+                    reply = await stack.enter_async_context(self._ask(request))
                     break
                 except WorkerLost as lost:
                     tries += 1
@@ -148,6 +152,10 @@ class Admission:
                 waiter = self._line_up(request)
             stack.callback(self._measure, began_s, answered=True)
             yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
+
+    def _ask(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        trace = request.visit.trace
+        return (trace.attempted(self._pool.call) if trace else self._pool.call)(request)
 
     def _has_place(self, request: Request) -> bool:
         if request.method != "POST":  # it only asks, and occupies nobody

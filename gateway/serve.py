@@ -47,6 +47,7 @@ from gateway.upstreams import folder
 from gateway.upstreams.events import Event, StartFailed, Starting
 from gateway.upstreams.pool import KILL_GRACE_S
 from gateway.usage import Prices
+from handler import traces
 from handler.errors import BadSettings, NotAdmitted
 from handler.listener import listen
 from handler.server import Server, config
@@ -62,6 +63,7 @@ async def serve(
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
+    traced = traces.open(settings)
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),
@@ -74,12 +76,13 @@ async def serve(
         following = Following(keys, store)
         await following.look()
         console = Console(_addresses(settings, description, listener, made), sys.stdout, sys.stderr)
-        async with Metering(store, keys, limits) as metering:
+        async with Metering(store, keys, limits, tell=metrics.used) as metering:
             site = Site(
                 worker,
                 environ,
                 logs=settings.data_dir / "logs",
                 metrics=metrics,
+                traces=traced,
                 clients=Clients(keys, limits, metering),
                 tell=lambda endpoint_id, event: running.tell(endpoint_id, event),  # noqa: PLW0108 - made below
             )
@@ -121,10 +124,12 @@ async def serve(
             async with endpoints, jobs, batches, beside(following.run()):
                 running.begin(Notifier(environ.get("NOTIFY_SOCKET")))
                 await asyncio.gather(
-                    running.answer(Gateway(parts, keys, metrics, limits), listener),
-                    running.answer(Gateway(parts, door.Owner(), metrics, limits), owners),
+                    running.answer(Gateway(parts, keys, metrics, limits, traced), listener),
+                    running.answer(Gateway(parts, door.Owner(), metrics, limits, traced), owners),
                 )
         console.close()
+        if traced is not None:
+            traced.close()
         return running.exit_code
 
 

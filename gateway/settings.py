@@ -84,7 +84,7 @@ KEPT: Table = (
 )
 """Where the gateway keeps what outlives it: all that a command line beside it needs."""
 
-_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S", "OTEL_SERVICE_NAME")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
@@ -228,7 +228,14 @@ TABLE: Table = (
         "16GiB",
         "What all files may take together; a file more is a 413 until some are deleted.",
     ),
-    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
+    *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    replace(
+        _SHARED["OTEL_SERVICE_NAME"],
+        default="firsttoken-gateway",
+        help="What traces call this gateway. Set, it is the name of its workers too.",
+    ),
+    *rows("FOREIGN_NAMES"),
 )
 
 
@@ -266,6 +273,10 @@ class GatewaySettings:
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     foreign_names: tuple[str, ...]
 
     @property

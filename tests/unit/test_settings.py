@@ -76,6 +76,10 @@ def test_worker_defaults() -> None:
         start_failure=None,
         vllm_config_file=None,
         vllm_extra_args=None,
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-worker",
         levers_off=(),
         foreign_names=(),
     )
@@ -114,6 +118,10 @@ def test_gateway_defaults() -> None:
         max_body_bytes=32 * 2**20,
         cors_origins=(),
         log_level="INFO",
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-gateway",
         foreign_names=(),
     )
 
