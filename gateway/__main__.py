@@ -1,4 +1,4 @@
-"""`python -m gateway`: settings, listener, upstream, server. Exit codes are sysexits'."""
+"""`python -m gateway`: settings, database, listener, upstream, server. Exit codes are sysexits'."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
+from gateway import key_table
+from gateway.alone import alone
 from gateway.app import Gateway
+from gateway.commands import keys as keys_command
 from gateway.console import Address, Console
+from gateway.endpoint import Endpoint
+from gateway.endpoints import Endpoints
+from gateway.key_table import Following
 from gateway.keys import Keys
-from gateway.metrics import Metrics
+from gateway.metrics import EndpointMetrics, Metrics
 from gateway.parts import OpenAI, Operations
+from gateway.scrape import Target
 from gateway.settings import UPSTREAMS, GatewaySettings
+from gateway.store import Store
 from gateway.upstreams.control_plane import ControlPlane
-from gateway.upstreams.events import Event, Ready, StartFailed
-from gateway.upstreams.keeper import KILL_GRACE_S, STATES, Keep, Keeper
+from gateway.upstreams.events import Event, StartFailed
+from gateway.upstreams.keeper import KILL_GRACE_S, Keep, Keeper
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
@@ -34,10 +46,13 @@ from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 from handler.server import Server, config
+from handler.usage import metered
 from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
+COMMANDS = (keys_command,)
+"""Those beside `serve`, each a module of `gateway.commands`."""
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
@@ -49,9 +64,13 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     serving = commands.add_parser("serve", help="serve; also without a command")
     serving.add_argument("--upstream", choices=UPSTREAMS, help="how the worker is asked (UPSTREAM)")
+    for command in COMMANDS:
+        command.add(commands)
     args = parser.parse_args(argv)
     given = {"UPSTREAM": args.upstream} if getattr(args, "upstream", None) else {}
     try:
+        if "run" in args:
+            return int(args.run(args, os.environ))
         settings = GatewaySettings.from_environ({**os.environ, **baked.names(os.environ), **given})
         logs.to_stderr("gateway", settings.log_level)
         logs.to_stderr("handler", settings.log_level)
@@ -70,17 +89,37 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
-    listener = listen(settings.host, settings.port)
-    keys = Keys.open(settings.api_key)
+    with (
+        listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
+        alone(settings.database_url),
+        closing(Store.open(settings.database_url)) as store,
+    ):
+        return await answer(settings, environ, worker, listener, store)
+
+
+async def answer(
+    settings: GatewaySettings,
+    environ: Mapping[str, str],
+    worker: Sequence[str],
+    listener: socket.socket,
+    store: Store,
+) -> int:
+    """`serve`, with what it has opened."""
+    keys = Keys(settings.api_key)
+    first = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+    following = Following(keys, store)
+    await following.look()
     metrics = Metrics()
-    console = Console(
-        Address(_base_url(settings, listener), settings.model_id, keys.shown), sys.stdout, sys.stderr
+    own = metrics.endpoint(settings.endpoint_id)
+    address = Address(
+        _base_url(settings, listener), settings.model_id, first, given=settings.api_key is not None
     )
+    console = Console(address, sys.stdout, sys.stderr)
     exit_code = 0
 
     def tell(event: Event) -> None:
         console(event)
-        _count(metrics, event)
+        own.tell(event)
         if (
             isinstance(event, StartFailed)
             and event.permanent
@@ -91,16 +130,13 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
             exit_code = event.exit_code  # nobody has been served: say so where it was started
             stop()
 
-    upstream = open_upstream(settings, environ, worker, metrics, tell)
-    for state in STATES:
-        metrics.worker_state.labels(state).set_function(partial(_is, upstream, state))
+    upstream = open_upstream(settings, environ, worker, own, tell)
     admission = Admission(
         upstream,
         room=Room(
             limit=settings.queue_limit,
             others=lambda: upstream.in_line,
-            tell_waiting=metrics.queue_depth.set,
-            tell_waited_s=metrics.held_s.observe,
+            tell_waited_s=own.held_s.observe,
         ),
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
@@ -116,7 +152,18 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         },
         open_metrics=_is_loopback(settings.host),
     )
-    gateway = Gateway([OpenAI({settings.endpoint_id: admission.call}), operations], keys, metrics)
+    endpoints = Endpoints(
+        [
+            Endpoint(
+                settings, admission.call, metered(admission.call, own.count), OneWorker(upstream, admission)
+            )
+        ]
+    )
+    metrics.watch(
+        lambda: [endpoint.status() for endpoint in endpoints.values()],
+        lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
+    )
+    gateway = Gateway([OpenAI(endpoints), operations], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -134,7 +181,7 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream:
+    async with upstream, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])
@@ -142,11 +189,44 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
     return exit_code
 
 
+@dataclass(frozen=True, slots=True)
+class OneWorker:
+    """The only worker of `upstream`, and those who wait for it."""
+
+    upstream: Keeper
+    admission: Admission
+
+    @property
+    def capacity(self) -> int:
+        """How many requests it works on at once: it has not said, so one."""
+        return int(self.upstream.ready)
+
+    def status(self) -> Mapping[str, Any]:
+        """Its state, and how many wait."""
+        return {
+            "waiting": self.admission.waiting,
+            "capacity": self.capacity,
+            "workers": [{"state": self.upstream.state}],
+            **self.upstream.health,
+        }
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """`work` beside the block, and cancelled after it."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
 def open_upstream(
     settings: GatewaySettings,
     environ: Mapping[str, str],
     worker: Sequence[str],
-    metrics: Metrics,
+    metrics: EndpointMetrics,
     tell: Callable[[Event], None],
 ) -> Keeper:
     """The upstream that `settings` name, whose workers are `worker`, a command."""
@@ -182,18 +262,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _is(upstream: Keeper, state: str) -> float:
-    return float(upstream.state == state)
-
-
-def _count(metrics: Metrics, event: Event) -> None:
-    if isinstance(event, Ready):
-        metrics.worker_starts.labels("ready").inc()
-        metrics.worker_cold_start_s.set(event.cold_start.get("total_s", event.took_s))
-    elif isinstance(event, StartFailed):
-        metrics.worker_starts.labels("failed").inc()
 
 
 if __name__ == "__main__":

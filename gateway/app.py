@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Protocol
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import NoSuchRoute, RequestError
+from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError
 from handler.messages import Call, Reply, Request
 
 
@@ -30,7 +31,8 @@ class Part(Protocol):
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
-    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not.
+    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not; `/admin` an
+    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there.
     """
 
     parts: Sequence[Part]
@@ -57,11 +59,16 @@ class Gateway:
             yield reply
 
     def _known(self, request: Request) -> Request:
-        """`request`, and whose it is."""
-        if request.path.split("/", 2)[1] not in {"v2", "admin"}:
+        """`request`, and whose it is. Raises what its key is refused with."""
+        _, top, endpoint_id, *_ = [*request.path.split("/", 3), "", ""]
+        if top not in {"v2", "admin"}:
             return request
-        key = self.keys.ring.check(request)
-        return replace(request, visit=replace(request.visit, caller=key.name))
+        key = self.keys.check(request)
+        if top == "admin" and not key.admin:
+            raise Forbidden("This needs an admin key.")
+        if top == "v2" and not key.may_use(endpoint_id):
+            raise NoSuchEndpoint(endpoint_id)  # what others have, nobody needs to know of
+        return replace(request, visit=replace(request.visit, caller=key.id))
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
@@ -74,20 +81,28 @@ class Gateway:
 
         @asynccontextmanager
         async def counted(request: Request) -> AsyncIterator[Reply]:
-            status = "left"
-            metrics.in_flight.inc()
+            route, status = _label(request.path), "left"
+            of = metrics.known(_endpoint_id(request.path))
+            of.in_flight.inc()
             try:
                 async with call(request) as reply:
                     status = str(reply.status)
-                    yield reply
+                    yield of.timed(reply, request.visit.arrived_s) if reply.streams else reply
             except RequestError:
-                metrics.broken_replies.inc()
+                of.broken_replies.inc()
                 raise
             finally:
-                metrics.in_flight.dec()
-                metrics.requests.labels(_label(request.path), status).inc()
+                of.in_flight.dec()
+                metrics.requests.labels(of.endpoint_id, route, status).inc()
+                took_s = time.monotonic() - request.visit.arrived_s
+                metrics.duration_s.labels(of.endpoint_id, route).observe(took_s)
 
         return counted
+
+
+def _endpoint_id(path: str) -> str:
+    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
+    return endpoint_id if top == "v2" else ""
 
 
 def _label(path: str) -> str:

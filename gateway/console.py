@@ -15,6 +15,7 @@ log = logging.getLogger("gateway")
 
 _CLEAR_LINE = "\x1b[2K"
 
+_ANOTHER = "no key is shown twice; `python -m gateway keys create --name NAME` makes another"
 _SNIPPET = """\
 {imports}from openai import OpenAI
 
@@ -37,22 +38,26 @@ print(response.choices[0].message.content)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """What a client needs. `key` is None when the user gave it: then it is never printed."""
+    """What a client needs. `key` is one that was just made, the only one that is ever printed.
+
+    Without it the user has `given` one, or there are keys already.
+    """
 
     base_url: str
     model: str
     key: str | None
+    given: bool = False
 
     def line(self) -> str:
-        """URL, model and key on one line."""
-        return f"{self.base_url}  model {self.model}  key {self.key or '$API_KEY'}"
+        """URL, model and key on one line, and where to get one on the next."""
+        line = f"{self.base_url}  model {self.model}  key {self.key or '$API_KEY'}"
+        return line if self.key or self.given else f"{line}\n{_ANOTHER}"
 
     def snippet(self) -> str:
         """A Python program that works when pasted."""
-        given = self.key is None
         return _SNIPPET.format(
-            imports="import os\n\n" if given else "",
-            key='os.environ["API_KEY"]' if given else json.dumps(self.key),
+            imports="" if self.key else "import os\n\n",
+            key=json.dumps(self.key) if self.key else 'os.environ["API_KEY"]',
             base_url=json.dumps(self.base_url),
             model=json.dumps(self.model),
         )
@@ -132,5 +137,7 @@ class Console:
             self._err.flush()
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Leave the terminal as it was, and let no key be lost that was made."""
         self._end_progress()
+        if self._address.key and not self._shown:
+            self._show("no worker was ready")

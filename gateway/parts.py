@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gateway.endpoint import Endpoint
 from gateway.keys import Keys
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
@@ -20,7 +21,7 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 class OpenAI:
     """`/v2/{endpoint_id}/openai/v1/...`, answered by the endpoint of that id as `/v1/...`."""
 
-    endpoints: Mapping[str, Call]
+    endpoints: Mapping[str, Endpoint]
 
     def find(self, request: Request) -> Call | None:
         """The endpoint's call. Raises `NoSuchEndpoint`, and what `edge.allowed` does."""
@@ -33,7 +34,7 @@ class OpenAI:
             return None
         path = "/" + rest[1]
         edge.allowed(request.method, path)
-        return lambda asked: endpoint(replace(asked, path=path))
+        return lambda asked: endpoint.call(replace(asked, path=path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Operations:
         if request.path == "/metrics" and not (
             self.open_metrics and not any(map(request.header, _FORWARDED))
         ):
-            self.keys.ring.check(request)
+            self.keys.check(request)
         return call
 
     @asynccontextmanager
@@ -67,5 +68,5 @@ class Operations:
 
     @asynccontextmanager
     async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
-        text = self.metrics.render()
+        text = await self.metrics.exposition()
         yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))

@@ -8,15 +8,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
-from handler.table import ENDPOINT_ID, SWITCH, Setting, Table, choice, public_name, read, seconds, whole
+from handler.table import (
+    ENDPOINT_ID,
+    SWITCH,
+    Kind,
+    Setting,
+    Table,
+    choice,
+    matching,
+    ours,
+    public_name,
+    read,
+    seconds,
+    whole,
+)
 from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
+
+FOLDER = Kind("a folder", Path)
+DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
+
+KEPT: Table = (
+    Setting(
+        "DATA_DIR",
+        "data_dir",
+        FOLDER,
+        None,
+        "What the gateway keeps: keys, usage, jobs, files. If not set: `$XDG_DATA_HOME/firsttoken`, else "
+        "`~/.local/share/firsttoken`. With SQLite, one gateway per folder.",
+    ),
+    Setting(
+        "DATABASE_URL",
+        "database_url",
+        DATABASE,
+        None,
+        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`.",
+        secret=True,
+    ),
+)
+"""Where the gateway keeps what outlives it: all that a command line beside it needs."""
 
 _SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
 
@@ -24,7 +61,15 @@ TABLE: Table = (
     *rows("HOST", "PORT"),
     replace(
         _SHARED["API_KEY"],
-        help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown.",
+        help="An admin key, `Authorization: Bearer ...`, beside those of `python -m gateway keys`. If not "
+        "set and there is no key yet: one is made, and shown once.",
+    ),
+    Setting(
+        "ENDPOINTS_FILE",
+        "endpoints_file",
+        Kind("a path that ends in `.toml`", matching(r"(?s).+\.toml")),
+        None,
+        "Where several endpoints are described (docs/gateway.md). If not set: the environment describes one.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -88,6 +133,7 @@ TABLE: Table = (
         "its waits count too: it is a 504 this long after it came, or 590 s if that is longer. Below 600, "
         "where OpenAI's clients give up.",
     ),
+    *KEPT,
     *rows("KEEP_ALIVE_S"),
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
@@ -104,6 +150,7 @@ class GatewaySettings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    endpoints_file: str | None
     endpoint_id: str
     model_name: str
     served_model_name: str | None
@@ -114,6 +161,8 @@ class GatewaySettings:
     queue_timeout_s: float
     start_timeout_s: float
     execution_timeout_s: float
+    data_dir: Path
+    database_url: str = field(repr=False)
     keep_alive_s: float
     drain_timeout_s: float
     max_body_bytes: int
@@ -132,8 +181,40 @@ class GatewaySettings:
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
-        others = {*UNREAD, *(name for row in WORKER_TABLE for name in row.names)}
-        values, faults = read(TABLE, environ, others)
-        if faults:
-            raise BadSettings(faults)
-        return cls(**values)
+        return cls(**_kept(_read(TABLE, environ), environ))
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSettings:
+    """Where things are kept, for a command that needs no more; `KEPT` says what each means."""
+
+    data_dir: Path
+    database_url: str = field(repr=False)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """The settings that `environ` holds. Raises `BadSettings`."""
+        return cls(**_kept(_read(KEPT, environ), environ))
+
+
+def _read(table: Table, environ: Mapping[str, str]) -> dict[str, Any]:
+    others = {*UNREAD, *(name for row in (*WORKER_TABLE, *TABLE) for name in row.names)}
+    values, faults = read(table, environ, others)
+    if faults:
+        raise BadSettings(faults)
+    return values
+
+
+def _kept(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """`values`, with the folder and the database that hold where none are set."""
+    environ = ours(environ)
+    folder = values["data_dir"]
+    if folder is None:
+        share = environ.get("XDG_DATA_HOME") or Path(environ.get("HOME") or Path.home(), ".local/share")
+        folder = Path(share, "firsttoken")
+    folder = folder.absolute()
+    return {
+        **values,
+        "data_dir": folder,
+        "database_url": values["database_url"] or f"sqlite:///{folder / 'gateway.db'}",
+    }

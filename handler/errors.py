@@ -29,6 +29,7 @@ FirstTokenError
     ├── BadModel            65
     ├── ModelNotFound       66
     ├── StoreFailed         69
+    ├── Unreachable         69
     ├── EngineFailed        70
     ├── NoResources         75
     │   └── Unfit           75  the platform's own checks: only another machine helps
@@ -307,6 +308,12 @@ class StoreFailed(StartError):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Unreachable(StartError):
+    """The gateway that a command asks can't be reached, or refuses."""
+
+    exit_code = 69
 
 
 class EngineFailed(StartError):

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gateway.app import Gateway
+from gateway.endpoint import Endpoint
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
+from gateway.settings import GatewaySettings
 from handler.messages import Call
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Workers of whom only the number of their places is known."""
+
+    capacity: int = 8
+
+    def status(self) -> Mapping[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def endpoint(
+    ask: Call, endpoint_id: str = "local", *, model: str = "m", capacity: int = 8, call: Call | None = None
+) -> Endpoint:
+    """The endpoint that is answered by `ask`, clients too unless there is a `call`."""
+    settings = GatewaySettings.from_environ({"ENDPOINT_ID": endpoint_id, "MODEL_NAME": model})
+    return Endpoint(settings, ask, call or ask, Workers(capacity))
+
+
 def one(
-    endpoint: Call,
+    call: Call,
     keys: Keys,
     *,
     endpoint_id: str = "local",
@@ -21,7 +43,8 @@ def one(
     health: Callable[[], Mapping[str, Any]] = dict,
     open_metrics: bool = False,
 ) -> Gateway:
-    """The gateway whose only endpoint is `endpoint`."""
+    """The gateway whose only endpoint is answered by `call`."""
     metrics = metrics or Metrics()
+    metrics.endpoint(endpoint_id)
     own = Operations(keys, metrics, health, open_metrics)
-    return Gateway([OpenAI({endpoint_id: endpoint}), own], keys, metrics)
+    return Gateway([OpenAI({endpoint_id: endpoint(call, endpoint_id)}), own], keys, metrics)

@@ -20,7 +20,7 @@ from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed,
 from gateway.upstreams.launch import Launcher
 from gateway.upstreams.process import PERMANENT, Exit, WorkerProcess
 from handler.errors import NotAdmitted
-from handler.messages import Reply, Request
+from handler.messages import Call, Reply, Request
 
 STATES = ("stopped", "starting", "ready", "leaving", "failed", "closed")
 COLD_START_GUESS_S = 30.0
@@ -153,6 +153,11 @@ class Keeper(ABC):
     def in_line(self) -> int:
         """How many requests wait here until a worker takes them."""
         return 0
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The ready workers that can be asked for more than what clients want, their metrics say, by name."""
+        return {}
 
     @abstractmethod
     def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:

@@ -13,7 +13,7 @@ from gateway.upstreams.keeper import KILL_GRACE_S, Keep, Keeper
 from gateway.upstreams.launch import Launcher
 from gateway.upstreams.process import WorkerProcess
 from gateway.upstreams.proxy import Refused, SocketProxy
-from handler.messages import Reply, Request
+from handler.messages import Call, Reply, Request
 
 NOTICE_S = 2.0
 """How long a broken connection may be ahead of the news that its process died."""
@@ -53,6 +53,12 @@ class LocalUpstream(Keeper):
             if reply.status == 503 and worker.is_leaving():
                 raise WorkerLost("The worker is stopping.")
             yield reply
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The worker, while it is ready."""
+        worker, proxy = self._worker, self._proxy
+        return {} if worker is None or proxy is None else {worker.path.name: proxy.call}
 
     def _told(self, worker: WorkerProcess) -> Mapping[str, str]:
         return {"PLATFORM": "http", "UDS": str(_socket(worker))}

@@ -15,7 +15,7 @@ from typing import Any
 from gateway.notify import NotifySocket
 from gateway.upstreams.launch import Launched, Launcher
 
-NOT_INHERITED = ("HOST", "PORT", "API_KEY")
+NOT_INHERITED = ("HOST", "PORT", "API_KEY", "DATABASE_URL")
 """The gateway's own: a worker has no port, and no key of clients."""
 
 _REASONS = {

@@ -109,6 +109,7 @@ async def gateway(
         "MODEL_NAME": "org/model",
         "WARM_PARENT": "off",
         "TMPDIR": str(tmp_path),
+        "DATA_DIR": str(tmp_path / "data"),
         "SCRIPT_CONTROL": str(tmp_path / "control"),
         **(environ or {}),
     }

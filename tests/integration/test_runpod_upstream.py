@@ -62,7 +62,7 @@ class Stage:
 
     def counted(self, what: str) -> float:
         """How often `what` has happened to a job."""
-        return float(self.metrics.jobs.labels(what)._value.get())
+        return float(self.metrics.runpod_jobs.labels("local", what)._value.get())
 
     async def ended(self) -> Ended:
         """How the first worker ended, once it has."""
@@ -104,8 +104,9 @@ async def stage(
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
         metrics = Metrics()
+        own = metrics.endpoint("local")
         line = Line(
-            metrics,
+            own,
             limit=queue_limit,
             queue_timeout_s=queue_timeout_s,
             execution_timeout_s=execution_timeout_s,
@@ -118,7 +119,7 @@ async def stage(
         upstream = RunpodUpstream(
             lambda _: Fresh(command),
             {**os.environ, "SCRIPT_CONTROL": str(director.path), "MODEL_NAME": "m", **(environ or {})},
-            ControlPlane("local", line, metrics, lease_s=lease_s, hold_s=hold_s),
+            ControlPlane("local", line, own, lease_s=lease_s, hold_s=hold_s),
             at_once=False,
             start_timeout_s=60,
             drain_timeout_s=30,

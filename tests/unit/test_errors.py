@@ -160,6 +160,7 @@ def test_start_errors_exit_with_sysexits() -> None:
         "BadModel": 65,
         "ModelNotFound": 66,
         "StoreFailed": 69,
+        "Unreachable": 69,
         "EngineFailed": 70,
         "NoResources": 75,
         "BarrierFailed": 75,
