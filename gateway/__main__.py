@@ -30,6 +30,8 @@ from gateway.endpoints import Endpoints
 from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.metrics import EndpointMetrics, Metrics
+from gateway.page import Page
+from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations
 from gateway.scrape import Target
 from gateway.settings import UPSTREAMS, GatewaySettings
@@ -163,7 +165,7 @@ async def answer(
         lambda: [endpoint.status() for endpoint in endpoints.values()],
         lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
     )
-    gateway = Gateway([OpenAI(endpoints), operations], keys, metrics)
+    gateway = Gateway([OpenAI(endpoints), operations, Session(keys, endpoints), Page.open()], keys, metrics)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))

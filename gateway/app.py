@@ -116,4 +116,6 @@ def _label(path: str) -> str:
             if inner.startswith("/v1/models/")
             else "other"
         )
+    if path == "/" or path.startswith("/page/"):
+        return "page"
     return path if path in {"/health", "/metrics"} else "other"

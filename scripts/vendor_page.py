@@ -1,8 +1,8 @@
 """Copy what the page takes from others into gateway/page/vendor: `python -m scripts.vendor_page [--check]`.
 
-npm fetches it by the versions and hashes of gateway/page/package-lock.json. For another version: write it into
-gateway/page/package.json, run `npm install --package-lock-only` there, then this. `vendor/SHA256SUMS` says what each
-copied file must be, for whoever has no npm.
+npm fetches it by the versions and hashes of gateway/page/package-lock.json. For another version: write it
+into gateway/page/package.json, run `npm install --package-lock-only` there, then this. `vendor/SHA256SUMS`
+says what each copied file must be, for whoever has no npm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def sums(files: Mapping[str, bytes]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Copy, or with `--check` compare; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.vendor_page", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.vendor_page", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--check", action="store_true", help="change nothing; fail if there is a difference")
     check = parser.parse_args(argv).check
     with tempfile.TemporaryDirectory() as folder:

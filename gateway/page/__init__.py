@@ -27,20 +27,20 @@ FOLDER = "/page/"
 VERSION = b"VERSION"
 """Stands in `index.html` where the name of the folder that changes goes."""
 
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+PERMISSIONS = (
+    "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=(), "
+    "clipboard-read=(), clipboard-write=(self)"
+)
 SECURITY: Headers = (
-    (
-        "content-security-policy",
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'",
-    ),
+    ("content-security-policy", POLICY),
     ("cross-origin-opener-policy", "same-origin"),
     ("cross-origin-resource-policy", "same-origin"),
-    (
-        "permissions-policy",
-        "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=(), "
-        "clipboard-read=(), clipboard-write=(self)",
-    ),
+    ("permissions-policy", PERMISSIONS),
     ("referrer-policy", "no-referrer"),
     ("x-content-type-options", "nosniff"),
     ("x-frame-options", "DENY"),

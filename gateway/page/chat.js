@@ -33,7 +33,8 @@ function build(session) {
   let running = null;
 
   field("endpoint").append(...session.endpoints.map(({ id }) => h("option", { value: id }, id)));
-  field("model").value = session.endpoints[0]?.model ?? "";
+  field("model").value = modelOf(session.endpoints[0]);
+  find("#models").append(...(session.models ?? []).map((model) => h("option", { value: model })));
   if (matchMedia("(max-width: 60rem)").matches) find(".chat-side").open = false;
   transcript.append(greeting());
 
@@ -41,6 +42,12 @@ function build(session) {
     return h("p", { class: "empty" }, session.endpoints.length
       ? "Say something to the model. Time to first token, tokens per second and usage are below each answer."
       : "This key may use no endpoint.");
+  }
+
+  /** What to ask for first: the endpoint's model, or one that the key may use. */
+  function modelOf(endpoint) {
+    const { model = "" } = endpoint ?? {};
+    return session.models && !session.models.includes(model) ? session.models[0] : model;
   }
 
   function endpoint() {
@@ -145,7 +152,7 @@ function build(session) {
     prompt.focus();
   });
   field("endpoint").addEventListener("change", () => {
-    field("model").value = endpoint().model;
+    field("model").value = modelOf(endpoint());
     models = null;
     note();
   });
@@ -166,7 +173,7 @@ function build(session) {
   function note() {
     const status = endpoint() && endpointOf(endpoint().id);
     if (!status) return;
-    if (status.capacity > 0 && models !== endpoint().id) offerModels(endpoint().id);
+    if (status.capacity > 0 && !session.models && models !== endpoint().id) offerModels(endpoint().id);
     say(find("[data-note]"), describe(status));
   }
 

@@ -6,7 +6,7 @@ const STORED = "firsttoken.key";
 
 /**
  * @typedef {{id: string, model: string}} Endpoint
- * @typedef {{key: string, name: string, admin: boolean, endpoints: Endpoint[]}} Session
+ * @typedef {{key: string, name: string, admin: boolean, models: string[]|null, endpoints: Endpoint[]}} Session
  */
 
 /** @type {Session|null} */
@@ -23,7 +23,7 @@ export const listen = (listener) => listeners.add(listener);
 export async function signIn(key) {
   try {
     const { key: own, endpoints } = await json("page/session", { key });
-    session = { key, name: own.name, admin: own.admin, endpoints };
+    session = { key, name: own.name, admin: own.admin, models: own.models, endpoints };
   } catch (error) {
     if (error.status === 401) error.message = "The gateway does not know this key.";
     throw error;
