@@ -116,7 +116,7 @@ class WorkerCard {
   #name = h("h3", {});
   #facts = h("dl", { class: "facts" });
   #load = h("meter", { min: "0", "aria-label": "Places in use" });
-  #reason = h("p", { class: "problem", hidden: true });
+  #reason = h("p", { hidden: true });
   #start = h("details", { class: "cold", hidden: true });
   #startTitle = h("summary", {});
   #log = h("details", { class: "log", hidden: true });
@@ -147,7 +147,9 @@ class WorkerCard {
       ["devices", worker.devices?.length ? worker.devices.join(", ") : null],
       ["pid", worker.pid ?? null],
     ].filter(([name, value]) => value !== null && (ready || name !== "in flight")));
+    const failed = worker.state === "failed";
     show(this.#reason, Boolean(worker.reason));
+    this.#reason.className = failed ? "problem" : "muted reason";
     say(this.#reason, worker.reason ?? "");
     this.#tellStart(worker.cold_start);
     show(this.#log, Boolean(worker.log_tail?.length));
