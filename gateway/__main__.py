@@ -21,14 +21,19 @@ from typing import Any
 import uvloop
 
 from gateway import key_table
+from gateway.admin import Admin
 from gateway.alone import alone
-from gateway.app import Gateway
+from gateway.app import Gateway, Part
+from gateway.clients import Clients
 from gateway.commands import keys as keys_command
+from gateway.commands import usage as usage_command
 from gateway.console import Address, Console
 from gateway.endpoint import Endpoint
 from gateway.endpoints import Endpoints
 from gateway.key_table import Following
 from gateway.keys import Keys
+from gateway.limits import Limits
+from gateway.metering import Metering
 from gateway.metrics import EndpointMetrics, Metrics
 from gateway.page import Page
 from gateway.page.session import Session
@@ -43,6 +48,7 @@ from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalUpstream
 from gateway.upstreams.runpod import RunpodUpstream
+from gateway.usage import Prices
 from handler import baked, early, logs
 from handler.admission import Admission
 from handler.errors import StartError
@@ -53,7 +59,7 @@ from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
-COMMANDS = (keys_command,)
+COMMANDS = (keys_command, usage_command)
 """Those beside `serve`, each a module of `gateway.commands`."""
 
 
@@ -109,6 +115,7 @@ async def answer(
     """`serve`, with what it has opened."""
     keys = Keys(settings.api_key)
     first = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+    limits = Limits()
     following = Following(keys, store)
     await following.look()
     metrics = Metrics()
@@ -154,18 +161,26 @@ async def answer(
         },
         open_metrics=_is_loopback(settings.host),
     )
-    endpoints = Endpoints(
-        [
-            Endpoint(
-                settings, admission.call, metered(admission.call, own.count), OneWorker(upstream, admission)
-            )
-        ]
+    metering = Metering(store, keys, limits)
+    call = Clients(keys, limits, metering).call(
+        metered(admission.call, own.count),
+        endpoint_id=settings.endpoint_id,
+        model_id=settings.model_id,
+        prices=Prices(settings.price_input, settings.price_output),
     )
+    endpoints = Endpoints([Endpoint(settings, admission.call, call, OneWorker(upstream, admission))])
     metrics.watch(
         lambda: [endpoint.status() for endpoint in endpoints.values()],
         lambda: [Target(settings.endpoint_id, name, call) for name, call in upstream.askable.items()],
     )
-    gateway = Gateway([OpenAI(endpoints), operations, Session(keys, endpoints), Page.open()], keys, metrics)
+    parts: list[Part] = [
+        OpenAI(endpoints),
+        Admin(store, following),
+        operations,
+        Session(keys, endpoints),
+        Page.open(),
+    ]
+    gateway = Gateway(parts, keys, metrics, limits)
     app = gateway.app(max_body_bytes=settings.max_body_bytes, cors_origins=settings.cors_origins)
     shutdown_s = math.ceil(settings.drain_timeout_s + 2 * KILL_GRACE_S)
     server = Server(config(app, shutdown_s=shutdown_s))
@@ -183,7 +198,7 @@ async def answer(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_signal_handler(signal.SIGINT, interrupt)
-    async with upstream, running(following.run()):
+    async with metering, upstream, running(following.run()):
         if settings.start != "now":
             console.waits_for_request()
         await server.serve(sockets=[listener])

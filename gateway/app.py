@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.keys import Keys
+from gateway.keys import Key, Keys
+from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError
-from handler.messages import Call, Reply, Request
+from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
+from handler.messages import Call, Headers, Reply, Request
 
 
 class Part(Protocol):
@@ -38,12 +39,13 @@ class Gateway:
     parts: Sequence[Part]
     keys: Keys
     metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(edge.front(call, cors_origins=cors_origins))
+            return self._counted(self._limited(edge.front(call, cors_origins=cors_origins)))
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
@@ -60,21 +62,42 @@ class Gateway:
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""
-        _, top, endpoint_id, *_ = [*request.path.split("/", 3), "", ""]
-        if top not in {"v2", "admin"}:
+        if (key := self._key(request)) is None:
             return request
-        key = self.keys.check(request)
+        _, top, endpoint_id, *_ = [*request.path.split("/", 3), ""]
         if top == "admin" and not key.admin:
             raise Forbidden("This needs an admin key.")
         if top == "v2" and not key.may_use(endpoint_id):
             raise NoSuchEndpoint(endpoint_id)  # what others have, nobody needs to know of
         return replace(request, visit=replace(request.visit, caller=key.id))
 
+    def _key(self, request: Request) -> Key | None:
+        """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
+        wanted = request.path.split("/", 2)[1] in {"v2", "admin"}
+        return self.keys.check(request) if wanted else None
+
     def _find(self, request: Request) -> Call:
         for part in self.parts:
             if call := part.find(request):
                 return call
         raise NoSuchRoute(request.method, request.path)
+
+    def _limited(self, call: Call) -> Call:
+        """`call`, whose every answer to a key with limits says how it stands with them."""
+
+        @asynccontextmanager
+        async def limited(request: Request) -> AsyncIterator[Reply]:
+            async with call(request) as reply:
+                yield replace(reply, headers=(*reply.headers, *self._standing(request)))
+
+        return limited
+
+    def _standing(self, request: Request) -> Headers:
+        try:
+            key = self._key(request)
+        except Unauthorized:
+            return ()
+        return self.limits.headers(key) if key else ()
 
     def _counted(self, call: Call) -> Call:
         metrics = self.metrics

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.keys import ENV_ID, Key, Keys
+from gateway.keys import ENV_ID, ENV_NAME, Key, Keys
 from gateway.store import Store, metadata
 from handler.auth import digest, generate
 from handler.errors import BadRequest, NotFound
@@ -42,7 +42,7 @@ POLL_S = 0.5
 """How often a gateway looks whether the keys have changed (docs/decisions/0013-keys.md)."""
 
 _LIVE = text("revoked_at IS NULL")
-_TABLE = Table(
+TABLE = Table(
     "keys",
     metadata,
     Column("id", String(32), primary_key=True),
@@ -63,6 +63,7 @@ _TABLE = Table(
 )
 
 _NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
+_TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME})$", re.IGNORECASE)
 _MODEL = re.compile(r"[\x21-\x7e]{1,256}")
 _MOST = 2**31 - 1
 
@@ -93,11 +94,11 @@ def parse(fields: Mapping[str, Any], now_s: float) -> Key:
         return result
 
     name = fields.get("name")
-    plain = isinstance(name, str) and _NAME.fullmatch(name.strip()) and not name.startswith("key_")
+    plain = isinstance(name, str) and _NAME.fullmatch(name.strip()) and not _TAKEN.match(name.strip())
     expires_s = fields.get("expires_at")
     key = Key(
         id="",
-        name=str(field("name", "1 to 64 printable characters, and not begin with `key_`", bool(plain))),
+        name=str(field("name", "1 to 64 printable characters, and no id of a key", bool(plain))),
         digest=b"",
         admin=field("admin", "true or false", type(fields.get("admin", False)) is bool) or False,
         endpoints=names("endpoints", "id of an endpoint", _is_endpoint_id),
@@ -134,37 +135,40 @@ def create(connection: Connection, new: Key) -> tuple[Key, str]:
 
     Raises `BadRequest` if a key that is not revoked has its name.
     """
-    same = select(_TABLE.c.id).where(_TABLE.c.name == new.name, _TABLE.c.revoked_at.is_(None))
+    same = select(TABLE.c.id).where(TABLE.c.name == new.name, TABLE.c.revoked_at.is_(None))
     if (other := connection.scalar(same)) is not None:
         raise BadRequest(f"There is a key of that name, {other}.", param="name", code="name_taken")
     made = generate()
     key = replace(new, id=f"key_{secrets.token_hex(8)}", digest=digest(made))
     connection.execute(
-        insert(_TABLE).values(**key.view(), digest=key.digest, changed=_revision(connection) + 1)
+        insert(TABLE).values(**key.view(), digest=key.digest, changed=_revision(connection) + 1)
     )
     return key, made
 
 
 def first(connection: Connection, now_s: float) -> str | None:
     """Make an admin key where there has never been a key; returns it, or None."""
-    if connection.scalar(select(func.count()).select_from(_TABLE)):
+    if connection.scalar(select(func.count()).select_from(TABLE)):
         return None
     return create(connection, parse({"name": "first", "admin": True}, now_s))[1]
 
 
 def revoke(connection: Connection, name: str, now_s: float) -> Key:
-    """Let the key of that id or name open nothing any more; twice is as once. Raises `NotFound`."""
-    if name == ENV_ID:
+    """Let the key of that id or name open nothing any more; twice is as once.
+
+    Raises `NotFound`, and `BadRequest` for the one that is not in the database.
+    """
+    if name in {ENV_ID, ENV_NAME}:
         raise BadRequest("That key is API_KEY's: start the gateway without it.", code="key_is_set")
-    live = _TABLE.c.revoked_at.is_(None)
-    found = connection.execute(select(_TABLE).where(_TABLE.c.id == name)).one_or_none()
-    found = found or connection.execute(select(_TABLE).where(_TABLE.c.name == name, live)).one_or_none()
+    live = TABLE.c.revoked_at.is_(None)
+    found = connection.execute(select(TABLE).where(TABLE.c.id == name)).one_or_none()
+    found = found or connection.execute(select(TABLE).where(TABLE.c.name == name, live)).one_or_none()
     if found is None:
         raise NotFound(f"There is no key `{name}`.", code="key_not_found")
     if found.revoked_at is None:
         connection.execute(
-            update(_TABLE)
-            .where(_TABLE.c.id == found.id)
+            update(TABLE)
+            .where(TABLE.c.id == found.id)
             .values(revoked_at=int(now_s), changed=_revision(connection) + 1)
         )
     return replace(_key(found), revoked_s=found.revoked_at or int(now_s))
@@ -172,7 +176,7 @@ def revoke(connection: Connection, name: str, now_s: float) -> Key:
 
 def load(connection: Connection) -> tuple[list[Key], int]:
     """Every key in the order in which they were made, revoked ones too, and the number of the last change."""
-    rows = connection.execute(select(_TABLE).order_by(_TABLE.c.created_at, _TABLE.c.id))
+    rows = connection.execute(select(TABLE).order_by(TABLE.c.created_at, TABLE.c.id))
     return [_key(row) for row in rows], _revision(connection)
 
 
@@ -205,11 +209,11 @@ class Following:
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:
     for key_id, at_s in used_s.items():
-        connection.execute(update(_TABLE).where(_TABLE.c.id == key_id).values(last_used_at=at_s))
+        connection.execute(update(TABLE).where(TABLE.c.id == key_id).values(last_used_at=at_s))
 
 
 def _revision(connection: Connection) -> int:
-    return connection.scalar(select(func.max(_TABLE.c.changed))) or 0
+    return connection.scalar(select(func.max(TABLE.c.changed))) or 0
 
 
 def _key(row: Row[Any]) -> Key:

@@ -16,6 +16,7 @@ from handler.errors import Unauthorized
 from handler.messages import Request
 
 ENV_ID = "env"
+ENV_NAME = "API_KEY"
 """The id of the key that `API_KEY` gives, whose hash is kept nowhere."""
 
 
@@ -87,9 +88,9 @@ class Keys:
         self._clock = clock
         self._env = (
             # Known without its key too: what was asked with it before is still its own.
-            Key(ENV_ID, "API_KEY", b"", admin=True, revoked_s=0)
+            Key(ENV_ID, ENV_NAME, b"", admin=True, revoked_s=0)
             if api_key is None
-            else Key(ENV_ID, "API_KEY", digest(api_key), admin=True)
+            else Key(ENV_ID, ENV_NAME, digest(api_key), admin=True)
         )
         self.used_s: dict[str, int] = {}
         """When each key of the database was last used, as far as it is not written down yet."""

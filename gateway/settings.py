@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,19 @@ from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
 
+
+def _price(value: str) -> int:
+    """In billionths, so that sums of it are exact."""
+    try:
+        number = Decimal(value) * 10**9
+    except InvalidOperation:
+        raise ValueError(value) from None
+    if not (number.is_finite() and 0 <= number <= 10**15 and number == int(number)):
+        raise ValueError(value)
+    return int(number)
+
+
+PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price)
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
 
@@ -134,6 +148,14 @@ TABLE: Table = (
         "where OpenAI's clients give up.",
     ),
     *KEPT,
+    Setting(
+        "PRICE_INPUT",
+        "price_input",
+        PRICE,
+        "0",
+        "What a million tokens of prompts cost, in whichever money: usage shows it.",
+    ),
+    Setting("PRICE_OUTPUT", "price_output", PRICE, "0", "What a million tokens of answers cost."),
     *rows("KEEP_ALIVE_S"),
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
@@ -163,6 +185,8 @@ class GatewaySettings:
     execution_timeout_s: float
     data_dir: Path
     database_url: str = field(repr=False)
+    price_input: int
+    price_output: int
     keep_alive_s: float
     drain_timeout_s: float
     max_body_bytes: int

@@ -104,6 +104,7 @@ class Admission:
                     await self._wait(request)
                     waited = True
                     request = _admitted(request)
+                request.visit.taken()
                 try:
                     reply = await stack.enter_async_context(self._upstream.call(request))
                     break

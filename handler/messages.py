@@ -29,6 +29,8 @@ class Visit:
     """It has waited, or was with a worker, before: no bound turns it away any more."""
     worked_s: float = 0.0
     """How long it was with workers that were lost, which is no waiting."""
+    taken: Callable[[], object] = lambda: None
+    """Called when its waiting is over and a worker gets it; again if that one is lost."""
     kept_alive: bool = False
     """If it asks for a stream, its client hears comments while it waits."""
     caller: str = ""

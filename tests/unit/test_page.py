@@ -202,7 +202,7 @@ def test_modules_do_what_their_own_tests_say() -> None:
         if path.suffix == ".js":
             subprocess.run([node, "--check", path], check=True)
     tests = sorted((ROOT / "tests" / "node" / "page").glob("*.test.mjs"))
-    line = [node, "--test", "--test-reporter=tap", *tests]
+    line = [node, "--test", "--test-reporter=tap", *map(str, tests)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert re.search(r"^# pass [1-9]", done.stdout, re.MULTILINE)

@@ -99,6 +99,8 @@ def test_gateway_defaults() -> None:
         execution_timeout_s=590.0,
         data_dir=Path("/home/me/.local/share/firsttoken"),
         database_url="sqlite:////home/me/.local/share/firsttoken/gateway.db",
+        price_input=0,
+        price_output=0,
         keep_alive_s=15.0,
         drain_timeout_s=30.0,
         max_body_bytes=32 * 2**20,
