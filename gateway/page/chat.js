@@ -166,7 +166,7 @@ function build(session) {
       const { data } = await callJson(`v2/${encodeURIComponent(id)}/openai/v1/models`);
       find("#models").replaceChildren(...data.map((model) => h("option", { value: model.id })));
     } catch {
-      models = null; // the name can be typed
+      // the name can be typed
     }
   }
 
