@@ -8,7 +8,7 @@ import { byKey, days } from "./series.js";
 import { call, callJson } from "./session.js";
 
 const DAY_MS = 86_400_000;
-const EVERY_MS = 5000;
+const EVERY_MS = 2000;
 
 const MEASURES = {
   tokens: { name: "Tokens", of: (row) => row.prompt_tokens + row.completion_tokens, format: count },
