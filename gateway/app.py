@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.keys import Key, Keys
+from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
@@ -28,6 +28,14 @@ class Part(Protocol):
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
+class Doorkeeper(Protocol):
+    """Who knows the keys."""
+
+    def check(self, request: Request) -> Key:
+        """The key that `request` bears. Raises `Unauthorized` unless it opens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
@@ -37,7 +45,7 @@ class Gateway:
     """
 
     parts: Sequence[Part]
-    keys: Keys
+    keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
 

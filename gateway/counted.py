@@ -31,6 +31,11 @@ class Counted:
             if not self.number:
                 self._empty.set()
 
-    async def empty(self) -> None:
-        """Return once none is inside."""
-        await self._empty.wait()
+    async def empty(self, *, unless: asyncio.Event, timeout_s: float) -> None:
+        """Return once none is inside, `unless` is set, or `timeout_s` are over."""
+        ends = [asyncio.ensure_future(event.wait()) for event in (self._empty, unless)]
+        try:
+            await asyncio.wait(ends, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()

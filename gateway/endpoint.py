@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.settings import GatewaySettings
+from gateway.upstreams import WorkerView
 from handler.messages import Call
 
 
@@ -16,6 +17,16 @@ class Workers(Protocol):
     @property
     def capacity(self) -> int:
         """How many requests the ready ones work on at once, in all; 0 while none is ready."""
+        ...
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The ready ones that can be asked for more than what clients want, their metrics say, by id."""
+        ...
+
+    @property
+    def views(self) -> Sequence[WorkerView]:
+        """Those that live, and the last few that have ended."""
         ...
 
     def status(self) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class Described:
 
     settings: GatewaySettings
     environ: Mapping[str, str] = field(repr=False)
+    shared_by: int | None = field(default=None, compare=False)
+    """How many workers of all endpoints may share the machine; None if there is no other endpoint."""
 
     @property
     def id(self) -> str:
@@ -93,8 +95,7 @@ def describe(environ: Mapping[str, str]) -> tuple[GatewaySettings, Description]:
     Raises `BadSettings`, which names every fault of both. A model in an object store is looked up there.
     """
     path = ours(environ).get("ENDPOINTS_FILE", "").strip()
-    environ = environ if path else {**environ, **baked.names(environ)}
-    settings, faults = _read(environ)
+    settings, faults = _read(environ, named=bool(path))
     description = Description(())
     try:
         if path:
@@ -141,15 +142,18 @@ def load(path: Path, environ: Mapping[str, str]) -> Description:
         f"{name} of the environment counts for nothing beside {path}"
         for name in sorted(ours(environ).keys() & _SPELLINGS_OF_ONE_MODEL)
     ]
+    endpoints = [one for one in described if one is not None]
+    total = sum(one.settings.max_workers for one in endpoints)
     return Description(
-        tuple(one for one in described if one is not None),
+        tuple(replace(one, shared_by=total if len(endpoints) > 1 else None) for one in endpoints),
         (*ignored, *_open_secrets(path, entries)),
     )
 
 
-def _read(environ: Mapping[str, str]) -> tuple[GatewaySettings | None, list[str]]:
+def _read(environ: Mapping[str, str], *, named: bool = False) -> tuple[GatewaySettings | None, list[str]]:
+    """The settings in `environ`, those included that a baked model means unless it is `named` elsewhere."""
     try:
-        return GatewaySettings.from_environ(environ), []
+        return GatewaySettings.from_environ(environ if named else {**environ, **baked.names(environ)}), []
     except BadSettings as error:
         return None, list(error.faults)
 
@@ -195,10 +199,9 @@ class _Entry:
             if name not in replaced and name not in _SPELLINGS_OF_ONE_MODEL
         }
         environ = {**common, **given}
-        environ.update(baked.names(environ))
         settings, faults = _read(environ)
         if settings is None:
-            common_faults = _read(self._environ)[1]
+            common_faults = _read(self._environ, named=True)[1]
             self.faults += [f"{self.place}: {fault}" for fault in faults if fault not in common_faults]
             return None
         shared = {name for row in WORKER_TABLE for name in row.names}
@@ -283,7 +286,7 @@ def _text(row: Setting, value: object) -> str | None:
     """`value` as the environment would have it, None if its type is wrong."""
     if isinstance(value, bool):
         return ("true" if value else "false") if row.kind is SWITCH else None
-    if row.kind.low is not None or row.kind.high is not None:
+    if row.kind.low is not None and value not in row.kind.names:
         return str(value) if isinstance(value, int | float) else None
     return value if isinstance(value, str) and value.strip() else None
 

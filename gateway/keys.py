@@ -113,6 +113,9 @@ class Keys:
             self.used_s[key.id] = int(now_s)
         return key
 
+    def __contains__(self, key_id: object) -> bool:
+        return key_id in self._by_id
+
     def of(self, key_id: str) -> Key:
         """The key of that id, whether it opens or not (`Key.opens`). Raises `KeyError`."""
         return self._by_id[key_id]

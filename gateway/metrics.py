@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.scrape import SCRAPE_TIMEOUT_S, Target, render, scrape
+from gateway.upstreams import WORKER_STATES
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed
 from handler import sse
 from handler.messages import Reply
@@ -28,12 +29,9 @@ __all__ = ["ADMISSIONS", "CONTENT_TYPE", "EndpointMetrics", "Metrics", "Row"]
 
 PREFIX = "firsttoken_gateway_"
 
-ADMISSIONS = ("at_once", "waited", "full", "late", "refused", "left")
+ADMISSIONS = ("at_once", "waited", "full", "expired", "refused", "left")
 """How it ended for who wanted a worker: asked at once or after a wait; turned away because too many
 waited, because its turn did not come in time, or because no worker can come; or left while it waited."""
-
-WORKER_STATES = ("starting", "ready", "leaving", "failed")
-"""Those that are told as 0 too; a worker in another one is told as well."""
 
 PHASES_MAX = 64
 """How many names of phases an endpoint counts by; what a worker names beyond them is `other`."""
@@ -113,8 +111,8 @@ class Metrics:
         )
         self.admissions = self._counter(
             "admissions",
-            "How it ended for who wanted a worker: asked `at_once`, `waited`, turned away (`full`, `late`, "
-            "`refused`: no worker can come), or `left` meanwhile.",
+            "How it ended for who wanted a worker: asked `at_once`, `waited`, turned away (`full`, "
+            "`expired`, `refused`: no worker can come), or `left` meanwhile.",
             "endpoint",
             "outcome",
         )
@@ -260,11 +258,9 @@ class EndpointMetrics:
             self._phases.add(name)
         return name if name in self._phases else "other"
 
-    def admitted(self, outcome: str, waited_s: float = 0.0) -> None:
+    def admitted(self, outcome: str) -> None:
         """Count how it ended for who wanted a worker: one of `ADMISSIONS`."""
         self._metrics.admissions.labels(self.endpoint_id, outcome).inc()
-        if outcome != "at_once":
-            self.held_s.observe(waited_s)
 
     def count(self, usage: Usage) -> None:
         """Count what one answer has cost, by its own word."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,7 @@ class Operations:
 
     keys: Keys
     metrics: Metrics
-    health: Callable[[], Mapping[str, Any]]
+    endpoints: Mapping[str, Endpoint]
     open_metrics: bool = False
 
     def find(self, request: Request) -> Call | None:
@@ -64,9 +65,18 @@ class Operations:
 
     @asynccontextmanager
     async def _health(self, _: Request) -> AsyncIterator[Reply]:
-        yield json_reply(200, self.health())
+        shown = [_health(endpoint) for endpoint in self.endpoints.values()]
+        yield json_reply(200, {"status": "ok", "endpoints": shown})
 
     @asynccontextmanager
     async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
         text = await self.metrics.exposition()
         yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))
+
+
+def _health(endpoint: Endpoint) -> Mapping[str, Any]:
+    """What anyone may see of it: numbers."""
+    states = Counter(view.state for view in endpoint.workers.views)
+    status = endpoint.status()
+    numbers = {name: status[name] for name in ("waiting", "in_flight", "capacity")}
+    return {"id": endpoint.id, **numbers, "workers": states}

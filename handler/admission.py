@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from handler.errors import UpstreamFailed
-from handler.messages import PATIENCE_S, Call, Reply, Request
+from handler.messages import Call, Reply, Request
 from handler.waiting import Room, kept_alive
 
 
@@ -83,7 +83,6 @@ class Admission:
     ) -> None:
         self._upstream = upstream
         self._queue_timeout_s = queue_timeout_s
-        self._kept_alive = 0 < keep_alive_s < PATIENCE_S
         self._check = check
         self._room = room
         self.call: Call = kept_alive(self._answer, keep_alive_s)
@@ -96,7 +95,6 @@ class Admission:
 
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[Reply]:
-        request = replace(request, visit=replace(request.visit, kept_alive=self._kept_alive))
         waited = False
         async with AsyncExitStack() as stack:
             for last in (False, True):

@@ -523,8 +523,11 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
     if machine.has_accelerator():
         return
+    if settings.shared_by > 1:
+        # Where each rank is a process, vLLM binds it to cores, the same ones in each worker.
+        environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if settings.engine_mode != "spawn" and "OMP_NUM_THREADS" not in environ:
-        environ.update(openmp(settings.model_name, machine.cores()))
+        environ.update(openmp(settings.model_name, max(1, machine.cores() // settings.shared_by)))
     eager = settings.rest.get("ENFORCE_EAGER", "").lower() not in FALSE
     if eager and "enforce-eager" not in (settings.vllm_extra_args or ""):
         # An eager vLLM compiles a helper of logprobs all the same, at the first request that asks for
@@ -646,12 +649,12 @@ def configure(args: Namespace, mode: str) -> Any:
     return vllm_config
 
 
-def plan_kv_cache_bytes(vllm_config: Any) -> int:
+def plan_kv_cache_bytes(vllm_config: Any, shared_by: int = 1) -> int:
     """How much memory to give the KV cache on a CPU, where vLLM would take most of it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     token = 2 * heads * model.get_head_size() * model.dtype.itemsize
-    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes())
+    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes() // shared_by)
 
 
 def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
@@ -660,7 +663,7 @@ def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
     cache = vllm_config.cache_config
     planned = seam("current_platform").is_cpu() and cache.kv_cache_memory_bytes is None
     if planned and pulled("kvplan", environ):
-        cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
+        cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config, ready.settings.shared_by)
         if pulled("kvlazy", environ):
             allocate_kv_cache_untouched()
     async_llm = seam("AsyncLLM")

@@ -12,6 +12,7 @@ FirstTokenError
 │   │   └── NoSuchEndpoint  404  endpoint_not_found
 │   ├── MethodNotAllowed    405  method_not_allowed, with Allow
 │   ├── BodyTooLarge        413  request_too_large
+│   ├── BadFile             422  bad_settings: what the gateway was to read again is at fault
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
@@ -182,6 +183,17 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is larger than {limit_bytes} bytes.")
+
+
+class BadFile(RequestError):
+    """The file that was to be read again is at fault; nothing has changed. `faults` names every one."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "bad_settings"
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        super().__init__("Nothing has changed: " + "; ".join(faults) + ".")
 
 
 class _RetryLater(RequestError):

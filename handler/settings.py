@@ -306,6 +306,13 @@ TABLE: Table = (
         "Where to say `READY=1`, as sd_notify(3) does. systemd and the gateway set it.",
     ),
     Setting(
+        "SHARED_BY",
+        "shared_by",
+        whole(1, 1024),
+        "1",
+        "On a CPU, how many workers share the cores and memory of this machine. The gateway sets it.",
+    ),
+    Setting(
         "LEVERS_OFF",
         "levers_off",
         some_of(*LEVERS),
@@ -335,6 +342,9 @@ ENGINE_FIELDS = (
     "levers_off",
 )
 """What of the settings the engine is made of, beside the flags of vLLM."""
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+"""Which of the machine's GPUs a process sees, those of a worker being the gateway's to say."""
 
 
 def rows(*names: str) -> Table:
@@ -379,6 +389,7 @@ class Settings:
     log_level: str
     lifeline_fd: int | None
     notify_socket: str | None
+    shared_by: int
     start_failure: str | None
     vllm_config_file: str | None
     vllm_extra_args: str | None = field(repr=False)
@@ -395,10 +406,9 @@ class Settings:
         return self.served_model_name or public_name(self.model_name)
 
     def same_engine(self, other: Settings) -> bool:
-        """Whether an engine that was configured for `other` will do."""
-        return self.rest == other.rest and all(
-            getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS
-        )
+        """Whether an engine that was configured for `other` will do, on whatever devices of one kind."""
+        ours, theirs = ({**one.rest, DEVICES: ""} for one in (self, other))
+        return ours == theirs and all(getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:

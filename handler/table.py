@@ -224,6 +224,15 @@ def seconds(low: float, high: float) -> Kind:
     return Kind(f"seconds from {low:g} to {high:g}", parse, low=low, high=high)
 
 
+def auto_or(kind: Kind) -> Kind:
+    """What `kind` allows, and `auto`, which is None."""
+
+    def parse(value: str) -> object:
+        return None if value.lower() == "auto" else kind.parse(value)
+
+    return Kind(f"`auto`, or {kind.allowed}", parse, names=("auto",), low=kind.low, high=kind.high)
+
+
 TRUE = frozenset({"true", "1", "yes", "on"})
 FALSE = frozenset({"false", "0", "no", "off"})
 

@@ -202,7 +202,8 @@ def _ends(chunk: bytes) -> bool:
 def _opens(value: Mapping[str, Any]) -> bool:
     """Whether a chunk of a chat says only who speaks."""
     choices = value.get("choices")
-    deltas = [one.get("delta") if isinstance(one, dict) else None for one in choices or [None]]
+    said = choices if isinstance(choices, list) and choices else [None]
+    deltas = [one.get("delta") if isinstance(one, dict) else None for one in said]
     return all(
         isinstance(delta, dict) and {name for name in delta if delta[name]} == {"role"} for delta in deltas
     )

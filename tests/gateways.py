@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.app import Gateway
@@ -12,6 +12,7 @@ from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import GatewaySettings
+from gateway.upstreams import WorkerView
 from handler.messages import Call
 
 
@@ -20,10 +21,12 @@ class Workers:
     """Workers of whom only the number of their places is known."""
 
     capacity: int = 8
+    views: Sequence[WorkerView] = ()
+    askable: Mapping[str, Call] = field(default_factory=dict)
 
     def status(self) -> Mapping[str, Any]:
-        """Nothing."""
-        return {}
+        """As if they did nothing."""
+        return {"waiting": 0, "in_flight": 0, "capacity": self.capacity}
 
 
 def endpoint(
@@ -40,11 +43,11 @@ def one(
     *,
     endpoint_id: str = "local",
     metrics: Metrics | None = None,
-    health: Callable[[], Mapping[str, Any]] = dict,
     open_metrics: bool = False,
 ) -> Gateway:
     """The gateway whose only endpoint is answered by `call`."""
     metrics = metrics or Metrics()
     metrics.endpoint(endpoint_id)
-    own = Operations(keys, metrics, health, open_metrics)
-    return Gateway([OpenAI({endpoint_id: endpoint(call, endpoint_id)}), own], keys, metrics)
+    endpoints = {endpoint_id: endpoint(call, endpoint_id)}
+    own = Operations(keys, metrics, endpoints, open_metrics)
+    return Gateway([OpenAI(endpoints), own], keys, metrics)

@@ -95,7 +95,7 @@ class Http:
                 cold_start_s=phases.total_s or 0.0,
                 state=server.state,
             )
-        notifier.ready(phases.report())
+        notifier.ready(phases.report(), self._settings.max_concurrency or engine.capacity())
         log.info("ready", extra={"address": address})
         serving.result()
         if self._lobby is not None:

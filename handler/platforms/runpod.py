@@ -91,7 +91,7 @@ class RunPod:
             expire=lambda: asyncio.wrap_future(engine.submit(drain.finish(0))),
         )
         engine.dead.add_done_callback(lambda _: intake.stop(at_once=True))
-        notifier.ready(phases.report())
+        notifier.ready(phases.report(), most)
         log.info("ready", extra={"jobs_at_once": most})
         self._take(call, intake)
         if engine.is_dead:

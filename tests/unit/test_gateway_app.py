@@ -22,7 +22,10 @@ from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedA
 
 KEY: Headers = (("authorization", "Bearer secret"),)
 BASE = "/v2/local/openai"
-HEALTH = {"status": "ok", "worker": {"state": "ready"}}
+HEALTH = {
+    "status": "ok",
+    "endpoints": [{"id": "local", "waiting": 0, "in_flight": 0, "capacity": 8, "workers": {}}],
+}
 
 
 def gateway(
@@ -36,7 +39,6 @@ def gateway(
     return gateways.one(
         call_app(scripted),
         Keys("secret"),
-        health=lambda: HEALTH,
         open_metrics=open_metrics,
     ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
 
@@ -208,7 +210,7 @@ async def test_stream_passes_through_byte_by_byte() -> None:
     assert body == "data: héllo 😀\n\ndata: 2\n\ndata: [DONE]\n\n".encode()
 
 
-async def test_health_is_open_and_says_how_the_worker_is() -> None:
+async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
     """Liveness needs no key and holds no secret."""
     status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", ())
     assert (status, json.loads(body)) == (200, HEALTH)

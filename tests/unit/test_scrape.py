@@ -183,9 +183,9 @@ async def test_what_happens_to_workers_is_counted() -> None:
         {"name": "engine", "begin_s": 1.0, "end_s": 4.0},
         {"name": "weights", "begin_s": 2.0, "end_s": 3.5},
     ]
-    own.tell(Ready(9.0, {"total_s": 5.0, "phases": phases}))
-    own.tell(StartFailed("no", 70, permanent=False, again_in_s=1))
-    own.tell(Ended("killed", expected=False))
+    own.tell(Ready("w", 9.0, {"total_s": 5.0, "phases": phases}))
+    own.tell(StartFailed("w", "no", 70, permanent=False, again_in_s=1))
+    own.tell(Ended("w", "killed", expected=False))
     found = series((await metrics.exposition()).decode())
     name = "firsttoken_gateway_cold_start_phase_seconds_total"
     spent = {dict(labels)["phase"]: value for (key, labels), value in found.items() if key == name}
@@ -202,7 +202,7 @@ async def test_names_of_phases_are_bounded() -> None:
     metrics = Metrics()
     for number in range(200):
         phases = [{"name": f"made up {number}", "begin_s": 0.0, "end_s": 1.0}]
-        metrics.endpoint("a").tell(Ready(1.0, {"total_s": 1.0, "phases": phases}))
+        metrics.endpoint("a").tell(Ready("w", 1.0, {"total_s": 1.0, "phases": phases}))
     found = series((await metrics.exposition()).decode())
     name = "firsttoken_gateway_cold_start_phase_seconds_total"
     spent = {dict(labels)["phase"]: value for (key, labels), value in found.items() if key == name}
@@ -215,7 +215,8 @@ async def test_tokens_and_admissions_are_counted_by_endpoint() -> None:
     metrics = Metrics()
     metrics.endpoint("a").count(Usage("m", 10, 5))
     metrics.endpoint("a").admitted("at_once")
-    metrics.endpoint("a").admitted("waited", 2.0)
+    metrics.endpoint("a").admitted("waited")
+    metrics.endpoint("a").held_s.observe(2.0)
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_prompt_tokens_total", endpoint="a", model="m")] == 10
     assert found[of("firsttoken_gateway_completion_tokens_total", endpoint="a", model="m")] == 5
