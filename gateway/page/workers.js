@@ -2,7 +2,7 @@
 
 import { spark } from "./chart.js";
 import { h, reconcile, say, show, template } from "./dom.js";
-import { count, elapsed, plural, seconds } from "./format.js";
+import { count, elapsed, plural, relative, seconds } from "./format.js";
 import { live, watch } from "./status.js";
 import { waterfall } from "./waterfall.js";
 
@@ -139,17 +139,19 @@ class WorkerCard {
     show(this.#load, ready && worker.slots > 0);
     if (worker.slots) Object.assign(this.#load, { max: worker.slots, value: worker.in_flight });
     const now = Date.now() / 1000;
+    const over = worker.state === "failed" || worker.state === "ended";
     figures(this.#facts, [
       ["in flight", worker.slots ? `${worker.in_flight} of ${worker.slots}` : count(worker.in_flight ?? 0)],
       ["idle", worker.idle_s > 0 ? elapsed(worker.idle_s) : null],
-      [worker.state === "starting" ? "for" : "age", worker.started_at ? elapsed(now - worker.started_at) : null],
+      over
+        ? ["started", relative(worker.started_at, now)]
+        : [worker.state === "starting" ? "for" : "age", elapsed(now - worker.started_at)],
       ["ready after", worker.ready_after_s ? seconds(worker.ready_after_s) : null],
       ["devices", worker.devices?.length ? worker.devices.join(", ") : null],
       ["pid", worker.pid ?? null],
     ].filter(([name, value]) => value !== null && (ready || name !== "in flight")));
-    const failed = worker.state === "failed";
     show(this.#reason, Boolean(worker.reason));
-    this.#reason.className = failed ? "problem" : "muted reason";
+    this.#reason.className = worker.state === "failed" ? "problem" : "muted reason";
     say(this.#reason, worker.reason ?? "");
     this.#tellStart(worker.cold_start);
     show(this.#log, Boolean(worker.log_tail?.length));
