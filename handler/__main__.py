@@ -25,7 +25,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import explain, freeze, logs, machine, platforms, readahead
+from handler import explain, freeze, logs, machine, platforms, readahead, traces
 from handler.engine import Engine
 from handler.errors import BadSettings, StartError, Unfit, UsageError
 from handler.freezable import FreezableEngine
@@ -113,6 +113,7 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, partial(_refuse_and_give_up, platform))
     prepared = fork.prepared_for(settings) if fork else None
+    traced = traces.open(settings)
     try:
         engine = Engine.start(settings, phases, environ, prepared, platform.fit)
         platform.prepare()
@@ -132,6 +133,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         platform.run(engine, phases, notifier)
     finally:
         engine.close()
+        if traced is not None:
+            traced.close()
 
 
 def on_cluster(action: str, environ: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from tests.servers import KEY, MODEL, ROOT, Server, engine_environ, first_line, 
 SLOTS = 8
 PORT = "8000"
 WAIT_S = 120.0
-LONG = {"max_tokens": 700, "extra_body": {"ignore_eos": True}}
+LONG_TOKENS = 700
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root"),
@@ -108,7 +108,11 @@ async def stream(client: openai.AsyncOpenAI, asked: Asked) -> None:
     """Read a long answer to its end."""
     try:
         answer = await client.chat.completions.create(
-            model=MODEL, messages=[{"role": "user", "content": "Hello"}], stream=True, **LONG
+            model=MODEL,
+            messages=[{"role": "user", "content": "Hello"}],
+            stream=True,
+            max_tokens=LONG_TOKENS,
+            extra_body={"ignore_eos": True},
         )
         async for chunk in answer:
             asked.pieces += 1
@@ -141,7 +145,7 @@ async def test_from_none_to_two_and_back(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("what", ["replica", "node"])
 async def test_a_loss_is_repaired_or_told(cluster: Cluster, what: str) -> None:
-    """What had no first byte is answered by another replica; the rest ends with an error frame; nothing hangs."""
+    """What had no first byte is answered elsewhere; the rest ends with an error frame; nothing hangs."""
     with deployed(cluster, MIN_WORKERS="2", MAX_WORKERS="2"), gateway(cluster) as server:
         await until_running(cluster, 2)
         async with server.client() as client:
