@@ -64,7 +64,7 @@ def permit(key: Key, request: Request, model_id: str) -> None:
     else:
         return
     if not (isinstance(model, str) and key.may_ask(model)):
-        raise NoSuchModel(str(model))
+        raise NoSuchModel(str(model), served=[model_id] if key.may_ask(model_id) else ())
 
 
 def _json_model(request: Request) -> object:

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,12 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A gateway and the one worker behind it, which can also be asked by itself."""
+    """A gateway and a worker behind it, which can also be asked by itself."""
 
     gateway: Server
     worker: Server
+    others: Mapping[str, Server] = field(default_factory=dict)
+    """The same gateway for other keys, at other endpoints, by what they are."""
 
 
 def engine_environ(model: Path) -> dict[str, str]:
@@ -135,14 +138,49 @@ def first_line(process: subprocess.Popen[str], containing: str, errors: Path) ->
 
 @contextmanager
 def stack(model: Path) -> Iterator[Stack]:
-    """`python -m gateway` with `model`, and the socket of its worker."""
+    """`python -m gateway` with `model` at two endpoints, three keys, and the socket of the first's worker."""
     # Not pytest's folder: the path of a socket must be short.
-    with (
-        tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
-        gateway(model, Path(folder)) as (server, _),
-    ):
-        (uds,) = Path(folder).glob("firsttoken-*/worker-1.sock")
-        yield Stack(server, Server("http://worker/v1", uds=uds))
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "endpoints.toml").write_text(
+            f'''
+            [[endpoint]]
+            id = "local"
+            model = {json.dumps(str(model))}
+            served_model_name = "{MODEL}"
+
+            [[endpoint]]
+            id = "other"
+            model = {json.dumps(str(model))}
+            served_model_name = "{MODEL}"
+            start = "first_request"
+            '''
+        )
+        data = {"DATA_DIR": f"{folder}/data"}
+        bound = key(data, "bound", "--endpoint", "other")
+        limited = key(data, "limited", "--model", MODEL, "--rpm", "100000", "--tpm", "100000000")
+        with gateway(model, folder, ENDPOINTS_FILE=f"{folder}/endpoints.toml") as (server, _):
+            until_ready(server)
+            (uds,) = folder.glob("firsttoken-*/worker-1.sock")
+            elsewhere = server.base_url.replace("/local/", "/other/")
+            others = {"bound": Server(elsewhere, bound), "limited": Server(server.base_url, limited)}
+            yield Stack(server, Server("http://worker/v1", uds=uds), others)
+
+
+def key(environ: Mapping[str, str], name: str, *arguments: str) -> str:
+    """A new key of the gateway whose DATA_DIR is in `environ`."""
+    command = (sys.executable, "-m", "gateway", "keys", "create", "--name", name, *arguments)
+    made = subprocess.run(command, cwd=ROOT, env=dict(environ), capture_output=True, text=True, check=True)
+    return made.stdout.strip()
+
+
+def until_ready(server: Server) -> None:
+    """Return once a worker of the first endpoint takes requests."""
+    url = server.base_url.partition("/v2/")[0]
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not httpx.get(f"{url}/health").json()["endpoints"][0]["workers"].get("ready"):
+        assert time.monotonic() < deadline_s, "no worker is ready"
+        time.sleep(0.1)
 
 
 @contextmanager

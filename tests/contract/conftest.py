@@ -1,7 +1,8 @@
 """The servers of the contract: each path to an application, the scripted one and vLLM's.
 
-The paths: a worker by itself, a gateway and its worker, a gateway whose worker is asked through jobs by
-RunPod's own SDK, and a Lambda function behind a REST API and behind a URL of its own.
+The paths: a worker by itself; a gateway and its worker with an admin's key, with one that is bound to a
+second endpoint, and with one that has limits; a gateway whose worker is asked through jobs by RunPod's own
+SDK; and a Lambda function behind a REST API and behind a URL of its own.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def scripted(request: pytest.FixtureRequest) -> ScriptedApp:
 @pytest.fixture(
     params=[
         *("scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"),
-        *("vllm-worker", "vllm-gateway", "vllm-runpod", "vllm-lambda"),
+        *("vllm-worker", "vllm-gateway", "vllm-bound", "vllm-limited", "vllm-runpod", "vllm-lambda"),
     ]
 )
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
@@ -86,7 +87,7 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         return
     if app == "vllm":
         stack = request.getfixturevalue("jobs_stack" if program == "runpod" else "stack")
-        yield stack.worker if program == "worker" else stack.gateway
+        yield stack.worker if program == "worker" else stack.others.get(program, stack.gateway)
         return
     scripted = request.getfixturevalue("scripted")
     uds = tmp_path / "worker.sock"

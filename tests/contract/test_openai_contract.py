@@ -295,7 +295,7 @@ async def test_an_unknown_model_can_not_be_retrieved(server: Server) -> None:
 async def test_what_is_no_route_is_a_not_found_error(server: Server) -> None:
     """Whether vLLM has it or not."""
     async with server.client() as client:
-        for path in ("/files", "/load_lora_adapter"):
+        for path in ("/fine_tuning/jobs", "/load_lora_adapter"):
             with pytest.raises(openai.NotFoundError) as raised:
                 await client.post(path, cast_to=object, body={})
             assert raised.value.code == "unknown_url"

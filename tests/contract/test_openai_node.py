@@ -28,12 +28,12 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def seen(program: str, folder: Path, stack: servers.Stack) -> object:
-    """What `program` has seen of the gateway."""
+def seen(program: str, folder: Path, server: servers.Server) -> object:
+    """What `program` has seen of the gateway at `server`."""
     environ = {
         "PATH": os.environ["PATH"],
-        "OPENAI_BASE_URL": stack.gateway.base_url,
-        "OPENAI_API_KEY": stack.gateway.key,
+        "OPENAI_BASE_URL": server.base_url,
+        "OPENAI_API_KEY": server.key,
     }
     done = subprocess.run(
         ["node", program, servers.MODEL],
@@ -48,12 +48,13 @@ def seen(program: str, folder: Path, stack: servers.Stack) -> object:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("path", ["stack", "jobs_stack"], ids=["gateway", "runpod"])
+@pytest.mark.parametrize("path", ["gateway", "bound", "limited", "runpod"])
 def test_the_node_client_understands_every_answer(
     path: str, node_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Objects, streams and errors arrive as the client's own types, through the gateway."""
-    assert seen("oracle.mjs", node_folder, request.getfixturevalue(path)) == {
+    """Objects, streams and errors arrive as the client's own types, whatever key and endpoint it has."""
+    stack: servers.Stack = request.getfixturevalue("jobs_stack" if path == "runpod" else "stack")
+    assert seen("oracle.mjs", node_folder, stack.others.get(path, stack.gateway)) == {
         "models": [servers.MODEL],
         "model": "model",
         "chat": ["chat.completion", "The capital of France is Paris.", "stop"],
@@ -68,7 +69,7 @@ def test_the_node_client_understands_every_answer(
 
 def test_the_node_client_does_files_and_batches(node_folder: Path, stack: servers.Stack) -> None:
     """With the real engine behind them."""
-    assert seen("batches.mjs", node_folder, stack) == {
+    assert seen("batches.mjs", node_folder, stack.gateway) == {
         "file": ["file", "\u00fc.jsonl", "batch", 3600],
         "batch": ["batch", "completed", {"by": "node"}, {"total": 2, "completed": 1, "failed": 1}, None],
         "outputs": [["france", 200, "The capital of France is Paris.", None]],
