@@ -202,6 +202,10 @@ class Actor:
         """Say what it does."""
         self._say(STATUS=text)
 
+    async def write(self, line: str) -> None:
+        """Write `line` to standard output."""
+        print(line, flush=True)
+
     async def pause(self, gate: str) -> None:
         """Wait for the test."""
         self._tell("paused", gate)
