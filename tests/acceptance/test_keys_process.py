@@ -92,7 +92,7 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:
     """It is printed before the gateway ends: the next start will print none."""
-    play = ((("say_why", "no such model", "66"), ("exit", "66")), {})
+    play: Any = ((("say_why", "no such model", "66"), ("exit", "66")), {})
     async with gateway(tmp_path, play, environ={"API_KEY": ""}) as program:
         await program.line(r"^no worker was ready  .* key (ft-\S{43})$")
         assert await program.end() == 66
@@ -128,9 +128,8 @@ class Client:
 
     def check(self, counted: Mapping[str, Any] | None) -> None:
         """What was counted is what this client saw."""
-        found = counted and tuple(
-            counted[name] for name in ("requests", "prompt_tokens", "completion_tokens")
-        )
+        names = ("requests", "prompt_tokens", "completion_tokens")
+        found = None if counted is None else tuple(counted[name] for name in names)
         everything = (1, self.prompt, FRAMES)
         if self.whole or (
             found == everything and self.model[0] != "h"
