@@ -39,7 +39,7 @@ from handler.table import ENDPOINT_ID
 log = logging.getLogger("gateway")
 
 POLL_S = 0.5
-"""How often a gateway looks whether the keys have changed (docs/decisions/0013-keys.md)."""
+"""How often a gateway looks whether the keys have changed (docs/decisions/0014-keys-and-usage.md)."""
 
 _LIVE = text("revoked_at IS NULL")
 TABLE = Table(

@@ -62,6 +62,16 @@ class Entry:
     cost_nano: int = 0
     requests: int = 1
 
+    def plus(self, other: Entry) -> Entry:
+        """Both, on the account of this one."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cost_nano=self.cost_nano + other.cost_nano,
+            requests=self.requests + other.requests,
+        )
+
 
 def add(connection: Connection, entry: Entry, day: date | None = None) -> None:
     """Count `entry`, on today's account (UTC) or that of `day`, in the caller's own transaction."""
@@ -77,12 +87,20 @@ def add(connection: Connection, entry: Entry, day: date | None = None) -> None:
         "completion_tokens": entry.completion_tokens,
         "cost_nano": entry.cost_nano,
     }
-    there = and_(*(column == key[column.name] for column in _KEY))
-    more = update(USAGE).where(there).values({column: column + counts[column.name] for column in _COUNTS})
-    if connection.execute(more).rowcount:
+    if connection.execute(_MORE, {f"of_{name}": value for name, value in key.items()} | more).rowcount:
         return
     try:
         with connection.begin_nested():
-            connection.execute(insert(USAGE).values(**key, **counts))
+            connection.execute(insert(USAGE), {**key, **counts})
     except IntegrityError:  # another gateway has begun the same account meanwhile
-        connection.execute(more)
+        connection.execute(_MORE, {f"of_{name}": value for name, value in key.items()} | more)
+
+
+def sums(entries: Iterable[Entry]) -> list[Entry]:
+    """One entry for each account, with all that `entries` put on it."""
+    found: dict[tuple[str, str, str], Entry] = {}
+    for entry in entries:
+        account = (entry.key_id, entry.endpoint_id, entry.model)
+        before = found.get(account)
+        found[account] = entry if before is None else before.plus(entry)
+    return list(found.values())
