@@ -166,7 +166,11 @@ async def shares(server: Server) -> dict[str, tuple[float, float]]:
         text = await reply.text()
     return {
         name: tuple(  # type: ignore[misc] # of two
-            float(re.findall(rf"^firsttoken_gateway_job_{name}_seconds_{what} (\S+)$", text, re.MULTILINE)[0])
+            float(
+                re.findall(
+                    rf"^firsttoken_gateway_runpod_job_{name}_seconds_{what}{{.*}} (\S+)$", text, re.MULTILINE
+                )[0]
+            )
             for what in ("sum", "count")
         )
         for name in ("queued", "first_output")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from gateway.keys import Key, Keys
+from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
 from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
 from handler.messages import Call, Headers, Reply, Request
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 
 class Part(Protocol):
@@ -27,6 +31,14 @@ class Part(Protocol):
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
+class Doorkeeper(Protocol):
+    """Who knows the keys."""
+
+    def check(self, request: Request) -> Key:
+        """The key that `request` bears. Raises `Unauthorized` unless it opens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
@@ -36,15 +48,17 @@ class Gateway:
     """
 
     parts: Sequence[Part]
-    keys: Keys
+    keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
+    traces: Traces | None = None
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(self._limited(edge.front(call, cors_origins=cors_origins)))
+            limited = self._limited(edge.front(call, cors_origins=cors_origins))
+            return self._counted(self.traces.follow(limited, _route) if self.traces else limited)
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
@@ -103,31 +117,40 @@ class Gateway:
 
         @asynccontextmanager
         async def counted(request: Request) -> AsyncIterator[Reply]:
-            status = "left"
-            metrics.in_flight.inc()
+            route, status = _label(request.path), "left"
+            of = metrics.known(_endpoint_id(request.path))
+            of.in_flight.inc()
             try:
                 async with call(request) as reply:
                     status = str(reply.status)
-                    yield reply
+                    yield of.timed(reply, request.visit.arrived_s) if reply.streams else reply
             except RequestError:
-                metrics.broken_replies.inc()
+                of.broken_replies.inc()
                 raise
             finally:
-                metrics.in_flight.dec()
-                metrics.requests.labels(_label(request.path), status).inc()
+                of.in_flight.dec()
+                metrics.requests.labels(of.endpoint_id, route, status).inc()
+                took_s = time.monotonic() - request.visit.arrived_s
+                metrics.duration_s.labels(of.endpoint_id, route).observe(took_s)
 
         return counted
 
 
+def _route(request: Request) -> tuple[str, str] | None:
+    """The pattern of a path that has traces, and its endpoint."""
+    if not (endpoint_id := _endpoint_id(request.path)):
+        return None
+    inner = _label(request.path)
+    return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}"), endpoint_id
+
+
+def _endpoint_id(path: str) -> str:
+    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
+    return endpoint_id if top == "v2" else ""
+
+
 def _label(path: str) -> str:
     """One of a bounded number of names for the route of `path`."""
-    inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
     if path.startswith("/v2/"):
-        return (
-            inner
-            if inner in edge.ROUTES
-            else "/v1/models/{id}"
-            if inner.startswith("/v1/models/")
-            else "other"
-        )
+        return edge.pattern("/" + "/".join(path.split("/")[4:])) or "other"
     return path if path in {"/health", "/metrics"} else "other"

@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Self
 
+from gateway.scaling import Scaling
 from handler.errors import BadSettings
 from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
@@ -21,6 +22,7 @@ from handler.table import (
     Kind,
     Setting,
     Table,
+    auto_or,
     choice,
     matching,
     ours,
@@ -32,6 +34,7 @@ from handler.table import (
 from handler.unread import UNREAD
 
 UPSTREAMS = ("local", "runpod")
+MOST_WORKERS = 64
 
 
 def _price(value: str) -> int:
@@ -45,7 +48,7 @@ def _price(value: str) -> int:
     return int(number)
 
 
-PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price)
+PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
 
@@ -69,7 +72,7 @@ KEPT: Table = (
 )
 """Where the gateway keeps what outlives it: all that a command line beside it needs."""
 
-_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S", "OTEL_SERVICE_NAME")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
@@ -77,6 +80,13 @@ TABLE: Table = (
         _SHARED["API_KEY"],
         help="An admin key, `Authorization: Bearer ...`, beside those of `python -m gateway keys`. If not "
         "set and there is no key yet: one is made, and shown once.",
+    ),
+    Setting(
+        "ENDPOINTS_FILE",
+        "endpoints_file",
+        Kind("a path that ends in `.toml`", matching(r"(?s).+\.toml")),
+        None,
+        "Where several endpoints are described (docs/gateway.md). If not set: the environment describes one.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -99,7 +109,30 @@ TABLE: Table = (
         "start",
         choice("now", "first_request"),
         "now",
-        "When the worker starts.",
+        "When the first worker starts. One that was started `now` and dies is replaced at once.",
+    ),
+    Setting(
+        "MIN_WORKERS",
+        "min_workers",
+        whole(0, MOST_WORKERS),
+        "0",
+        "How many workers stay though nobody asks.",
+    ),
+    Setting(
+        "MAX_WORKERS",
+        "max_workers",
+        whole(1, MOST_WORKERS),
+        "1",
+        "How many workers there are at most; more than one are started as the queue wants them. Each has "
+        "GPUs of its own: there are never more than the GPUs hold.",
+    ),
+    Setting(
+        "IDLE_TIMEOUT_S",
+        "idle_timeout_s",
+        auto_or(seconds(1, 86_400)),
+        "auto",
+        "How long a worker must not have been needed before it is ended. `auto`: five times what the last "
+        "start took, and a minute at least.",
     ),
     Setting(
         "WARM_PARENT",
@@ -154,7 +187,14 @@ TABLE: Table = (
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
     ),
-    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
+    *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    replace(
+        _SHARED["OTEL_SERVICE_NAME"],
+        default="firsttoken-gateway",
+        help="What traces call this gateway. Set, it is the name of its workers too.",
+    ),
+    *rows("FOREIGN_NAMES"),
 )
 
 
@@ -165,11 +205,15 @@ class GatewaySettings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    endpoints_file: str | None
     endpoint_id: str
     model_name: str
     served_model_name: str | None
     upstream: str
     start: str
+    min_workers: int
+    max_workers: int
+    idle_timeout_s: float | None
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
@@ -184,7 +228,16 @@ class GatewaySettings:
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     foreign_names: tuple[str, ...]
+
+    @property
+    def scaling(self) -> Scaling:
+        """The bounds of the one endpoint."""
+        return Scaling(self.min_workers, self.max_workers, self.idle_timeout_s)
 
     @property
     def model_id(self) -> str:
@@ -197,7 +250,13 @@ class GatewaySettings:
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
-        return cls(**_kept(_read(TABLE, environ), environ))
+        values, faults = _read(TABLE, environ)
+        least, most = values["min_workers"], values["max_workers"]
+        if least is not None and most is not None and least > most:
+            faults.append(f"MIN_WORKERS={least} is more than MAX_WORKERS={most}")
+        if faults:
+            raise BadSettings(faults)
+        return cls(**_kept(values, environ))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,15 +269,15 @@ class KeptSettings:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:
         """The settings that `environ` holds. Raises `BadSettings`."""
-        return cls(**_kept(_read(KEPT, environ), environ))
+        values, faults = _read(KEPT, environ)
+        if faults:
+            raise BadSettings(faults)
+        return cls(**_kept(values, environ))
 
 
-def _read(table: Table, environ: Mapping[str, str]) -> dict[str, Any]:
+def _read(table: Table, environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     others = {*UNREAD, *(name for row in (*WORKER_TABLE, *TABLE) for name in row.names)}
-    values, faults = read(table, environ, others)
-    if faults:
-        raise BadSettings(faults)
-    return values
+    return read(table, environ, others)
 
 
 def _kept(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:

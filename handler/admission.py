@@ -5,13 +5,14 @@ The gateway holds them while no worker is there, a worker while it loads its mod
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from handler.errors import UpstreamFailed
-from handler.messages import PATIENCE_S, Call, Reply, Request
+from handler.messages import Call, Reply, Request
 from handler.waiting import Room, kept_alive
 
 
@@ -83,7 +84,6 @@ class Admission:
     ) -> None:
         self._upstream = upstream
         self._queue_timeout_s = queue_timeout_s
-        self._kept_alive = 0 < keep_alive_s < PATIENCE_S
         self._check = check
         self._room = room
         self.call: Call = kept_alive(self._answer, keep_alive_s)
@@ -96,16 +96,18 @@ class Admission:
 
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[Reply]:
-        request = replace(request, visit=replace(request.visit, kept_alive=self._kept_alive))
         waited = False
         async with AsyncExitStack() as stack:
             for last in (False, True):
+                trace = request.visit.trace
                 if not self._upstream.ready:
                     await self._wait(request)
                     waited = True
                     request = _admitted(request)
+                request.visit.taken()
                 try:
-                    reply = await stack.enter_async_context(self._upstream.call(request))
+                    ask = trace.attempted(self._upstream.call) if trace else self._upstream.call
+                    reply = await stack.enter_async_context(ask(request))
                     break
                 except WorkerLost as lost:
                     if last:
@@ -116,12 +118,17 @@ class Admission:
     async def _wait(self, request: Request) -> None:
         upstream = self._upstream
         self._check(request)
-        await self._room.wait(
-            upstream.wait_ready,
-            request,
-            timeout_s=self._queue_timeout_s,
-            retry_after_s=lambda: upstream.retry_after_s,
-        )
+        since_s = time.monotonic()
+        try:
+            await self._room.wait(
+                upstream.wait_ready,
+                request,
+                timeout_s=self._queue_timeout_s,
+                retry_after_s=lambda: upstream.retry_after_s,
+            )
+        finally:
+            if trace := request.visit.trace:
+                trace.waited(since_s)
 
 
 def _admitted(request: Request, worked_s: float = 0.0) -> Request:

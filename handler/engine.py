@@ -48,6 +48,7 @@ from handler import (
     readahead,
     shortcuts,
     structure,
+    traces,
     tracing,
 )
 from handler.core_thread import ThreadCoreClient
@@ -287,7 +288,8 @@ class Engine:
         args, self.mode = ready.args, ready.mode
         self._memories = ready.memories
         os.register_at_fork(after_in_child=self._end_start)  # a core in a process of its own lives on
-        heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
+        theirs = args.otlp_traces_endpoint not in {None, traces.url(self._settings)}
+        heard = None if theirs else tracing.listen(phases)
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
         self._fit()
@@ -406,7 +408,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         weights = loader.choose(
             settings, accelerator="cuda" if platform.is_cuda() else "rocm" if platform.is_rocm() else None
         )
-        args = read_flags(parser, settings, weights.flags)
+        args = read_flags(parser, settings, [*weights.flags, *traced(environ, settings)])
         inspects = not (on_cpu and pulled("modelinfo", environ))
         lacking = caches.missing(
             environ, inspects=inspects, compiles=not args.enforce_eager, files=readahead.place(environ)
@@ -523,8 +525,11 @@ def before_import(environ: MutableMapping[str, str], settings: Settings) -> None
     logging.getLogger("vllm").setLevel(environ["VLLM_LOGGING_LEVEL"])  # until vLLM has read the same
     if machine.has_accelerator():
         return
+    if settings.shared_by > 1:
+        # Where each rank is a process, vLLM binds it to cores, the same ones in each worker.
+        environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if settings.engine_mode != "spawn" and "OMP_NUM_THREADS" not in environ:
-        environ.update(openmp(settings.model_name, machine.cores()))
+        environ.update(openmp(settings.model_name, max(1, machine.cores() // settings.shared_by)))
     eager = settings.rest.get("ENFORCE_EAGER", "").lower() not in FALSE
     if eager and "enforce-eager" not in (settings.vllm_extra_args or ""):
         # An eager vLLM compiles a helper of logprobs all the same, at the first request that asks for
@@ -602,6 +607,14 @@ def accept_compiled_models() -> None:
     compiler.load_compiled_function = load_with_end
 
 
+def traced(environ: MutableMapping[str, str], settings: Settings) -> list[str]:
+    """vLLM's flags for spans of its own in the traces that `settings` want."""
+    if (url := traces.url(settings)) is None:
+        return []
+    environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")  # else vLLM speaks gRPC
+    return ["--otlp-traces-endpoint", url]
+
+
 def read_flags(parser: ArgumentParser, settings: Settings, defaults: Sequence[str] = ()) -> Namespace:
     """vLLM's arguments. Raises `BadSettings` with every fault that its parser or checks find."""
     # On a CPU a compile costs a minute and a C++ compiler, and an eager model 20 % of the tokens
@@ -646,12 +659,12 @@ def configure(args: Namespace, mode: str) -> Any:
     return vllm_config
 
 
-def plan_kv_cache_bytes(vllm_config: Any) -> int:
+def plan_kv_cache_bytes(vllm_config: Any, shared_by: int = 1) -> int:
     """How much memory to give the KV cache on a CPU, where vLLM would take most of it."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     token = 2 * heads * model.get_head_size() * model.dtype.itemsize
-    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes())
+    return machine.kv_cache_bytes(token * model.max_model_len, machine.free_memory_bytes() // shared_by)
 
 
 def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
@@ -660,7 +673,7 @@ def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
     cache = vllm_config.cache_config
     planned = seam("current_platform").is_cpu() and cache.kv_cache_memory_bytes is None
     if planned and pulled("kvplan", environ):
-        cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config)
+        cache.kv_cache_memory_bytes = plan_kv_cache_bytes(vllm_config, ready.settings.shared_by)
         if pulled("kvlazy", environ):
             allocate_kv_cache_untouched()
     async_llm = seam("AsyncLLM")

@@ -74,6 +74,15 @@ def free_memory_bytes() -> int:
     return free
 
 
+def memory_bytes(pid: int) -> int:
+    """The memory of the process `pid` that is in no file, also what it shares; 0: it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
 def kv_cache_bytes(sequence_bytes: int, free_bytes: int) -> int:
     """How much of `free_bytes` a KV cache gets on a CPU, if a sequence of full length takes `sequence_bytes`.
 

@@ -36,6 +36,7 @@ from handler.table import (
     SOCKET,
     SWITCH,
     TEXT,
+    URL,
     YAML,
     Setting,
     Table,
@@ -306,6 +307,41 @@ TABLE: Table = (
         "Where to say `READY=1`, as sd_notify(3) does. systemd and the gateway set it.",
     ),
     Setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "otel_exporter_otlp_endpoint",
+        URL,
+        None,
+        "Where OpenTelemetry's collector is: traces are posted to `/v1/traces` below it. Not set: none.",
+    ),
+    Setting(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "otel_exporter_otlp_traces_endpoint",
+        URL,
+        None,
+        "The whole URL that traces are posted to, if it is another.",
+    ),
+    Setting(
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "otel_exporter_otlp_protocol",
+        choice("http/protobuf"),
+        "http/protobuf",
+        "How traces are posted.",
+    ),
+    Setting(
+        "OTEL_SERVICE_NAME",
+        "otel_service_name",
+        NAME,
+        "firsttoken-worker",
+        "What traces call this worker.",
+    ),
+    Setting(
+        "SHARED_BY",
+        "shared_by",
+        whole(1, 1024),
+        "1",
+        "On a CPU, how many workers share the cores and memory of this machine. The gateway sets it.",
+    ),
+    Setting(
         "LEVERS_OFF",
         "levers_off",
         some_of(*LEVERS),
@@ -332,9 +368,14 @@ ENGINE_FIELDS = (
     "engine_mode",
     "vllm_config_file",
     "vllm_extra_args",
+    "otel_exporter_otlp_endpoint",
+    "otel_exporter_otlp_traces_endpoint",
     "levers_off",
 )
 """What of the settings the engine is made of, beside the flags of vLLM."""
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+"""Which of the machine's GPUs a process sees, those of a worker being the gateway's to say."""
 
 
 def rows(*names: str) -> Table:
@@ -379,9 +420,14 @@ class Settings:
     log_level: str
     lifeline_fd: int | None
     notify_socket: str | None
+    shared_by: int
     start_failure: str | None
     vllm_config_file: str | None
     vllm_extra_args: str | None = field(repr=False)
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     levers_off: tuple[str, ...]
     foreign_names: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -395,10 +441,9 @@ class Settings:
         return self.served_model_name or public_name(self.model_name)
 
     def same_engine(self, other: Settings) -> bool:
-        """Whether an engine that was configured for `other` will do."""
-        return self.rest == other.rest and all(
-            getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS
-        )
+        """Whether an engine that was configured for `other` will do, on whatever devices of one kind."""
+        ours, theirs = ({**one.rest, DEVICES: ""} for one in (self, other))
+        return ours == theirs and all(getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Self:

@@ -41,9 +41,13 @@ class Notifier:
         """What the worker is doing, for a person to read."""
         self._send({"STATUS": text}, timeout_s=0)
 
-    def ready(self, cold_start: dict[str, Any]) -> None:
-        """A first token was made and the socket accepts; `cold_start` is `Phases.report()`."""
-        self._send({"READY": "1", "STATUS": "ready", "X_COLD_START": json.dumps(cold_start)})
+    def ready(self, cold_start: dict[str, Any], slots: int | None = None) -> None:
+        """A first token was made and the socket accepts; `cold_start` is `Phases.report()`.
+
+        `slots` is how many requests are worked on at once; more wait for each other in here.
+        """
+        told = {} if slots is None else {"X_SLOTS": str(slots)}
+        self._send({"READY": "1", "STATUS": "ready", "X_COLD_START": json.dumps(cold_start), **told})
 
     def stopping(self) -> None:
         """The worker takes no more and finishes what it holds."""

@@ -7,11 +7,12 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import replace
 
 from handler import sse
 from handler.body import asks_for_stream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
-from handler.messages import Call, Reply, Request, read
+from handler.messages import PATIENCE_S, Call, Reply, Request, read
 
 WAITING_MAX = 1000
 """How many requests wait in a worker at most; a load balancer that has more needs to hear it."""
@@ -92,12 +93,15 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
 
     A request that asks for a stream and has no answer after `keep_alive_s` is answered 200 early and
     gets a comment frame as often, until its stream begins; an error is then its last frame. 0: never.
+    Whoever lets it wait is told so (`Visit.kept_alive`).
     """
     if not keep_alive_s:
         return call
+    in_time = keep_alive_s < PATIENCE_S
 
     @asynccontextmanager
     async def kept(request: Request) -> AsyncIterator[Reply]:
+        request = replace(request, visit=replace(request.visit, kept_alive=in_time))
         async with _entered(call(request)) as head:
             await asyncio.wait({head}, timeout=keep_alive_s)
             if head.done() or not asks_for_stream(request):

@@ -125,8 +125,12 @@ def instead(asked: Asked, lifeline: int | None) -> int:
     """Start a worker from the beginning; returns its process id."""
     if lifeline is not None:
         os.set_inheritable(lifeline, True)
+    output: list[tuple[int, int, str, int, int]] = []
+    if asked.output is not None:
+        output = [(os.POSIX_SPAWN_OPEN, fd, asked.output, os.O_WRONLY | os.O_APPEND, 0) for fd in (1, 2)]
+    command = [sys.executable, "-m", "handler"]
     try:
-        return os.posix_spawn(sys.executable, [sys.executable, "-m", "handler"], asked.environ, setsid=True)
+        return os.posix_spawn(command[0], command, asked.environ, setsid=True, file_actions=output)
     finally:
         if lifeline is not None:
             os.set_inheritable(lifeline, False)

@@ -6,13 +6,15 @@ that died. The parent runs one thread, holds no model and never touches CUDA.
 
 Clients speak over a unix socket. Each connection is one worker:
 
-    client  {"environ": {"MODEL_NAME": "...", ...}, "at_s": 12.5}\n
+    client  {"environ": {"MODEL_NAME": "...", ...}, "at_s": 12.5, "output": "/run/1.out"}\n
     parent  {"pid": 4711}\n    once it was forked
     parent  {"exit": 70}\n     once it has ended; -9 for a signal
 
 `environ` is the worker's whole environment; `at_s`, which may be left out, is from when its cold
-start counts (CLOCK_MONOTONIC). A client that closes the connection ends its worker, which drains
-first: the connection is its lifeline. Each worker leads a session of its own.
+start counts (CLOCK_MONOTONIC); `output`, a file or a named pipe that is read, is where its standard
+output and error go, to the parent's own if it is left out. A client that closes the connection
+ends its worker, which drains first: the connection is its lifeline. Each worker leads a session of
+its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -46,10 +48,11 @@ Environ = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: the worker's environment, and when it was asked for on the monotonic clock."""
+    """One request: the worker's environment, when it was asked for (monotonic clock), and where it writes."""
 
     environ: Environ
     at_s: float
+    output: str | None = None
 
     @classmethod
     def parse(cls, line: bytes) -> Self:
@@ -61,8 +64,12 @@ class Asked:
         environ = asked.get("environ") if isinstance(asked, dict) else None
         if not isinstance(environ, dict) or not all(isinstance(value, str) for value in environ.values()):
             raise ValueError('a request is {"environ": {NAME: value}}')
-        at_s = asked.get("at_s")
-        return cls(environ, float(at_s) if isinstance(at_s, int | float) else time.monotonic())
+        at_s, output = asked.get("at_s"), asked.get("output")
+        return cls(
+            environ,
+            float(at_s) if isinstance(at_s, int | float) else time.monotonic(),
+            output if isinstance(output, str) else None,
+        )
 
 
 Tell = Callable[[bytes], None]
@@ -188,7 +195,7 @@ class Zygote:
 
     def _begin(self, client: socket.socket | None, asked: Asked) -> None:
         fd = None if client is None else client.fileno()
-        given = asked if fd is None else Asked({**asked.environ, "LIFELINE_FD": str(fd)}, asked.at_s)
+        given = asked if fd is None else replace(asked, environ={**asked.environ, "LIFELINE_FD": str(fd)})
         if reason := self.unsafe():
             log.warning("a worker starts without the warm parent", extra={"reason": reason})
             pid = self.instead(given, fd)
@@ -210,6 +217,8 @@ class Zygote:
         try:
             os.close(heard)
             self._forget(client)
+            if asked.output is not None:
+                speak_to(asked.output)
             code = self.work(asked, partial(_tell, told))
         except BaseException:  # the boundary of a process
             log.exception("a worker failed")
@@ -263,6 +272,16 @@ class Zygote:
         wait_s = min(BACK_OFF_MAX_S, 2.0**self._failures - 1)
         log.error("the engine died; a new worker is forked", extra={"in_s": wait_s})
         self._again = (now_s + wait_s, Asked(child.asked.environ, now_s + wait_s))
+
+
+def speak_to(output: str) -> None:
+    """Have what this process writes go to `output`; it stays where it went if nobody reads that."""
+    with suppress(OSError):
+        fd = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(fd, True)
+        for standard in (1, 2):
+            os.dup2(fd, standard)
+        os.close(fd)
 
 
 def threads() -> list[str]:

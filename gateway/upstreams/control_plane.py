@@ -1,4 +1,4 @@
-"""RunPod's control plane for one worker, as the unmodified SDK (runpod 1.12) asks it.
+"""RunPod's control plane for the workers of one endpoint, as the unmodified SDK (runpod 1.12) asks it.
 
 Under `/v2/{endpoint_id}`, with the key as it is in `Authorization`:
 
@@ -19,6 +19,7 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 import secrets
 import socket
 import time
@@ -27,10 +28,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qs
 
-from gateway.metrics import Metrics
-from gateway.upstreams.keeper import first
+from gateway.metrics import EndpointMetrics
+from gateway.upstreams.job import Job
 from gateway.upstreams.lease import HOLD_S, LEASE_S, Lease
 from gateway.upstreams.line import Line
+from gateway.upstreams.waits import first
 from handler import asgi
 from handler.errors import NoSuchRoute, Unauthorized, json_reply
 from handler.messages import Reply, Request, once
@@ -48,7 +50,7 @@ PING_INTERVAL_MS = 10_000
 
 
 class ControlPlane:
-    """Hands the jobs of `line` to the worker that has the `lease`, and hears what it says of them.
+    """Hands the jobs of `line` to the workers that have `leases`, and hears what they say of them.
 
     It listens on loopback, on a port of its own, with a key made for this start.
     """
@@ -57,7 +59,7 @@ class ControlPlane:
         self,
         endpoint_id: str,
         line: Line,
-        metrics: Metrics,
+        metrics: EndpointMetrics,
         *,
         lease_s: float = LEASE_S,
         hold_s: float = HOLD_S,
@@ -67,14 +69,16 @@ class ControlPlane:
         self._hold_s = hold_s
         self.line = line
         self._metrics = metrics
-        self._key = secrets.token_urlsafe(32)
+        self.key = secrets.token_urlsafe(32)
         self._refused = False
         self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._listener = socket.create_server(("127.0.0.1", 0))
         app = asgi.serve(self.call, max_body_bytes=MAX_BODY_BYTES, check=self._check)
         self._server = Server(config(app, idle_s=IDLE_S, shutdown_s=1))
         self._serving: asyncio.Task[None] | None = None
-        self.lease: Lease | None = None
+        self.leases: dict[str, Lease] = {}
+        """By the id of the worker."""
+        line.stop = self._tell_stop
 
     def open(self) -> None:
         """Begin to serve."""
@@ -91,19 +95,26 @@ class ControlPlane:
         await self._serving
 
     def admit(self, worker_id: str, hung: Callable[[str], None]) -> Lease:
-        """Hand jobs to the worker `worker_id` and to no other; `hung` is told why it can't be alive."""
+        """Hand jobs to the worker `worker_id` too; `hung` is told why it can't be alive."""
         why = f"it has not polled for {self._lease_s:g} s"
         lease = Lease(worker_id, lambda: hung(why), lease_s=self._lease_s, hold_s=self._hold_s)
-        self.lease = lease
-        self.line.stop = lambda job: lease.stop(job.id) if job.worker_id == worker_id else None
+        self.leases[worker_id] = lease
         return lease
 
-    def dismiss(self) -> None:
+    def pause(self, worker_id: str, *, paused: bool) -> None:
+        """Hand no more jobs to the worker `worker_id`, or again."""
+        self.leases[worker_id].paused = paused
+        self.line.wake()
+
+    def dismiss(self, worker_id: str) -> None:
         """The worker that was admitted has ended."""
-        if self.lease is not None:
-            self.lease.end()
-            self.line.lose(self.lease.worker_id, "went away")
-            self.lease = None
+        if lease := self.leases.pop(worker_id, None):
+            lease.end()
+            self.line.lose(worker_id, "went away")
+
+    def _tell_stop(self, job: Job) -> None:
+        if lease := self.leases.get(job.worker_id or ""):
+            lease.stop(job.id)
 
     def environ(self, worker_id: str) -> dict[str, str]:
         """What the SDK of the worker `worker_id` is told."""
@@ -115,7 +126,7 @@ class ControlPlane:
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=local",
             "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID?gpu=local",
             "RUNPOD_PING_INTERVAL": str(PING_INTERVAL_MS),
-            "RUNPOD_AI_API_KEY": self._key,
+            "RUNPOD_AI_API_KEY": self.key,
             "RUNPOD_POD_ID": worker_id,
             "RUNPOD_ENDPOINT_ID": self._endpoint_id,
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
@@ -124,7 +135,7 @@ class ControlPlane:
 
     def _check(self, request: Request) -> None:
         given = (request.header("authorization") or "").encode()
-        if not hmac.compare_digest(given, self._key.encode()):
+        if not hmac.compare_digest(given, self.key.encode()):
             if not self._refused:  # once: the SDK would try again at once, and for ever
                 self._refused = True
                 log.warning("control plane was asked with a wrong key")
@@ -147,12 +158,17 @@ class ControlPlane:
                     return self._done(worker_id, job_id, request)
         raise NoSuchRoute(request.method, request.path)
 
-    def _held_by(self, worker_id: str) -> Lease | None:
-        return self.lease if self.lease is not None and self.lease.worker_id == worker_id else None
+    def _share(self, lease: Lease, most: int) -> int:
+        """How many of the jobs in line `lease` gets now: none while one that holds less asks as well."""
+        held = self.line.held
+        asking = [other for other in self.leases.values() if other.asking and not other.paused]
+        if lease.paused or any(held[other.worker_id] < held[lease.worker_id] for other in asking):
+            return 0
+        return min(most, math.ceil(self.line.queued / len(asking)))
 
     @asynccontextmanager
     async def _take(self, worker_id: str, request: Request, *, batch: bool) -> AsyncIterator[Reply]:
-        lease = self._held_by(worker_id)
+        lease = self.leases.get(worker_id)
         if lease is None:
             await self._hold(self._hold_s)
             yield _nothing()
@@ -165,15 +181,18 @@ class ControlPlane:
             self.line.lose(worker_id, "lost the job")
         most = _number(request, "batch_size") if batch else 1
         self.line.wanted += most
+        lease.asking += 1
         try:
             deadline_s = time.monotonic() + self._hold_s
-            while not self.line.queued and (left_s := deadline_s - time.monotonic()) > 0:
+            while not (share := self._share(lease, most)) and (left_s := deadline_s - time.monotonic()) > 0:
                 await first(self.line.arrival, lease.leaving, self._closing, timeout_s=left_s)
                 if lease.leaving.done() or self._closing.done():
                     break
-            taken = [] if lease.leaving.done() else self.line.hand_out(worker_id, most)
+            taken = [] if lease.leaving.done() else self.line.hand_out(worker_id, share)
         finally:
+            lease.asking -= 1
             self.line.wanted -= most
+            self.line.wake()  # what is left is another's
         if not taken:
             yield _nothing()
             return
@@ -186,7 +205,7 @@ class ControlPlane:
 
     @asynccontextmanager
     async def _stop(self, worker_id: str) -> AsyncIterator[Reply]:
-        if lease := self._held_by(worker_id):
+        if lease := self.leases.get(worker_id):
             ids = await lease.stops()
         else:
             await self._hold(self._hold_s)
@@ -195,7 +214,7 @@ class ControlPlane:
 
     @asynccontextmanager
     async def _ping(self, worker_id: str, request: Request) -> AsyncIterator[Reply]:
-        if lease := self._held_by(worker_id):
+        if lease := self.leases.get(worker_id):
             lease.pinged_s = time.monotonic()
         asked = parse_qs(request.query)
         if asked.get("status") == ["unhealthy"]:
@@ -232,7 +251,7 @@ class ControlPlane:
         yield json_reply(200, {})
 
     def _drop(self, worker_id: str, job_id: str) -> None:
-        self._metrics.jobs.labels("dropped").inc()
+        self._metrics.count_runpod_jobs("dropped")
         log.debug("post came too late", extra={"worker": worker_id, "job": job_id})
 
     async def _hold(self, for_s: float) -> None:

@@ -1,4 +1,7 @@
-"""What happens to workers, as data: for the console, the log and the metrics."""
+"""What happens to workers, as data: for the console, the log and the metrics.
+
+`worker` is the id of the worker that it happens to.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Starting:
-    """A worker is being started, for the `number`th time."""
+    """A worker is being started, the `number`th of its pool."""
 
+    worker: str
     number: int
 
 
@@ -18,6 +22,7 @@ class Starting:
 class Progress:
     """What the starting worker says it does."""
 
+    worker: str
     text: str
 
 
@@ -25,6 +30,7 @@ class Progress:
 class Ready:
     """A worker takes requests, `took_s` after its start; `cold_start` is what it measured."""
 
+    worker: str
     took_s: float
     cold_start: Mapping[str, Any] = field(default_factory=dict)
 
@@ -33,6 +39,7 @@ class Ready:
 class StartFailed:
     """A worker could not start. `permanent`: it can't, until a person changes something."""
 
+    worker: str
     reason: str
     exit_code: int
     permanent: bool
@@ -43,6 +50,7 @@ class StartFailed:
 class Ended:
     """A worker that had been ready ended; `expected` if it was told to."""
 
+    worker: str
     reason: str
     expected: bool
 

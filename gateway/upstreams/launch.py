@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-STDERR = 2
-"""Where a worker's output goes: standard output is the gateway's own, for its address."""
+from gateway.upstreams import folder
+from gateway.upstreams.output import Output, secrets_of
+
 FORK_LINE_MAX_BYTES = 64 << 10
 NEWS_S = 1.0
 """How long after a worker's end its parent may take to say how it was."""
@@ -40,8 +41,8 @@ class Launched(Protocol):
 class Launcher(Protocol):
     """Starts workers."""
 
-    async def launch(self, environ: Mapping[str, str]) -> Launched:
-        """Start one. Raises `OSError` if it can't be."""
+    async def launch(self, environ: Mapping[str, str], output: Output) -> Launched:
+        """Start one, which writes to `output`. Raises `OSError` if it can't be."""
 
     async def close(self) -> None:
         """Leave no process but the workers."""
@@ -56,9 +57,9 @@ class Fresh:
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
 
-    async def launch(self, environ: Mapping[str, str]) -> Launched:
+    async def launch(self, environ: Mapping[str, str], output: Output) -> Launched:
         """A process of its own."""
-        process, lifeline = await _spawn(self._command, environ)
+        process, lifeline = await _spawn(self._command, environ, output)
         return _Spawned(process, lifeline)
 
     async def close(self) -> None:
@@ -79,30 +80,49 @@ class WarmParent:
         self._command = (*command, "zygote", "--socket", str(socket_path))
         self._socket_path = socket_path
         self._process: asyncio.subprocess.Process | None = None
+        self._output: Output | None = None
+        self._starting = asyncio.Lock()
         self._lifeline = -1
 
-    async def launch(self, environ: Mapping[str, str]) -> Launched:
+    async def launch(self, environ: Mapping[str, str], output: Output) -> Launched:
         """Have one forked, once the parent has imported what there is to import."""
-        asked_s = time.monotonic()
-        await self._start(environ)
-        reader, writer = await self._connect()
+        asked = {"environ": dict(environ), "at_s": time.monotonic(), "output": str(output.pipe)}
         try:
-            writer.write(json.dumps({"environ": dict(environ), "at_s": asked_s}).encode() + b"\n")
-            answer = _answer(await reader.readline())
-            return _Forked(int(answer["pid"]), reader, writer)
+            async with self._starting:
+                await self._start(environ)
+            reader, writer = await self._connect()
+            try:
+                writer.write(json.dumps(asked).encode() + b"\n")
+                answer = _answer(await reader.readline())
+                return _Forked(int(answer["pid"]), reader, writer)
+            except BaseException:
+                writer.close()
+                raise
         except KeyError as error:
-            writer.close()
+            self._tell_why(output)
             raise ConnectionError("the warm parent ended before it had forked a worker") from error
-        except BaseException:
-            writer.close()
+        except ConnectionError:
+            self._tell_why(output)
             raise
+        except asyncio.CancelledError:
+            self.kill()  # it was given its time: the next worker needs one that answers
+            raise
+
+    def _tell_why(self, output: Output) -> None:
+        """What the parent has said is all there is of a worker that it has not forked."""
+        if self._output is not None:
+            output.add(self._output.tail)
 
     async def _start(self, environ: Mapping[str, str]) -> None:
         if self._process is not None and self._process.returncode is None:
             return
         self._let_go()
         self._socket_path.unlink(missing_ok=True)
-        self._process, self._lifeline = await _spawn(self._command, environ)
+        self._output = Output(
+            self._socket_path.with_suffix(".out"), self._socket_path.with_suffix(".log"), secrets_of(environ)
+        )
+        self._process, self._lifeline = await _spawn(self._command, environ, self._output)
+        folder.remember(self._socket_path.with_suffix(".pid"), self._process.pid)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         assert self._process is not None, "started"
@@ -136,6 +156,8 @@ class WarmParent:
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1
+        if self._output is not None:
+            self._output.close()
 
 
 class _Spawned:
@@ -198,16 +220,18 @@ def _answer(line: bytes) -> dict[str, int]:
 
 
 async def _spawn(
-    command: Sequence[str], environ: Mapping[str, str]
+    command: Sequence[str], environ: Mapping[str, str], output: Output
 ) -> tuple[asyncio.subprocess.Process, int]:
     """`command`, started with a lifeline, and our end of that."""
+    said = os.open(output.pipe, os.O_WRONLY | os.O_CLOEXEC)
     theirs, ours = os.pipe()
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             env={**environ, "LIFELINE_FD": str(theirs)},
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=STDERR,
+            stdout=said,
+            stderr=said,
             pass_fds=(theirs,),
             start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
         )
@@ -219,4 +243,5 @@ async def _spawn(
         raise
     finally:
         os.close(theirs)
+        os.close(said)
     return process, ours

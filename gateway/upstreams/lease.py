@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from gateway.upstreams.keeper import first
+from gateway.upstreams.waits import first
 
 LEASE_S = 30.0
 """A worker that opens no poll for so long hangs: the SDK opens the next one within about a second."""
@@ -33,6 +33,10 @@ class Lease:
     ) -> None:
         self.worker_id = worker_id
         self.pinged_s: float | None = None
+        self.paused = False
+        """It gets no jobs, and polls on."""
+        self.asking = 0
+        """Its open requests for jobs."""
         self._hold_s = hold_s
         self._hung = hung
         self._lease_s = lease_s

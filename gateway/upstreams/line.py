@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gateway.metrics import Metrics
+from gateway.metrics import EndpointMetrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.job import Job
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed, retry_after
@@ -25,7 +26,7 @@ class Line:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: EndpointMetrics,
         *,
         limit: int,
         queue_timeout_s: float,
@@ -40,12 +41,16 @@ class Line:
         self._loop = asyncio.get_running_loop()
         self.stop: Callable[[Job], object] = lambda _: None
         """Told each job that a worker works on for nobody."""
+        self.tell_held: Callable[[str, int], object] = lambda _, __: None
+        """Told of a worker, by its id, that it holds one job more (1) or less (-1)."""
+        self.held: Counter[str] = Counter()
+        """How many jobs each worker holds, by its id."""
         self.wanted = 0
         """How many jobs are asked for by now: those need not wait."""
         self.arrival: asyncio.Future[None] = self._loop.create_future()
-        """Done once a job can be handed out; then there is another."""
-        metrics.jobs_queued.set_function(lambda: self.queued)
-        metrics.jobs_in_progress.set_function(lambda: self.in_progress)
+        """Done once a job can be handed out, or to another worker; then there is another."""
+        metrics.runpod_jobs_queued.set_function(lambda: self.queued)
+        metrics.runpod_jobs_in_progress.set_function(lambda: self.in_progress)
 
     @property
     def queued(self) -> int:
@@ -71,8 +76,9 @@ class Line:
             del self._queued[job.id]
             job.worker_id = worker_id
             self._handed[job.id] = job
+            self._count_held(worker_id, 1)
             now_s = self._loop.time()
-            self._metrics.job_queued_s.observe(now_s - job.since_s)
+            self._metrics.runpod_job_queued_s.observe(now_s - job.since_s)
             job.since_s = now_s
             self._set_timer(job, self._answer_by_s(job), self._expire)
         self._count("handed_out", len(taken))
@@ -80,7 +86,7 @@ class Line:
 
     def give_back(self, jobs: Iterable[Job]) -> None:
         """`jobs` were handed out and have not reached the worker: they have their old places again."""
-        back = [job for job in jobs if self._handed.pop(job.id, None)]
+        back = [job for job in jobs if self._forget(job)]
         for job in back:
             job.worker_id = None
         self._count("given_back", len(back))
@@ -94,13 +100,13 @@ class Line:
     def put(self, job: Job, output: Any, size_bytes: int) -> None:
         """The worker that holds `job` has posted `output`."""
         if not job.begun:
-            self._metrics.job_first_output_s.observe(self._loop.time() - job.since_s)
+            self._metrics.runpod_job_first_output_s.observe(self._loop.time() - job.since_s)
             self._set_timer(job, job.since_s + self._execution_timeout_s, self._expire)
         job.put(output, size_bytes)
 
     def close(self, job: Job) -> None:
         """The worker that held `job` is done with it."""
-        self._handed.pop(job.id, None)
+        self._forget(job)
         job.end()
 
     def leave(self, job: Job) -> None:
@@ -116,7 +122,7 @@ class Line:
     def lose(self, worker_id: str, how: str) -> None:
         """The worker `worker_id` holds nothing: what it held is asked of the next one, or has failed."""
         for job in [job for job in self._handed.values() if job.worker_id == worker_id]:
-            del self._handed[job.id]
+            self._forget(job)
             if job.begun:
                 job.fail(UpstreamFailed(f"The worker {how} while it answered."))
             else:
@@ -140,8 +146,26 @@ class Line:
         if jobs[0].visit.arrived_s < last.visit.arrived_s:  # their worker was lost, or did not get them
             in_order = sorted(self._queued.values(), key=lambda job: job.visit.arrived_s)
             self._queued = {job.id: job for job in in_order}
-        self.arrival.set_result(None)
-        self.arrival = self._loop.create_future()
+        self.wake()
+
+    def wake(self) -> None:
+        """Whoever waits for a job looks again."""
+        if self._queued:
+            self.arrival.set_result(None)
+            self.arrival = self._loop.create_future()
+
+    def _forget(self, job: Job) -> bool:
+        """Whether a worker held `job`, which none does any more."""
+        if self._handed.pop(job.id, None) is None:
+            return False
+        self._count_held(job.worker_id or "", -1)
+        return True
+
+    def _count_held(self, worker_id: str, more: int) -> None:
+        self.held[worker_id] += more
+        if not self.held[worker_id]:
+            del self.held[worker_id]
+        self.tell_held(worker_id, more)
 
     def _answer_by_s(self, job: Job) -> float:
         """When its client or `execution_timeout_s` gives up on `job`, which is handed out."""
@@ -171,10 +195,10 @@ class Line:
         self._drop(job)
 
     def _drop(self, job: Job) -> None:
-        del self._handed[job.id]
+        self._forget(job)
         self._count("stopped")
         self.stop(job)
         job.end()
 
     def _count(self, what: str, number: int = 1) -> None:
-        self._metrics.jobs.labels(what).inc(number)
+        self._metrics.count_runpod_jobs(what, number)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gateway.notify import NotifySocket
+from gateway.upstreams import folder
 from gateway.upstreams.launch import Launched, Launcher
+from gateway.upstreams.output import Output
 
 NOT_INHERITED = ("HOST", "PORT", "API_KEY", "DATABASE_URL")
 """The gateway's own: a worker has no port, and no key of clients."""
@@ -28,6 +30,8 @@ _REASONS = {
 }
 PERMANENT = frozenset({64, 65, 66, 78})
 """Exit codes (sysexits.h) that come again until a person changes something."""
+SLOTS_GUESS = 16
+"""How many requests a worker works on at once that has not said it (`X_SLOTS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,15 @@ class WorkerProcess:
 
     Three futures tell its life: `ready` holds what it measured of its cold start, once it
     said READY=1; `left` is done when it takes no more; `exited` holds how it ended. Files of its
-    own are called `path` and a suffix.
+    own are called `path` and a suffix. Raises `OSError` if they can't be made.
     """
 
-    def __init__(self, path: Path, progress: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, output: Output, progress: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
         self.path = path
+        self.output = output
+        self.slots = 0
+        """How many requests it works on at once; known once it is ready."""
         self.ready: asyncio.Future[dict[str, Any]] = loop.create_future()
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.left: asyncio.Future[None] = loop.create_future()
@@ -74,10 +81,16 @@ class WorkerProcess:
         env |= {**told, "NOTIFY_SOCKET": str(self.path.with_suffix(".notify"))}
         self._life = asyncio.create_task(self._live(launcher, env))
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id, once it has one."""
+        return None if self._process is None else self._process.pid
+
     async def _live(self, launcher: Launcher, environ: Mapping[str, str]) -> None:
         end = Exit(70, "it was told to end before it had begun")
         try:
-            self._process = await launcher.launch(environ)
+            self._process = await launcher.launch(environ, self.output)
+            folder.remember(self._pid_file, self._process.pid)
             code = await self._process.wait()
             self._kill_group()  # what it started and left behind
             self._notify.drain()
@@ -143,14 +156,25 @@ class WorkerProcess:
             self._said = fields.get("STATUS") or None
         elif "READY" in fields:
             if not self.ready.done():
+                self.slots = _slots(fields.get("X_SLOTS", ""))
                 self.ready.set_result(_cold_start(fields.get("X_COLD_START", "")))
         elif status := fields.get("STATUS"):
             self._progress(status)
 
     def _close(self) -> None:
         self._notify.close()
+        self.output.close()
+        self._pid_file.unlink(missing_ok=True)
         if self._process is not None:
             self._process.let_go()
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.path.with_suffix(".pid")
+
+
+def _slots(text: str) -> int:
+    return max(1, int(text)) if text.isdecimal() and len(text) < 7 else SLOTS_GUESS
 
 
 def _cold_start(text: str) -> dict[str, Any]:

@@ -1,20 +1,19 @@
-"""A worker process of this machine that is asked as RunPod asks it: through jobs, and its own SDK."""
+"""Worker processes of this machine that are asked as RunPod asks them: through jobs, and its own SDK."""
 
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.job import Job
-from gateway.upstreams.keeper import Keep, Keeper
 from gateway.upstreams.launch import Launcher
-from gateway.upstreams.process import WorkerProcess
+from gateway.upstreams.pool import Keep, WorkerPool
+from gateway.upstreams.worker import Worker
 from handler import jobs
 from handler.body import asks_for_stream
 from handler.messages import Reply, Request
@@ -22,8 +21,8 @@ from handler.messages import Reply, Request
 log = logging.getLogger("gateway")
 
 
-class RunpodUpstream(Keeper):
-    """At most one worker process at a time, which takes its requests as jobs from a control plane.
+class RunpodPool(WorkerPool):
+    """Worker processes that take their requests as jobs from one control plane.
 
     A job holds a request's method, path and JSON body. It carries no header, as on RunPod:
     `x-request-id` and the like end here.
@@ -34,11 +33,13 @@ class RunpodUpstream(Keeper):
         launcher: Callable[[Path], Launcher],
         environ: Mapping[str, str],
         plane: ControlPlane,
-        **keep: Unpack[Keep],
+        keep: Keep,
     ) -> None:
-        super().__init__(launcher, environ, **keep)
+        super().__init__(launcher, environ, keep)
         self._plane = plane
         self._line = plane.line
+        self._line.tell_held = self._held
+        self._hidden = (*self._hidden, plane.key)
 
     async def __aenter__(self) -> Self:
         self._plane.open()
@@ -55,12 +56,16 @@ class RunpodUpstream(Keeper):
         if refusal := self.refusal:
             raise refusal
         self._line.add(job)
-        if not self.ready:
-            self._wanted.set()
+        self._look_soon()
         try:
             yield await job.reply()
         finally:
             self._line.leave(job)
+
+    @property
+    def free(self) -> int:
+        """How many more jobs the ready workers take at once, those in line served."""
+        return max(0, super().free - self._line.queued)
 
     @property
     def in_line(self) -> int:
@@ -71,41 +76,55 @@ class RunpodUpstream(Keeper):
     def health(self) -> Mapping[str, Any]:
         """What `/health` shows of it."""
         shown, line = super().health, self._line
-        pinged_s = self._plane.lease.pinged_s if self._plane.lease else None
-        ago_s = None if pinged_s is None else round(time.monotonic() - pinged_s, 1)
+        pings_s = [lease.pinged_s for lease in self._plane.leases.values() if lease.pinged_s is not None]
+        ago_s = round(time.monotonic() - max(pings_s), 1) if pings_s else None
         return {
             "worker": {**shown["worker"], "pinged_s_ago": ago_s},
             "jobs": {"in_queue": line.queued, "in_progress": line.in_progress},
         }
 
-    def _told(self, worker: WorkerProcess) -> Mapping[str, str]:
-        worker_id = f"{worker.path.name}-{secrets.token_hex(4)}"
+    def _held(self, worker_id: str, more: int) -> None:
+        """`worker_id` holds one job more, or (-1) one less."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return
+        if more > 0:
+            worker.begin()
+            self._look_soon()
+        else:
+            worker.finish()
+            worker.answered = True
+            self._freed(worker)
 
+    def _told(self, worker: Worker) -> Mapping[str, str]:
         def hung(why: str) -> None:
-            log.error("worker hangs", extra={"worker": worker_id, "reason": why})
-            worker.kill(why)
+            log.error("worker hangs", extra={"worker": worker.id, "reason": why})
+            worker.process.kill(why)
 
-        lease = self._plane.admit(worker_id, hung)
-        worker.left.add_done_callback(lambda _: lease.leave())
+        lease = self._plane.admit(worker.id, hung)
+        worker.process.left.add_done_callback(lambda _: lease.leave())
         environ = self._environ
         no_proxy = environ.get("no_proxy") or environ.get("NO_PROXY")
         direct = f"{no_proxy},127.0.0.1" if no_proxy else "127.0.0.1"  # the SDK's pings would take a proxy
         return {
             "PLATFORM": "runpod",
             "START_FAILURE": "exit",  # the reason is told from here
-            **self._plane.environ(worker_id),
+            **self._plane.environ(worker.id),
             "NO_PROXY": direct,
             "no_proxy": direct,
         }
 
-    def _opened(self, _: WorkerProcess) -> None:
-        if self._plane.lease is not None:
-            self._plane.lease.begin()
+    def _opened(self, worker: Worker) -> None:
+        self._plane.leases[worker.id].begin()
 
-    def _lost(self, _: WorkerProcess) -> None:
-        self._plane.dismiss()
-        if self._line.queued:
-            self._wanted.set()
+    async def _watch(self, worker: Worker) -> None:
+        """Its lease does."""
+
+    def _retire(self, worker: Worker, *, retired: bool) -> None:
+        self._plane.pause(worker.id, paused=retired)
+
+    def _lost(self, worker: Worker) -> None:
+        self._plane.dismiss(worker.id)
 
     def _announce(self) -> None:
         super()._announce()

@@ -1,4 +1,4 @@
-"""The local upstream over real worker processes and sockets, with a scripted worker."""
+"""The local pool over real worker processes and sockets, with a scripted worker."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
-from gateway.upstreams.keeper import back_off_s
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
-from gateway.upstreams.local import LocalUpstream
+from gateway.upstreams.local import LocalPool
+from gateway.upstreams.pool import Keep, back_off_s
 from handler.admission import Admission
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
@@ -59,7 +59,7 @@ class Stage:
     """An upstream, the director of its workers, and what it told."""
 
     def __init__(
-        self, upstream: LocalUpstream, director: Director, events: list[Event], heard: asyncio.Event
+        self, upstream: LocalPool, director: Director, events: list[Event], heard: asyncio.Event
     ) -> None:
         self.upstream = upstream
         self.director = director
@@ -91,19 +91,22 @@ async def stage(
     heard = asyncio.Event()
 
     def tell(event: Event) -> None:
-        events.append(event)
+        assert event.worker.startswith("worker-")
+        events.append(replace(event, worker=""))
         heard.set()
 
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
-        upstream = LocalUpstream(
+        upstream = LocalPool(
             Launching.begin,
             {**os.environ, "SCRIPT_CONTROL": str(director.path), **(environ or {})},
-            at_once=at_once,
-            start_timeout_s=start_timeout_s,
-            drain_timeout_s=drain_timeout_s,
-            tell=tell,
-            back_off=back_off,
+            Keep(
+                at_once=at_once,
+                start_timeout_s=start_timeout_s,
+                drain_timeout_s=drain_timeout_s,
+                tell=tell,
+                back_off=back_off,
+            ),
         )
         await stack.enter_async_context(upstream)
         yield Stage(upstream, director, events, heard)
@@ -159,10 +162,10 @@ async def test_start_is_told_step_by_step(tmp_path: Path) -> None:
     """What the worker says of its start is heard, and what it measured."""
     async with stage(tmp_path, (READY, {}), at_once=True) as on:
         done = await on.until(lambda event: isinstance(event, Ready))
-        assert on.events[:2] == [Starting(1), Progress("loading weights")]
+        assert on.events[:2] == [Starting("", 1), Progress("", "loading weights")]
         assert isinstance(done, Ready)
         assert done.cold_start == COLD_START
-    assert on.events[3:] == [Ended("it exited with code 0", expected=True)]
+    assert on.events[3:] == [Ended("", "it exited with code 0", expected=True)]
 
 
 async def test_worker_has_the_environment_but_not_what_is_the_gateways(tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) ->
                 await anext(reply.frames)
         assert not isinstance(failed.value, WorkerLost)
         await on.until(lambda event: isinstance(event, Ended))
-        assert on.events[-1] == Ended("it was ended by SIGKILL", expected=False)
+        assert on.events[-1] == Ended("", "it was ended by SIGKILL", expected=False)
         assert on.upstream.state == "stopped"
         second = await ready(on)
         assert second.pid != first.pid
@@ -290,7 +293,7 @@ async def test_worker_that_dies_is_replaced_at_once_if_it_started_at_once(tmp_pa
         worker = await on.director.worker()
         await on.until(lambda event: isinstance(event, Ready))
         worker.kill()
-        await on.until(lambda event: event == Starting(2))
+        await on.until(lambda event: event == Starting("", 2))
 
 
 async def test_workers_own_processes_end_with_it(tmp_path: Path) -> None:
@@ -317,7 +320,9 @@ async def test_failed_start_is_told_to_all_who_wait_and_then_rests(tmp_path: Pat
         assert on.upstream.state == "failed"
         with pytest.raises(NotAdmitted):
             await on.upstream.wait_ready()
-        assert on.events[-1] == StartFailed("the model was not found", 66, permanent=True, again_in_s=NEVER)
+        assert on.events[-1] == StartFailed(
+            "", "the model was not found", 66, permanent=True, again_in_s=NEVER
+        )
         assert on.upstream.starts == 1
 
 
@@ -340,12 +345,10 @@ async def test_start_is_tried_again_after_the_rest(tmp_path: Path) -> None:
 
 async def test_command_that_cannot_be_run_is_a_failed_start(tmp_path: Path) -> None:
     """Not a crash of the gateway."""
-    upstream = LocalUpstream(
+    upstream = LocalPool(
         lambda _: Fresh([str(tmp_path / "nothing")]),
         {},
-        at_once=False,
-        start_timeout_s=NEVER,
-        drain_timeout_s=NEVER,
+        Keep(at_once=False, start_timeout_s=NEVER, drain_timeout_s=NEVER),
     )
     async with upstream:
         with pytest.raises(NotAdmitted, match="nothing: No such file or directory"):

@@ -1,4 +1,4 @@
-"""The RunPod upstream over real processes and sockets: a client that misbehaves, and the real SDK."""
+"""The RunPod pool over real processes and sockets: a client that misbehaves, and the real SDK."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from gateway.upstreams.events import Ended, Event
 from gateway.upstreams.job import HIGH_WATER_BYTES
 from gateway.upstreams.launch import Fresh
 from gateway.upstreams.line import Line
-from gateway.upstreams.runpod import RunpodUpstream
+from gateway.upstreams.pool import Keep
+from gateway.upstreams.runpod import RunpodPool
 from handler import sse
 from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
@@ -53,7 +54,7 @@ NEVER = 600.0
 class Stage:
     """An upstream, its workers' director, and what was told and counted."""
 
-    def __init__(self, upstream: RunpodUpstream, director: Director, metrics: Metrics) -> None:
+    def __init__(self, upstream: RunpodPool, director: Director, metrics: Metrics) -> None:
         self.upstream = upstream
         self.director = director
         self.metrics = metrics
@@ -62,7 +63,7 @@ class Stage:
 
     def counted(self, what: str) -> float:
         """How often `what` has happened to a job."""
-        return float(self.metrics.jobs.labels(what)._value.get())
+        return float(self.metrics.runpod_jobs.labels("local", what)._value.get())
 
     async def ended(self) -> Ended:
         """How the first worker ended, once it has."""
@@ -104,26 +105,29 @@ async def stage(
     async with AsyncExitStack() as stack:
         director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
         metrics = Metrics()
+        own = metrics.endpoint("local")
         line = Line(
-            metrics,
+            own,
             limit=queue_limit,
             queue_timeout_s=queue_timeout_s,
             execution_timeout_s=execution_timeout_s,
         )
 
         def tell(event: Event) -> None:
-            on.events.append(event)
+            on.events.append(replace(event, worker=""))
             on.heard.set()
 
-        upstream = RunpodUpstream(
+        upstream = RunpodPool(
             lambda _: Fresh(command),
             {**os.environ, "SCRIPT_CONTROL": str(director.path), "MODEL_NAME": "m", **(environ or {})},
-            ControlPlane("local", line, metrics, lease_s=lease_s, hold_s=hold_s),
-            at_once=False,
-            start_timeout_s=60,
-            drain_timeout_s=30,
-            tell=tell,
-            back_off=lambda _: NEVER,
+            ControlPlane("local", line, own, lease_s=lease_s, hold_s=hold_s),
+            Keep(
+                at_once=False,
+                start_timeout_s=60,
+                drain_timeout_s=30,
+                tell=tell,
+                back_off=lambda _: NEVER,
+            ),
         )
         on = Stage(upstream, director, metrics)
         await stack.enter_async_context(upstream)
@@ -465,7 +469,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
         queued = on.ask(Request("GET", "/v1/models"))
         while not on.upstream.health["jobs"]["in_queue"]:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
-        os.kill(on.upstream._worker._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(on.upstream.workers[0].pid or 0, signal.SIGKILL)
         with pytest.raises(UpstreamFailed) as failed:
             await anext(reply.frames)
         assert not isinstance(failed.value, WorkerLost)
@@ -501,7 +505,7 @@ async def test_dead_worker_turns_nobody_away(tmp_path: Path) -> None:
             await asyncio.sleep(0)
         with pytest.raises(NotAdmitted):
             await answered(front, numbered(4))
-        os.kill(on.upstream._worker._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(on.upstream.workers[0].pid or 0, signal.SIGKILL)
         await on.ended()
         with pytest.raises(NotAdmitted, match="already wait"):
             await answered(front, numbered(5))
@@ -547,7 +551,7 @@ async def test_hung_worker_is_killed_and_replaced(tmp_path: Path) -> None:
         poll.cancel()
         with pytest.raises(WorkerLost):
             await asking
-        assert await on.ended() == Ended("it has not polled for 0.3 s", expected=False)
+        assert await on.ended() == Ended("", "it has not polled for 0.3 s", expected=False)
 
 
 async def test_unhealthy_worker_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -583,8 +587,7 @@ async def test_stopping_answers_the_polls_and_turns_away_the_line(tmp_path: Path
     """Nothing is handed out any more."""
     async with spoken(tmp_path) as (on, sdk):
         poll, asking = asyncio.create_task(sdk.stops()), on.ask()
-        lease = on.upstream._plane.lease
-        assert lease is not None
+        (lease,) = on.upstream._plane.leases.values()
         while not (on.upstream.health["jobs"]["in_queue"] and lease._polls):  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         on.upstream.stop_taking()
@@ -673,4 +676,4 @@ async def test_real_sdk_drains(tmp_path: Path) -> None:
             worker.open("generating")
             assert await read(reply) == b"data: 2\n\ndata: [DONE]\n\n"
         await closing
-        assert await on.ended() == Ended("it exited with code 0", expected=True)
+        assert await on.ended() == Ended("", "it exited with code 0", expected=True)

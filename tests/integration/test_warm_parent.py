@@ -16,6 +16,7 @@ import pytest
 
 from gateway.upstreams import launch
 from gateway.upstreams.launch import Launched, WarmParent
+from gateway.upstreams.output import Output
 from handler.explain import find
 from tests.servers import MODEL, START_TIMEOUT_S, Server, engine_environ
 
@@ -37,6 +38,7 @@ class Place:
         self._address = folder / f"{number}.notify"
         self._news.bind(str(self._address))
         self._news.settimeout(START_TIMEOUT_S)
+        self.output = Output(folder / f"{number}.out", folder / f"{number}.log", ())
 
     def environ(self) -> dict[str, str]:
         """What a worker needs to know of it."""
@@ -60,11 +62,12 @@ class Place:
     def close(self) -> None:
         """Listen no more."""
         self._news.close()
+        self.output.close()
 
 
 async def start(parent: WarmParent, place: Place, environ: Mapping[str, str]) -> tuple[Launched, Any]:
     """A worker from `parent`, ready, and its cold start."""
-    launched = await parent.launch({**environ, **place.environ()})
+    launched = await parent.launch({**environ, **place.environ()}, place.output)
     return launched, await asyncio.to_thread(place.ready)
 
 
@@ -111,8 +114,11 @@ async def test_a_worker_that_can_never_start_says_so_itself(tmp_path: Path) -> N
         parent = WarmParent([sys.executable, "-m", "handler"], Path(name) / "parent.sock")
         try:
             environ = {**engine_environ(tmp_path / "nothing"), "UDS": f"{name}/worker.sock"}
-            assert await (await parent.launch(environ)).wait() == 66
-            assert await (await parent.launch({**environ, "PORT": "none"})).wait() == 78
+            output = Output(Path(name) / "worker.out", Path(name) / "worker.log", ())
+            assert await (await parent.launch(environ, output)).wait() == 66
+            assert await (await parent.launch({**environ, "PORT": "none"}, output)).wait() == 78
+            output.close()
+            assert "PORT='none' is not allowed" in "".join(output.tail)
         finally:
             await parent.close()
 
