@@ -22,6 +22,7 @@ from sqlalchemy import (
     Row,
     String,
     Table,
+    bindparam,
     func,
     insert,
     select,
@@ -208,8 +209,8 @@ class Following:
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:
-    for key_id, at_s in used_s.items():
-        connection.execute(update(TABLE).where(TABLE.c.id == key_id).values(last_used_at=at_s))
+    used = update(TABLE).where(TABLE.c.id == bindparam("key_id")).values(last_used_at=bindparam("at_s"))
+    connection.execute(used, [{"key_id": key_id, "at_s": at_s} for key_id, at_s in used_s.items()])
 
 
 def _revision(connection: Connection) -> int:
