@@ -149,7 +149,8 @@ def real(model: str, environ: Mapping[str, str], logs: Path) -> Iterator[dict[st
 def gateway(command: list[str], environ: Mapping[str, str], log: Path) -> Server:
     """A gateway that listens: what is asked of it waits for its worker."""
     port = free_port()
-    server = start(command, {**environ, "PORT": str(port)}, f"http://127.0.0.1:{port}", "/health", KEY, log)
+    environ = {**environ, "PORT": str(port), "DATA_DIR": str(log.with_suffix(".data"))}
+    server = start(command, environ, f"http://127.0.0.1:{port}", "/health", KEY, log)
     server.root += "/v2/local/openai"
     return server
 
@@ -165,7 +166,11 @@ async def shares(server: Server) -> dict[str, tuple[float, float]]:
         text = await reply.text()
     return {
         name: tuple(  # type: ignore[misc] # of two
-            float(re.findall(rf"^firsttoken_gateway_job_{name}_seconds_{what} (\S+)$", text, re.MULTILINE)[0])
+            float(
+                re.findall(
+                    rf"^firsttoken_gateway_runpod_job_{name}_seconds_{what}{{.*}} (\S+)$", text, re.MULTILINE
+                )[0]
+            )
             for what in ("sum", "count")
         )
         for name in ("queued", "first_output")

@@ -25,7 +25,7 @@ SERVED_GUESS_S = 5.0
 SERVED_WEIGHT = 0.1
 """What the newest counts in the mean of how long they take: the last twenty or so make it."""
 
-Outcome = Literal["at_once", "waited", "full", "refused", "late", "left"]
+Outcome = Literal["at_once", "waited", "full", "refused", "expired", "left"]
 """What came of a request here: it had a place at once, or its turn after a while; it was refused because too
 many wait or no worker can start; its turn did not come in time, or its client left. Each has one."""
 
@@ -38,7 +38,7 @@ class _Waiter(Turn):
     cold: bool
     """No worker was ready."""
     again: bool
-    """It was admitted before."""
+    """It has lost a worker."""
     has_place: bool = False
     """Its turn has come, and it has not asked yet."""
     over: bool = False
@@ -80,6 +80,20 @@ class Admission:
         self._served_s = SERVED_GUESS_S
         pool.listen(self._heard)
 
+    def adjust(
+        self,
+        *,
+        limit: int,
+        queue_timeout_s: float,
+        keep_alive_s: float,
+        check: Callable[[Request], None] = lambda _: None,
+    ) -> None:
+        """Keep to these from now on. Who waits already is not turned away for it."""
+        self._turns.rebound(limit)
+        self._queue_timeout_s = queue_timeout_s
+        self._keep_alive_s = keep_alive_s
+        self._check = check
+
     @property
     def waiting(self) -> int:
         """How many requests wait."""
@@ -91,6 +105,7 @@ class Admission:
         tries = 0
         if self._has_place(request):
             self._tell("at_once", 0.0)
+            request.visit.taken()
             began_s, answered = self._loop.time(), False
             try:
                 async with self._pool.call(request) as reply:
@@ -105,7 +120,7 @@ class Admission:
                 return
             finally:
                 self._measure(began_s, answered=answered)
-        waiter = self._line_up(request)
+        waiter = self._line_up(request, again=tries > 0)
         try:
             held = kept_alive(partial(self._held, waiter=waiter, tries=tries), self._keep_alive_s)
             async with held(request) as reply:
@@ -122,6 +137,7 @@ class Admission:
                 cold = cold or waiter.cold
                 await self._turn(waiter, request)
                 request = replace(request, visit=replace(request.visit, admitted=True))
+                request.visit.taken()
                 began_s = self._loop.time()
                 try:
                     reply = await stack.enter_async_context(self._pool.call(request))
@@ -129,7 +145,7 @@ class Admission:
                 except WorkerLost as lost:
                     tries += 1
                     request = _again(request, lost, tries)
-                waiter = self._line_up(request)
+                waiter = self._line_up(request, again=True)
             stack.callback(self._measure, began_s, answered=True)
             yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
 
@@ -138,20 +154,21 @@ class Admission:
             return self._pool.capacity > 0
         return not self._turns and self._pool.free > self._promised
 
-    def _line_up(self, request: Request) -> _Waiter:
+    def _line_up(self, request: Request, *, again: bool) -> _Waiter:
         """Let `request` wait. Raises what it is refused with at once."""
         visit = request.visit
         waiter = _Waiter(
             key=visit.caller,
             size_bytes=len(request.body),
             background=visit.background,
+            unbounded=visit.admitted,
             arrived_s=visit.arrived_s,
             come=self._loop.create_future(),
             began_s=self._loop.time(),
             cold=not self._pool.capacity,
-            again=visit.admitted,
+            again=again,
         )
-        if visit.admitted:
+        if again:
             self._turns.put_back(waiter)
         else:
             self._check(request)
@@ -168,10 +185,9 @@ class Admission:
             async with asyncio.timeout_at(request.visit.deadline_s(self._queue_timeout_s)):
                 refusal = await waiter.come
         except TimeoutError:
-            self._leave(waiter, "late")
-            wait_s = self._queue_timeout_s if request.visit.wait_s is None else request.visit.wait_s
+            self._leave(waiter, "expired")
             raise DeadlineExceeded(
-                f"The request's turn did not come within {wait_s:g} s.",
+                f"The request's turn did not come within {self._queue_timeout_s:g} s.",
                 headers=retry_after(self._retry_after_s()),
             ) from None
         except asyncio.CancelledError:

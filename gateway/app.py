@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from gateway.keys import Keys
+from gateway.keys import Key
+from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import NoSuchRoute, RequestError
-from handler.messages import Call, Reply, Request
+from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
+from handler.messages import Call, Headers, Reply, Request
 
 
 class Part(Protocol):
@@ -26,22 +28,32 @@ class Part(Protocol):
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
+class Doorkeeper(Protocol):
+    """Who knows the keys."""
+
+    def check(self, request: Request) -> Key:
+        """The key that `request` bears. Raises `Unauthorized` unless it opens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
-    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not.
+    Everything under `/v2` and `/admin` wants a key, whether there is such a route or not; `/admin` an
+    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there.
     """
 
     parts: Sequence[Part]
-    keys: Keys
+    keys: Doorkeeper
     metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(edge.front(call, cors_origins=cors_origins))
+            return self._counted(self._limited(edge.front(call, cors_origins=cors_origins)))
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
@@ -57,11 +69,20 @@ class Gateway:
             yield reply
 
     def _known(self, request: Request) -> Request:
-        """`request`, and whose it is."""
-        if request.path.split("/", 2)[1] not in {"v2", "admin"}:
+        """`request`, and whose it is. Raises what its key is refused with."""
+        if (key := self._key(request)) is None:
             return request
-        key = self.keys.ring.check(request)
-        return replace(request, visit=replace(request.visit, caller=key.name))
+        _, top, endpoint_id, *_ = [*request.path.split("/", 3), ""]
+        if top == "admin" and not key.admin:
+            raise Forbidden("This needs an admin key.")
+        if top == "v2" and not key.may_use(endpoint_id):
+            raise NoSuchEndpoint(endpoint_id)  # what others have, nobody needs to know of
+        return replace(request, visit=replace(request.visit, caller=key.id))
+
+    def _key(self, request: Request) -> Key | None:
+        """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
+        wanted = request.path.split("/", 2)[1] in {"v2", "admin"}
+        return self.keys.check(request) if wanted else None
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
@@ -69,25 +90,50 @@ class Gateway:
                 return call
         raise NoSuchRoute(request.method, request.path)
 
+    def _limited(self, call: Call) -> Call:
+        """`call`, whose every answer to a key with limits says how it stands with them."""
+
+        @asynccontextmanager
+        async def limited(request: Request) -> AsyncIterator[Reply]:
+            async with call(request) as reply:
+                yield replace(reply, headers=(*reply.headers, *self._standing(request)))
+
+        return limited
+
+    def _standing(self, request: Request) -> Headers:
+        try:
+            key = self._key(request)
+        except Unauthorized:
+            return ()
+        return self.limits.headers(key) if key else ()
+
     def _counted(self, call: Call) -> Call:
         metrics = self.metrics
 
         @asynccontextmanager
         async def counted(request: Request) -> AsyncIterator[Reply]:
-            status = "left"
-            metrics.in_flight.inc()
+            route, status = _label(request.path), "left"
+            of = metrics.known(_endpoint_id(request.path))
+            of.in_flight.inc()
             try:
                 async with call(request) as reply:
                     status = str(reply.status)
-                    yield reply
+                    yield of.timed(reply, request.visit.arrived_s) if reply.streams else reply
             except RequestError:
-                metrics.broken_replies.inc()
+                of.broken_replies.inc()
                 raise
             finally:
-                metrics.in_flight.dec()
-                metrics.requests.labels(_label(request.path), status).inc()
+                of.in_flight.dec()
+                metrics.requests.labels(of.endpoint_id, route, status).inc()
+                took_s = time.monotonic() - request.visit.arrived_s
+                metrics.duration_s.labels(of.endpoint_id, route).observe(took_s)
 
         return counted
+
+
+def _endpoint_id(path: str) -> str:
+    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
+    return endpoint_id if top == "v2" else ""
 
 
 def _label(path: str) -> str:

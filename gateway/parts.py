@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gateway.endpoint import Endpoint
 from gateway.keys import Keys
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
@@ -20,7 +22,7 @@ _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 class OpenAI:
     """`/v2/{endpoint_id}/openai/v1/...`, answered by the endpoint of that id as `/v1/...`."""
 
-    endpoints: Mapping[str, Call]
+    endpoints: Mapping[str, Endpoint]
 
     def find(self, request: Request) -> Call | None:
         """The endpoint's call. Raises `NoSuchEndpoint`, and what `edge.allowed` does."""
@@ -33,7 +35,7 @@ class OpenAI:
             return None
         path = "/" + rest[1]
         edge.allowed(request.method, path)
-        return lambda asked: endpoint(replace(asked, path=path))
+        return lambda asked: endpoint.call(replace(asked, path=path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Operations:
 
     keys: Keys
     metrics: Metrics
-    health: Callable[[], Mapping[str, Any]]
+    endpoints: Mapping[str, Endpoint]
     open_metrics: bool = False
 
     def find(self, request: Request) -> Call | None:
@@ -58,14 +60,23 @@ class Operations:
         if request.path == "/metrics" and not (
             self.open_metrics and not any(map(request.header, _FORWARDED))
         ):
-            self.keys.ring.check(request)
+            self.keys.check(request)
         return call
 
     @asynccontextmanager
     async def _health(self, _: Request) -> AsyncIterator[Reply]:
-        yield json_reply(200, self.health())
+        shown = [_health(endpoint) for endpoint in self.endpoints.values()]
+        yield json_reply(200, {"status": "ok", "endpoints": shown})
 
     @asynccontextmanager
     async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
-        text = self.metrics.render()
+        text = await self.metrics.exposition()
         yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))
+
+
+def _health(endpoint: Endpoint) -> Mapping[str, Any]:
+    """What anyone may see of it: numbers."""
+    states = Counter(view.state for view in endpoint.workers.views)
+    status = endpoint.status()
+    numbers = {name: status[name] for name in ("waiting", "in_flight", "capacity")}
+    return {"id": endpoint.id, **numbers, "workers": states}

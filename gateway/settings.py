@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Self
 
 from gateway.scaling import Scaling
 from handler.errors import BadSettings
@@ -17,10 +19,13 @@ from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
     SWITCH,
+    Kind,
     Setting,
     Table,
     auto_or,
     choice,
+    matching,
+    ours,
     public_name,
     read,
     seconds,
@@ -31,13 +36,57 @@ from handler.unread import UNREAD
 UPSTREAMS = ("local", "runpod")
 MOST_WORKERS = 64
 
+
+def _price(value: str) -> int:
+    """In billionths, so that sums of it are exact."""
+    try:
+        number = Decimal(value) * 10**9
+    except InvalidOperation:
+        raise ValueError(value) from None
+    if not (number.is_finite() and 0 <= number <= 10**15 and number == int(number)):
+        raise ValueError(value)
+    return int(number)
+
+
+PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
+FOLDER = Kind("a folder", Path)
+DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
+
+KEPT: Table = (
+    Setting(
+        "DATA_DIR",
+        "data_dir",
+        FOLDER,
+        None,
+        "What the gateway keeps: keys, usage, jobs, files. If not set: `$XDG_DATA_HOME/firsttoken`, else "
+        "`~/.local/share/firsttoken`. With SQLite, one gateway per folder.",
+    ),
+    Setting(
+        "DATABASE_URL",
+        "database_url",
+        DATABASE,
+        None,
+        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`.",
+        secret=True,
+    ),
+)
+"""Where the gateway keeps what outlives it: all that a command line beside it needs."""
+
 _SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
     replace(
         _SHARED["API_KEY"],
-        help="The key that clients send as `Authorization: Bearer ...`. If not set: one is made and shown.",
+        help="An admin key, `Authorization: Bearer ...`, beside those of `python -m gateway keys`. If not "
+        "set and there is no key yet: one is made, and shown once.",
+    ),
+    Setting(
+        "ENDPOINTS_FILE",
+        "endpoints_file",
+        Kind("a path that ends in `.toml`", matching(r"(?s).+\.toml")),
+        None,
+        "Where several endpoints are described (docs/gateway.md). If not set: the environment describes one.",
     ),
     Setting(
         "ENDPOINT_ID",
@@ -124,6 +173,15 @@ TABLE: Table = (
         "its waits count too: it is a 504 this long after it came, or 590 s if that is longer. Below 600, "
         "where OpenAI's clients give up.",
     ),
+    *KEPT,
+    Setting(
+        "PRICE_INPUT",
+        "price_input",
+        PRICE,
+        "0",
+        "What a million tokens of prompts cost, in whichever money: usage shows it.",
+    ),
+    Setting("PRICE_OUTPUT", "price_output", PRICE, "0", "What a million tokens of answers cost."),
     *rows("KEEP_ALIVE_S"),
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
@@ -140,6 +198,7 @@ class GatewaySettings:
     host: str
     port: int
     api_key: str | None = field(repr=False)
+    endpoints_file: str | None
     endpoint_id: str
     model_name: str
     served_model_name: str | None
@@ -153,6 +212,10 @@ class GatewaySettings:
     queue_timeout_s: float
     start_timeout_s: float
     execution_timeout_s: float
+    data_dir: Path
+    database_url: str = field(repr=False)
+    price_input: int
+    price_output: int
     keep_alive_s: float
     drain_timeout_s: float
     max_body_bytes: int
@@ -176,11 +239,46 @@ class GatewaySettings:
 
         Raises `BadSettings`, which names every fault and not only the first.
         """
-        others = {*UNREAD, *(name for row in WORKER_TABLE for name in row.names)}
-        values, faults = read(TABLE, environ, others)
+        values, faults = _read(TABLE, environ)
         least, most = values["min_workers"], values["max_workers"]
         if least is not None and most is not None and least > most:
             faults.append(f"MIN_WORKERS={least} is more than MAX_WORKERS={most}")
         if faults:
             raise BadSettings(faults)
-        return cls(**values)
+        return cls(**_kept(values, environ))
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSettings:
+    """Where things are kept, for a command that needs no more; `KEPT` says what each means."""
+
+    data_dir: Path
+    database_url: str = field(repr=False)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """The settings that `environ` holds. Raises `BadSettings`."""
+        values, faults = _read(KEPT, environ)
+        if faults:
+            raise BadSettings(faults)
+        return cls(**_kept(values, environ))
+
+
+def _read(table: Table, environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    others = {*UNREAD, *(name for row in (*WORKER_TABLE, *TABLE) for name in row.names)}
+    return read(table, environ, others)
+
+
+def _kept(values: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """`values`, with the folder and the database that hold where none are set."""
+    environ = ours(environ)
+    folder = values["data_dir"]
+    if folder is None:
+        share = environ.get("XDG_DATA_HOME") or Path(environ.get("HOME") or Path.home(), ".local/share")
+        folder = Path(share, "firsttoken")
+    folder = folder.absolute()
+    return {
+        **values,
+        "data_dir": folder,
+        "database_url": values["database_url"] or f"sqlite:///{folder / 'gateway.db'}",
+    }

@@ -80,9 +80,13 @@ class Store:
         `work` is not cancelled with its caller: once asked for, it is done. One that raises has changed
         nothing, and takes no other with it.
         """
+        return await asyncio.shield(asyncio.wrap_future(self.begin_write(work)))
+
+    def begin_write(self, work: Callable[[Connection], _Result]) -> Future[_Result]:
+        """Ask for a `write` and wait for nothing; what is done once it is, is done in another thread."""
         done: Future[_Result] = Future()
         self._writes.put((work, done))
-        return await asyncio.shield(asyncio.wrap_future(done))
+        return done
 
     def read_now(self, work: Callable[[Connection], _Result]) -> _Result:
         """`read` for a command line."""
@@ -91,9 +95,7 @@ class Store:
 
     def write_now(self, work: Callable[[Connection], _Result]) -> _Result:
         """`write` for a command line."""
-        done: Future[_Result] = Future()
-        self._writes.put((work, done))
-        return done.result()
+        return self.begin_write(work).result()
 
     def close(self) -> None:
         """Do every write that was asked for, then let go of the database."""

@@ -24,6 +24,8 @@ class Turn:
     key: str
     size_bytes: int = 0
     background: bool = False
+    unbounded: bool = False
+    """Whoever sends it has accepted it: there is always room for it, and it never gives way."""
     arrived_s: float = 0.0
 
 
@@ -44,6 +46,11 @@ class Turns(Generic[T]):
         """How many have gone before the background since it had its last turn."""
         self._again: OrderedDict[T, None] = OrderedDict()
         self._all: OrderedDict[T, None] = OrderedDict()
+
+    def rebound(self, limit: int) -> None:
+        """Have room for `limit` from now on; whoever waits already stays."""
+        for band in (self._front, self._background):
+            band.limit = limit
 
     def __len__(self) -> int:
         return len(self._all)
@@ -108,6 +115,8 @@ class _Line(Generic[T]):
     """What one key has waiting, the oldest first."""
 
     turns: OrderedDict[T, None] = field(default_factory=OrderedDict)
+    bounded: OrderedDict[T, None] = field(default_factory=OrderedDict)
+    """Those of them that count, and `size_bytes` are theirs."""
     size_bytes: int = 0
 
 
@@ -115,22 +124,24 @@ class _Band(Generic[T]):
     """The lines of those who wait in one band, that of the next key first."""
 
     def __init__(self, limit: int, limit_bytes: float) -> None:
-        self._limit = limit
+        self.limit = limit
         self._limit_bytes = limit_bytes
         self._lines: OrderedDict[str, _Line[T]] = OrderedDict()
         self._count = 0
         self._size_bytes = 0
 
     def __bool__(self) -> bool:
-        return self._count > 0
+        return bool(self._lines)
 
     def fits(self, turn: T) -> bool:
-        return self._holds(self._count + 1, self._size_bytes + turn.size_bytes)
+        return turn.unbounded or self._holds(self._count + 1, self._size_bytes + turn.size_bytes, self.limit)
 
     def append(self, turn: T) -> None:
         line = self._lines.setdefault(turn.key, _Line())  # a key that comes is the last to have a turn
         line.turns[turn] = None
-        self._count_in(line, 1, turn.size_bytes)
+        if not turn.unbounded:
+            line.bounded[turn] = None
+            self._count_in(line, 1, turn.size_bytes)
 
     def take(self) -> T:
         key, line = next(iter(self._lines.items()))
@@ -142,40 +153,43 @@ class _Band(Generic[T]):
     def remove(self, turn: T) -> None:
         line = self._lines[turn.key]
         del line.turns[turn]
-        self._count_in(line, -1, -turn.size_bytes)
+        if not turn.unbounded:
+            del line.bounded[turn]
+            self._count_in(line, -1, -turn.size_bytes)
         if not line.turns:
             del self._lines[turn.key]
 
     def outbid(self, turn: T) -> list[T]:
         """Who has to go in a full queue so that `turn` fits: `turn` itself if that would not be fair."""
-        others = [line for key, line in self._lines.items() if key != turn.key]
+        others = [line for key, line in self._lines.items() if key != turn.key and line.bounded]
         if not others:
             return [turn]
         own = self._lines.get(turn.key) or _Line()
-        share = self._share(len(own.turns) + 1, own.size_bytes + turn.size_bytes)
+        share = self._share(len(own.bounded) + 1, own.size_bytes + turn.size_bytes)
         line = max(others, key=self._share_without_newest)
+        most = max(self.limit, self._count)  # the limit may have been higher
         going: list[T] = []
-        count, size_bytes = len(line.turns), line.size_bytes
-        for newest in reversed(line.turns):
-            count, size_bytes = count - 1, size_bytes - newest.size_bytes
-            if self._share(count, size_bytes) < share:
+        left_bytes = line.size_bytes
+        for newest in reversed(line.bounded):
+            left_bytes -= newest.size_bytes
+            if self._share(len(line.bounded) - len(going) - 1, left_bytes) < share:
                 break
             going.append(newest)
-            gone_bytes = line.size_bytes - size_bytes
-            if self._holds(self._count - len(going) + 1, self._size_bytes - gone_bytes + turn.size_bytes):
+            all_bytes = self._size_bytes - line.size_bytes + left_bytes + turn.size_bytes
+            if self._holds(self._count - len(going) + 1, all_bytes, most):
                 return going
         return [turn]
 
-    def _holds(self, count: int, size_bytes: int) -> bool:
-        return count <= self._limit and (count == 1 or size_bytes <= self._limit_bytes)
+    def _holds(self, count: int, size_bytes: int, limit: int) -> bool:
+        return count <= limit and (count == 1 or size_bytes <= self._limit_bytes)
 
     def _share(self, count: int, size_bytes: int) -> float:
         """How much of the queue that is, by number or by bytes: whichever is scarcer."""
-        return max(count / self._limit, size_bytes / self._limit_bytes)
+        return max(count / max(1, self.limit), size_bytes / self._limit_bytes)
 
     def _share_without_newest(self, line: _Line[T]) -> float:
-        newest = next(reversed(line.turns))
-        return self._share(len(line.turns) - 1, line.size_bytes - newest.size_bytes)
+        newest = next(reversed(line.bounded))
+        return self._share(len(line.bounded) - 1, line.size_bytes - newest.size_bytes)
 
     def _count_in(self, line: _Line[T], count: int, size_bytes: int) -> None:
         self._count += count

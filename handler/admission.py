@@ -85,6 +85,7 @@ class Admission:
                 retry_after_s=lambda: upstream.retry_after_s,
             )
             request = replace(request, visit=replace(request.visit, admitted=True))
+        request.visit.taken()
         async with upstream.call(request) as reply:
             yield with_cold_start(reply, upstream.cold_start_s) if waits else reply
 

@@ -12,6 +12,7 @@ FirstTokenError
 │   │   └── NoSuchEndpoint  404  endpoint_not_found
 │   ├── MethodNotAllowed    405  method_not_allowed, with Allow
 │   ├── BodyTooLarge        413  request_too_large
+│   ├── BadFile             422  bad_settings: what the gateway was to read again is at fault
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
@@ -29,6 +30,7 @@ FirstTokenError
     ├── BadModel            65
     ├── ModelNotFound       66
     ├── StoreFailed         69
+    ├── Unreachable         69
     ├── EngineFailed        70
     ├── NoResources         75
     │   └── Unfit           75  the platform's own checks: only another machine helps
@@ -183,6 +185,17 @@ class BodyTooLarge(RequestError):
         super().__init__(f"The request body is larger than {limit_bytes} bytes.")
 
 
+class BadFile(RequestError):
+    """The file that was to be read again is at fault; nothing has changed. `faults` names every one."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "bad_settings"
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        super().__init__("Nothing has changed: " + "; ".join(faults) + ".")
+
+
 class _RetryLater(RequestError):
     def __init__(self, message: str, *, retry_after_s: float, code: str | None = None) -> None:
         super().__init__(message, code=code, headers=retry_after(retry_after_s))
@@ -307,6 +320,12 @@ class StoreFailed(StartError):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Unreachable(StartError):
+    """The gateway that a command asks can't be reached, or refuses."""
+
+    exit_code = 69
 
 
 class EngineFailed(StartError):

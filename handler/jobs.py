@@ -23,13 +23,18 @@ own spelling of it and fails the job. What survives, and is used here:
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from handler import sse
-from handler.body import body_fault
+from handler.body import asks_for_stream, body_fault
 from handler.errors import BadEvent, BadRequest, RequestError, UpstreamFailed, json_reply
-from handler.messages import Reply, Request, once, read
+from handler.messages import Call, Reply, Request, once, read
+
+log = logging.getLogger(__name__)
 
 _JSON = (("content-type", "application/json"),)
 
@@ -135,6 +140,39 @@ class _Output(dict[str, Any]):
         return default if key == "error" else super().get(key, default)
 
 
+async def outputs(
+    call: Call, job_id: str, job_input: object, *, opened: Callable[[AsyncExitStack], object] = lambda _: None
+) -> AsyncIterator[Any]:
+    """The outputs of a job that `call` is asked, whatever happens; see the top of this file.
+
+    `opened` is given the stack that the call is entered on, before it is.
+    """
+    streamed = begun = False
+    try:
+        request = parse(job_input)
+        streamed = asks_for_stream(request)
+        request = replace(request, headers=(*request.headers, ("x-request-id", job_id)))
+        async with AsyncExitStack() as work:
+            opened(work)
+            reply = await work.enter_async_context(call(request))
+            async for output in render(reply, streamed=streamed):
+                begun = streamed
+                yield output
+    except RequestError as error:
+        for output in render_error(error_of(error), streamed=streamed, begun=begun):
+            yield output
+    except Exception:  # the boundary of a job: it is answered whatever happens
+        log.exception("job failed", extra={"job": job_id})
+        fault = RequestError("The server had an internal error.", code="internal_error")
+        for output in render_error(error_of(fault), streamed=streamed, begun=begun):
+            yield output
+
+
+def failure(output: Any) -> str | None:
+    """Why a job FAILED whose last output is `output`, as the SDK looks for it; None if it did not."""
+    return (output.get("error") or None) if isinstance(output, dict) else None
+
+
 async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
     """The outputs of a job that is answered with `reply`, in order; see the top of this file.
 
@@ -156,7 +194,7 @@ async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
             posted += _posted_bytes(text)
             yield text
         if posted > ANSWER_MAX_BYTES and not broken:  # it was told whole; its result would be refused
-            yield {"error": json.dumps(error_of(_too_large(posted)))}
+            yield {"error": json.dumps(error_of(too_large(posted)))}
         if broken:
             text = broken[broken.index(_ERROR_FRAME) + len("data: ") :]
             yield {"error": json.dumps(_error(text.partition("\n\n")[0]))}
@@ -165,7 +203,7 @@ async def render(reply: Reply, *, streamed: bool) -> AsyncIterator[Any]:
         value = _value(raw, reply.header("content-type") or "")
         # With the SDK's spaces it is half as long again at most.
         if len(raw) > ANSWER_MAX_BYTES / 2 and (posted := _posted_bytes(value)) > ANSWER_MAX_BYTES:
-            raise _too_large(posted)
+            raise too_large(posted)
         yield value
 
 
@@ -233,7 +271,8 @@ def _posted_bytes(output: Any) -> int:
     return len(json.dumps(output, ensure_ascii=False).encode(errors="replace")) + len(", ")
 
 
-def _too_large(posted_bytes: int) -> RequestError:
+def too_large(posted_bytes: int) -> RequestError:
+    """What a job fails with whose answer takes `posted_bytes`."""
     return RequestError(
         f"The answer takes {posted_bytes} bytes, and a job can't hold more than {ANSWER_MAX_BYTES}.",
         code=TOO_LARGE,

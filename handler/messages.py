@@ -29,19 +29,17 @@ class Visit:
     """It has waited, or was with a worker, before: no bound turns it away any more."""
     worked_s: float = 0.0
     """How long it was with workers that were lost, which is no waiting."""
+    taken: Callable[[], object] = lambda: None
+    """Called when its waiting is over and a worker gets it; again if that one is lost."""
     kept_alive: bool = False
     """If it asks for a stream, its client hears comments while it waits."""
     caller: str = ""
     """Whose request it is: the id of a key. Turns are taken and tokens counted by it."""
     background: bool = False
     """It goes after those for which somebody sits there: a line of a batch, a job that is in no hurry."""
-    wait_s: float | None = None
-    """How long it may wait in all, if whoever asks has said so: no client of HTTP waits for it."""
 
     def deadline_s(self, timeout_s: float) -> float:
         """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
-        if self.wait_s is not None:
-            return self.arrived_s + self.wait_s
         return self.arrived_s + min(timeout_s + self.worked_s, max(timeout_s, PATIENCE_S))
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,23 @@ class Phases:
 
     def _now_s(self) -> float:
         return self._clock() - self._started_s
+
+
+def own_s(report: Mapping[str, Any]) -> dict[str, float]:
+    """What each phase of a report took less those inside it, in seconds; `other` is what no phase covers.
+
+    At each moment it is the phase that began last that takes the time, so all together are `total_s`.
+    """
+    phases = report.get("phases") or ()
+    total_s = report.get("total_s") or max((phase["end_s"] for phase in phases), default=0.0)
+    bounds = {0.0, total_s, *(phase[end] for phase in phases for end in ("begin_s", "end_s"))}
+    ordered = sorted(at_s for at_s in bounds if 0 <= at_s <= total_s)
+    spent: dict[str, float] = {}
+    for begin_s, end_s in pairwise(ordered):
+        running = [phase for phase in phases if phase["begin_s"] <= begin_s and phase["end_s"] >= end_s]
+        inner = max(running, key=lambda phase: (phase["begin_s"], -phase["end_s"]), default={"name": "other"})
+        spent[inner["name"]] = spent.get(inner["name"], 0.0) + end_s - begin_s
+    return spent
 
 
 def process_started_s() -> float:

@@ -7,8 +7,8 @@ the engine is always asked, and the chunk that says it is taken out again for a 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,12 @@ _ASK = b'{"stream_options":{"include_usage":true},'
 _USAGE = b'"usage"'
 """Quotes inside JSON strings are escaped: no text of an answer looks like this."""
 _DATA = b"data: {"
+_LAST = (
+    sse.DONE,
+    *(b"event: response.%b\n" % how for how in (b"completed", b"incomplete", b"failed")),
+    b"event: message_stop\n",
+)
+LARGE_BYTES = 1 << 20
 _PROMPT = ("prompt_tokens", "input_tokens")
 _COMPLETION = ("completion_tokens", "output_tokens")
 
@@ -48,22 +54,21 @@ def metered(call: Call, tell: Callable[[Usage], None]) -> Call:
             async with call(request) as reply:
                 yield reply
             return
-        asked, hides = _with_usage(request)
+        asked, hides = with_usage(request)
         async with call(asked) as reply:
             if reply.status >= 400:
                 yield reply
                 return
-            meter = _Meter(hides=hides)
+            meter = Meter(hides=hides)
             try:
-                frames = meter.stream(reply.frames) if reply.streams else meter.whole(reply.frames)
-                yield replace(reply, frames=frames)
+                yield meter.read(reply)
             finally:
                 tell(meter.usage())
 
     return counted
 
 
-def _with_usage(request: Request) -> tuple[Request, bool]:
+def with_usage(request: Request) -> tuple[Request, bool]:
     """The request as the engine gets it, and whether its client does not want to see what that adds."""
     if request.path.rstrip("/") not in _SAYS_ONLY_IF_ASKED or not asks_for_stream(request):
         return request, False
@@ -81,61 +86,84 @@ def _with_usage(request: Request) -> tuple[Request, bool]:
     return replace(request, body=raw), True
 
 
-class _Meter:
-    """Reads along."""
+async def _nothing() -> None:
+    """Nothing has to be done before an answer ends."""
 
-    def __init__(self, *, hides: bool) -> None:
+
+class Meter:
+    """Reads an answer along. `settle` is awaited once, before its last bytes are passed on.
+
+    Nothing else holds a byte back, but for a whole answer's last chunk. `hides`: the client does not see the
+    chunk in which a stream says its usage.
+    """
+
+    def __init__(self, *, hides: bool, settle: Callable[[], Awaitable[None]] = _nothing) -> None:
         self._hides = hides
+        self._settle = settle
         self._model = ""
         self._prompt = 0
         self._completion = 0
         self._frames = 0
-        self._ended = False
+        self._found = False
+        self._whole = False
 
     def usage(self) -> Usage:
-        """What was found, or counted."""
-        if self._ended:
+        """What was found, or counted, by now."""
+        if self._whole:
             return Usage(self._model, self._prompt, self._completion)
         return Usage(self._model, self._prompt, max(self._completion, self._frames), whole=False)
 
-    async def whole(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        parts = []
-        async for chunk in chunks:
-            parts.append(chunk)
-            yield chunk
-        self._ended = True
-        try:
-            self._find(json.loads(b"".join(parts)))
-        except (ValueError, RecursionError):
-            return  # an answer that is no JSON says nothing of it
+    def read(self, reply: Reply) -> Reply:
+        """`reply`, whose frames are read along."""
+        frames = self._stream(reply.frames) if reply.streams else self._body(reply.frames)
+        return replace(reply, frames=frames)
 
-    async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _body(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        parts: list[bytes] = []
         async for chunk in chunks:
-            if not self._model:
-                self._name(chunk)
-            if _USAGE in chunk:
-                chunk = b"".join(frame for frame in sse.split(chunk) if self._shows(frame))  # noqa: PLW2901
-                if not chunk:
-                    continue
+            if parts:
+                yield parts[-1]
+            parts.append(chunk)
+        self._whole = True
+        with suppress(ValueError, RecursionError):  # an answer that is no JSON says nothing of it
+            self._find(_answer(b"".join(parts)))
+        await self._settle()
+        if parts:
+            yield parts[-1]
+
+    async def _stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        chunk = b""
+        async for chunk in chunks:
+            shown = chunk
+            if _USAGE in chunk or not self._frames:
+                frames = sse.split(chunk)
+                kept = [frame for frame in frames if self._shows(frame)]
+                if len(kept) < len(frames):
+                    shown = b"".join(kept)
             else:
                 self._frames += chunk.count(_DATA)
-            yield chunk
-        self._ended = True
+            if not self._whole and _ends(chunk):
+                self._whole = True
+                await self._settle()
+            if shown:
+                yield shown
+        if self._whole:
+            return
+        if sse.ERROR_FRAME in chunk:  # the last frame of a stream that broke
+            self._frames -= 1
+        else:
+            self._whole = self._found
+        await self._settle()
 
     def _shows(self, frame: bytes) -> bool:
         """Whether the client sees `frame`."""
         value = _data(frame)
-        if value is None or not self._find(value):
-            self._frames += frame.count(_DATA)
+        if value is None:
+            return True
+        if not self._find(value):
+            self._frames += not _opens(value)
             return True
         return not (self._hides and value.get("choices") == [])
-
-    def _name(self, chunk: bytes) -> None:
-        for frame in sse.split(chunk):
-            value = _data(frame)
-            if value is not None:
-                self._find(value)
-                return
 
     def _find(self, value: Any) -> bool:
         """Whether `value` says what was used, in one of the places where routes say it."""
@@ -149,8 +177,36 @@ class _Meter:
             if isinstance(usage := place.get("usage"), dict):
                 self._prompt = _first(usage, _PROMPT, self._prompt)
                 self._completion = _first(usage, _COMPLETION, self._completion)
-                found = True
+                self._found = found = True
         return found
+
+
+def _answer(body: bytes) -> Any:
+    """The JSON of a whole answer; of a large one, of embeddings say, only what it has used.
+
+    To parse those whole would take a hundred milliseconds, in which no other answer goes on.
+    """
+    if len(body) < LARGE_BYTES:
+        return json.loads(body)
+    at = body.rfind(_USAGE)
+    text = body[at + len(_USAGE) :].decode().lstrip(" :\n") if at >= 0 else "null"
+    return {"usage": json.JSONDecoder().raw_decode(text)[0]}
+
+
+def _ends(chunk: bytes) -> bool:
+    """Whether the last frame of `chunk` is the one by which clients know that the answer is whole."""
+    before = chunk.rfind(b"\n\n", 0, -2)
+    return chunk.startswith(_LAST, before + 2 if before >= 0 else 0)
+
+
+def _opens(value: Mapping[str, Any]) -> bool:
+    """Whether a chunk of a chat says only who speaks."""
+    choices = value.get("choices")
+    said = choices if isinstance(choices, list) and choices else [None]
+    deltas = [one.get("delta") if isinstance(one, dict) else None for one in said]
+    return all(
+        isinstance(delta, dict) and {name for name in delta if delta[name]} == {"role"} for delta in deltas
+    )
 
 
 def _data(frame: bytes) -> dict[str, Any] | None:

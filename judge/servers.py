@@ -89,6 +89,7 @@ def ours(model: str, flags: Sequence[str], environ: Mapping[str, str], log: Path
     key = settings.pop("API_KEY", environ.get("VLLM_API_KEY", KEY))
     environ = {name: value for name, value in environ.items() if name != "VLLM_API_KEY"}
     settings |= {"MODEL_NAME": model, "HOST": "127.0.0.1", "PORT": str(port), "API_KEY": key}
+    settings |= {"DATA_DIR": str(log.with_suffix(".data"))}
     root = f"http://127.0.0.1:{port}/v2/local/openai"
     return start([sys.executable, "-m", "gateway"], {**environ, **settings}, root, "/v1/models", key, log)
 

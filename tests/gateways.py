@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.app import Gateway
+from gateway.endpoint import Endpoint
 from gateway.keys import Keys
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
+from gateway.settings import GatewaySettings
+from gateway.upstreams import WorkerView
 from handler.messages import Call
 
 
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Workers of whom only the number of their places is known."""
+
+    capacity: int = 8
+    views: Sequence[WorkerView] = ()
+    askable: Mapping[str, Call] = field(default_factory=dict)
+
+    def status(self) -> Mapping[str, Any]:
+        """As if they did nothing."""
+        return {"waiting": 0, "in_flight": 0, "capacity": self.capacity}
+
+
+def endpoint(
+    ask: Call, endpoint_id: str = "local", *, model: str = "m", capacity: int = 8, call: Call | None = None
+) -> Endpoint:
+    """The endpoint that is answered by `ask`, clients too unless there is a `call`."""
+    settings = GatewaySettings.from_environ({"ENDPOINT_ID": endpoint_id, "MODEL_NAME": model})
+    return Endpoint(settings, ask, call or ask, Workers(capacity))
+
+
 def one(
-    endpoint: Call,
+    call: Call,
     keys: Keys,
     *,
     endpoint_id: str = "local",
     metrics: Metrics | None = None,
-    health: Callable[[], Mapping[str, Any]] = dict,
     open_metrics: bool = False,
 ) -> Gateway:
-    """The gateway whose only endpoint is `endpoint`."""
+    """The gateway whose only endpoint is answered by `call`."""
     metrics = metrics or Metrics()
-    own = Operations(keys, metrics, health, open_metrics)
-    return Gateway([OpenAI({endpoint_id: endpoint}), own], keys, metrics)
+    metrics.endpoint(endpoint_id)
+    endpoints = {endpoint_id: endpoint(call, endpoint_id)}
+    own = Operations(keys, metrics, endpoints, open_metrics)
+    return Gateway([OpenAI(endpoints), own], keys, metrics)

@@ -174,7 +174,7 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
     settings = GatewaySettings.from_environ({"DRAIN_TIMEOUT_S": "0"})
     async with worker(app, {"UDS": str(uds)}):
         proxy = SocketProxy(uds)
-        gate = gateways.one(proxy.call, Keys.open(key), endpoint_id=settings.endpoint_id)
+        gate = gateways.one(proxy.call, Keys(key), endpoint_id=settings.endpoint_id)
         asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
         server = Server(config(asgi, shutdown_s=2))
         listener = listen(HOST, 0)

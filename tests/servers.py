@@ -150,7 +150,7 @@ def gateway(
     model: Path, folder: Path, *arguments: str, **settings: str
 ) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
     """`python -m gateway ARGUMENTS` with `model`, ready, and its process."""
-    own = {"PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder), **settings}
+    own = {"PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder), "DATA_DIR": f"{folder}/data", **settings}
     environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **engine_environ(model), **own}
     with program("gateway", environ, folder, *arguments) as (process, errors):
         ready = first_line(process, "/openai/v1", errors)

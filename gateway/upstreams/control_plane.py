@@ -28,7 +28,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qs
 
-from gateway.metrics import Metrics
+from gateway.metrics import EndpointMetrics
 from gateway.upstreams.job import Job
 from gateway.upstreams.lease import HOLD_S, LEASE_S, Lease
 from gateway.upstreams.line import Line
@@ -59,7 +59,7 @@ class ControlPlane:
         self,
         endpoint_id: str,
         line: Line,
-        metrics: Metrics,
+        metrics: EndpointMetrics,
         *,
         lease_s: float = LEASE_S,
         hold_s: float = HOLD_S,
@@ -251,7 +251,7 @@ class ControlPlane:
         yield json_reply(200, {})
 
     def _drop(self, worker_id: str, job_id: str) -> None:
-        self._metrics.jobs.labels("dropped").inc()
+        self._metrics.count_runpod_jobs("dropped")
         log.debug("post came too late", extra={"worker": worker_id, "job": job_id})
 
     async def _hold(self, for_s: float) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gateway.metrics import Metrics
+from gateway.metrics import EndpointMetrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.job import Job
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed, retry_after
@@ -26,7 +26,7 @@ class Line:
 
     def __init__(
         self,
-        metrics: Metrics,
+        metrics: EndpointMetrics,
         *,
         limit: int,
         queue_timeout_s: float,
@@ -49,8 +49,8 @@ class Line:
         """How many jobs are asked for by now: those need not wait."""
         self.arrival: asyncio.Future[None] = self._loop.create_future()
         """Done once a job can be handed out, or to another worker; then there is another."""
-        metrics.jobs_queued.set_function(lambda: self.queued)
-        metrics.jobs_in_progress.set_function(lambda: self.in_progress)
+        metrics.runpod_jobs_queued.set_function(lambda: self.queued)
+        metrics.runpod_jobs_in_progress.set_function(lambda: self.in_progress)
 
     @property
     def queued(self) -> int:
@@ -78,7 +78,7 @@ class Line:
             self._handed[job.id] = job
             self._count_held(worker_id, 1)
             now_s = self._loop.time()
-            self._metrics.job_queued_s.observe(now_s - job.since_s)
+            self._metrics.runpod_job_queued_s.observe(now_s - job.since_s)
             job.since_s = now_s
             self._set_timer(job, self._answer_by_s(job), self._expire)
         self._count("handed_out", len(taken))
@@ -100,7 +100,7 @@ class Line:
     def put(self, job: Job, output: Any, size_bytes: int) -> None:
         """The worker that holds `job` has posted `output`."""
         if not job.begun:
-            self._metrics.job_first_output_s.observe(self._loop.time() - job.since_s)
+            self._metrics.runpod_job_first_output_s.observe(self._loop.time() - job.since_s)
             self._set_timer(job, job.since_s + self._execution_timeout_s, self._expire)
         job.put(output, size_bytes)
 
@@ -201,4 +201,4 @@ class Line:
         job.end()
 
     def _count(self, what: str, number: int = 1) -> None:
-        self._metrics.jobs.labels(what).inc(number)
+        self._metrics.count_runpod_jobs(what, number)

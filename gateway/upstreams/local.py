@@ -13,7 +13,7 @@ from gateway.upstreams.launch import Launcher
 from gateway.upstreams.pool import KILL_GRACE_S, Keep, WorkerPool
 from gateway.upstreams.proxy import Refused, SocketProxy
 from gateway.upstreams.worker import Worker
-from handler.messages import Reply, Request
+from handler.messages import Call, Reply, Request
 
 log = logging.getLogger("gateway")
 
@@ -58,6 +58,11 @@ class LocalPool(WorkerPool):
         finally:
             worker.finish()
             self._freed(worker)
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The ready workers."""
+        return {worker.id: proxy.call for worker, proxy in self._proxies.items() if worker.serves}
 
     async def _ask(self, worker: Worker, request: Request, stack: AsyncExitStack) -> Reply:
         asked_s = self._loop.time()

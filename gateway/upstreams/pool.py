@@ -30,7 +30,7 @@ from gateway.upstreams.waits import first
 from gateway.upstreams.worker import Worker
 from handler import machine
 from handler.errors import NotAdmitted
-from handler.messages import Reply, Request
+from handler.messages import Call, Reply, Request
 
 log = logging.getLogger("gateway")
 
@@ -253,6 +253,11 @@ class WorkerPool(ABC):
     def in_line(self) -> int:
         """How many requests wait here until a worker takes them."""
         return 0
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The ready workers that can be asked for more than what clients want, their metrics say, by id."""
+        return {}
 
     # --- how requests get there ---------------------------------------------------------------
 

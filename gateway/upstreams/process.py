@@ -17,7 +17,7 @@ from gateway.upstreams import folder
 from gateway.upstreams.launch import Launched, Launcher
 from gateway.upstreams.output import Output
 
-NOT_INHERITED = ("HOST", "PORT", "API_KEY")
+NOT_INHERITED = ("HOST", "PORT", "API_KEY", "DATABASE_URL")
 """The gateway's own: a worker has no port, and no key of clients."""
 
 _REASONS = {

@@ -22,17 +22,15 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from handler import edge, jobs
 from handler.asgi import refuse
-from handler.body import asks_for_stream
 from handler.bridge import across
 from handler.drain import Drain
 from handler.engine import Engine
-from handler.errors import EngineFailed, NoResources, RequestError, StartError, StartFailed, Unfit
+from handler.errors import EngineFailed, NoResources, StartError, StartFailed, Unfit
 from handler.messages import Call
 from handler.phases import Phases
 from handler.platforms.intake import Intake
@@ -143,27 +141,14 @@ def make_handler(call: Call) -> Callable[[dict[str, Any]], AsyncIterator[Any]]:
         task.add_done_callback(closing.discard)
 
     async def handler(job: dict[str, Any]) -> AsyncIterator[Any]:
-        streamed = begun = False
         job_task = asyncio.current_task()
         assert job_task is not None, "the SDK runs each job in a task"
-        try:
-            request = jobs.parse(job["input"])
-            streamed = asks_for_stream(request)
-            request = replace(request, headers=(*request.headers, ("x-request-id", str(job["id"]))))
-            async with AsyncExitStack() as work:
-                job_task.add_done_callback(partial(close, work))
-                reply = await work.enter_async_context(call(request))
-                async for output in jobs.render(reply, streamed=streamed):
-                    begun = streamed
-                    yield output
-        except RequestError as error:
-            for output in jobs.render_error(jobs.error_of(error), streamed=streamed, begun=begun):
-                yield output
-        except Exception:  # the boundary of a job: it is answered whatever happens
-            log.exception("job failed", extra={"job": job.get("id")})
-            fault = RequestError("The server had an internal error.", code="internal_error")
-            for output in jobs.render_error(jobs.error_of(fault), streamed=streamed, begun=begun):
-                yield output
+
+        def opened(work: AsyncExitStack) -> None:
+            job_task.add_done_callback(partial(close, work))
+
+        async for output in jobs.outputs(call, str(job["id"]), job["input"], opened=opened):
+            yield output
 
     return handler
 

@@ -109,6 +109,7 @@ async def gateway(
         "MODEL_NAME": "org/model",
         "WARM_PARENT": "off",
         "TMPDIR": str(tmp_path),
+        "DATA_DIR": str(tmp_path / "data"),
         "SCRIPT_CONTROL": str(tmp_path / "control"),
         **(environ or {}),
     }
@@ -355,7 +356,7 @@ async def test_failed_start_answers_with_the_reason_and_stays_up(tmp_path: Path)
             session.get(program.base_url.split("/v2")[0] + "/health") as reply,
         ):
             health = await reply.json()
-        assert (reply.status, health["worker"]["starts"]) == (200, 1)
+        assert (reply.status, health["endpoints"][0]["workers"]) == (200, {"failed": 1})
         assert await program.end(signal.SIGTERM) == 0
 
 

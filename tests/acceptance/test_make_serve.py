@@ -36,6 +36,7 @@ class Terminal:
         self.seen = ""
         environ = os.environ | {
             "HOME": str(home),
+            "XDG_DATA_HOME": "",
             "PORT": str(self.port),
             "API_KEY": KEY,
             "MODEL_NAME": str(MODEL),

@@ -40,7 +40,7 @@ def scripted_jobs() -> Iterator[ScriptedJobs]:
     with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
         socket = Path(folder) / "engine.sock"
         environ = {**engine_environ(ROOT), "PORT": "0", "API_KEY": KEY, "TMPDIR": folder}
-        environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(socket)}
+        environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(socket), "DATA_DIR": f"{folder}/data"}
         with program("tests.jobs_worker", environ, Path(folder), "gateway") as (process, errors):
             ready = first_line(process, "/openai/v1", errors)
             url = next(word for word in ready.split() if word.startswith("http://"))

@@ -57,7 +57,7 @@ async def said_early(path: str, body: bytes, content_type: str | None) -> tuple[
     pool = ScriptedPool(ScriptedApp({}))
     pool.refuse(WAITED)
     admission = Admission(pool, limit=1, queue_timeout_s=60, keep_alive_s=60, check=check)
-    app = gateways.one(admission.call, Keys.open(KEY)).app(max_body_bytes=2**20, cors_origins=())
+    app = gateways.one(admission.call, Keys(KEY)).app(max_body_bytes=2**20, cors_origins=())
     headers: Headers = (("authorization", f"Bearer {KEY}"),)
     headers += (("content-type", content_type),) if content_type else ()
     async with call_app(app)(Request("POST", f"/v2/local/openai/v1/{path}", headers, body)) as reply:

@@ -174,6 +174,7 @@ def _parent(pid: int) -> int:
 def path(folder: Path, **settings: str) -> Iterator[Path_]:
     """The gateway, ready."""
     environ = {**engine_environ(ROOT), "PORT": "0", "API_KEY": KEY, "TMPDIR": str(folder)}
+    environ |= {"DATA_DIR": str(folder / "data")}
     environ |= {"WARM_PARENT": "off", "ENGINE_SOCKET": str(folder / "engine.sock")}
     environ |= {"CAPACITY": str(AT_ONCE), "QUEUE_LIMIT": str(JOBS), **settings}
     with program("tests.jobs_worker", environ, folder, "gateway") as (process, errors):

@@ -37,6 +37,7 @@ def test_second_worker_takes_jobs_too(tiny_model: Path) -> None:
     """The SDK reads who it is when it is imported: what a worker imports, its parent must not keep."""
     with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
         own = {"PORT": "0", "API_KEY": servers.KEY, "TMPDIR": folder, "UPSTREAM": "runpod"}
+        own["DATA_DIR"] = f"{folder}/data"
         environ = {"VLLM_CACHE_ROOT": f"{folder}/cache", **servers.engine_environ(tiny_model), **own}
         with servers.program("gateway", environ, Path(folder), "serve") as (process, errors):
             ready = servers.first_line(process, "/openai/v1", errors)

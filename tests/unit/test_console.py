@@ -26,10 +26,10 @@ class Terminal(io.StringIO):
 async def test_terminal_shows_one_line_that_keeps_up_to_date() -> None:
     """Each step takes the place of the one before, and nothing of it is left when it is done."""
     err = Terminal()
-    console = Console(ADDRESS, io.StringIO(), err)
-    console(Starting("a", 1))
-    console(Progress("a", "loading weights"))
-    console(Ready("a", 2.0, {}))
+    console = Console({"local": ADDRESS}, io.StringIO(), err)
+    console("local", Starting("a", 1))
+    console("local", Progress("a", "loading weights"))
+    console("local", Ready("a", 2.0, {}))
     clear = "\x1b[2K"
     assert err.getvalue() == f"{clear}starting the worker (0 s)\r{clear}loading weights (0 s)\r{clear}"
 
@@ -37,16 +37,16 @@ async def test_terminal_shows_one_line_that_keeps_up_to_date() -> None:
 async def test_address_is_shown_once() -> None:
     """A worker that replaces another is a line in the log, not another snippet."""
     out = io.StringIO()
-    console = Console(ADDRESS, out, io.StringIO())
-    console(Ready("a", 2.0, {"total_s": 1.25}))
-    console(Ready("a", 3.0, {"total_s": 2.25}))
+    console = Console({"local": ADDRESS}, out, io.StringIO())
+    console("local", Ready("a", 2.0, {"total_s": 1.25}))
+    console("local", Ready("a", 3.0, {"total_s": 2.25}))
     assert out.getvalue() == f"ready in 1.2 s  {FIRST_LINE}\n\n{ADDRESS.snippet()}"
 
 
 async def test_first_request_mode_shows_the_address_before_any_worker() -> None:
     """It is of use at once."""
     out = io.StringIO()
-    Console(ADDRESS, out, io.StringIO()).waits_for_request()
+    Console({"local": ADDRESS}, out, io.StringIO()).waits_for_request()
     assert out.getvalue().splitlines()[0] == f"the worker starts with the first request  {FIRST_LINE}"
 
 
@@ -59,11 +59,11 @@ def test_snippet_quotes_what_it_is_given() -> None:
 
 async def test_trouble_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     """Failed starts and unexpected ends are errors; ends that were asked for are not."""
-    console = Console(ADDRESS, io.StringIO(), io.StringIO())
+    console = Console({"local": ADDRESS}, io.StringIO(), io.StringIO())
     with caplog.at_level(logging.INFO):
-        console(StartFailed("a", "no model", 66, permanent=True, again_in_s=1.0))
-        console(Ended("a", "it was ended by SIGKILL", expected=False))
-        console(Ended("a", "it exited with code 0", expected=True))
+        console("local", StartFailed("a", "no model", 66, permanent=True, again_in_s=1.0))
+        console("local", Ended("a", "it was ended by SIGKILL", expected=False))
+        console("local", Ended("a", "it exited with code 0", expected=True))
     assert [(r.levelname, r.message, vars(r)["reason"]) for r in caplog.records] == [
         ("ERROR", "worker could not start", "no model"),
         ("ERROR", "worker ended", "it was ended by SIGKILL"),

@@ -10,17 +10,20 @@ import pytest
 
 from gateway.admission import Admission
 from gateway.keys import Keys
-from handler import early
+from handler import early, sse
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Request, read
 from tests import gateways
 from tests.pools import ScriptedPool
-from tests.scripted_app import EVENT_STREAM, Fail, Say, Script, ScriptedApp, answer, stream
+from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
 KEY: Headers = (("authorization", "Bearer secret"),)
 BASE = "/v2/local/openai"
-HEALTH = {"status": "ok", "worker": {"state": "ready"}}
+HEALTH = {
+    "status": "ok",
+    "endpoints": [{"id": "local", "waiting": 0, "in_flight": 0, "capacity": 8, "workers": {}}],
+}
 
 
 def gateway(
@@ -33,8 +36,7 @@ def gateway(
     """The application in front of `scripted`."""
     return gateways.one(
         call_app(scripted),
-        Keys.open("secret"),
-        health=lambda: HEALTH,
+        Keys("secret"),
         open_metrics=open_metrics,
     ).app(max_body_bytes=max_body_bytes, cors_origins=cors_origins)
 
@@ -206,7 +208,7 @@ async def test_stream_passes_through_byte_by_byte() -> None:
     assert body == "data: héllo 😀\n\ndata: 2\n\ndata: [DONE]\n\n".encode()
 
 
-async def test_health_is_open_and_says_how_the_worker_is() -> None:
+async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
     """Liveness needs no key and holds no secret."""
     status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", ())
     assert (status, json.loads(body)) == (200, HEALTH)
@@ -241,11 +243,26 @@ async def test_requests_are_counted_by_route_and_status() -> None:
         line for line in text.decode().splitlines() if line.startswith("firsttoken_gateway_requests_total")
     ]
     assert sorted(lines) == [
-        'firsttoken_gateway_requests_total{route="/v1/models",status="200"} 1.0',
-        'firsttoken_gateway_requests_total{route="/v1/models",status="401"} 1.0',
-        'firsttoken_gateway_requests_total{route="/v1/models/{id}",status="404"} 1.0',
-        'firsttoken_gateway_requests_total{route="other",status="404"} 1.0',
+        'firsttoken_gateway_requests_total{endpoint="",route="other",status="404"} 1.0',
+        'firsttoken_gateway_requests_total{endpoint="local",route="/v1/models",status="200"} 1.0',
+        'firsttoken_gateway_requests_total{endpoint="local",route="/v1/models",status="401"} 1.0',
+        'firsttoken_gateway_requests_total{endpoint="local",route="/v1/models/{id}",status="404"} 1.0',
     ]
+
+
+async def test_streams_are_timed_as_their_client_sees_them() -> None:
+    """The first token is the first frame; a comment is none, and begins no gap between tokens."""
+    chat = stream(Say(sse.KEEP_ALIVE.decode()), "{}", Say(sse.KEEP_ALIVE.decode()), Pause("next"), "{}")
+    scripted = ScriptedApp({"POST /v1/chat/completions": chat})
+    app = gateway(scripted)
+    async with call_app(app)(Request("POST", f"{BASE}/v1/chat/completions", KEY)) as reply:
+        async for _ in reply.frames:
+            scripted.gate("next").opened.set()
+    _, _, text = await ask(app, "GET", "/metrics")
+    counted = [line for line in text.decode().splitlines() if "_count" in line and " 0.0" not in line]
+    of = 'endpoint="local"'
+    assert f"firsttoken_gateway_time_to_first_token_seconds_count{{{of}}} 1.0" in counted
+    assert any(line.startswith("firsttoken_gateway_inter_token_latency_seconds_count") for line in counted)
 
 
 async def test_upstream_failure_before_the_answer_is_a_502() -> None:
@@ -254,7 +271,7 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     async def broken(scope: Message, receive: object, send: object) -> None:
         raise UpstreamFailed("The worker went away before it answered.")
 
-    app = gateways.one(call_app(broken), Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(call_app(broken), Keys("secret")).app(max_body_bytes=100, cors_origins=())
     status, _, body = await ask(app, "GET", f"{BASE}/v1/models")
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
 
@@ -281,7 +298,7 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
         keep_alive_s=0,
         check=partial(early.check, model="mine"),
     )
-    app = gateways.one(admission.call, Keys.open("secret")).app(max_body_bytes=100, cors_origins=())
+    app = gateways.one(admission.call, Keys("secret")).app(max_body_bytes=100, cors_origins=())
     sent = (*headers, ("content-type", "application/json"))
     status, answered, raw = await ask(app, "POST", f"{BASE}{path}", sent, body)
     assert (status, json.loads(raw)["error"]["code"]) == expected

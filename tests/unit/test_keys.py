@@ -1,10 +1,11 @@
-"""The gateway's key."""
+"""The gateway's keys: who comes in, and what they may ask."""
 
 from __future__ import annotations
 
 import pytest
 
-from gateway.keys import Keys
+from gateway.keys import ENV_ID, Key, Keys
+from handler.auth import digest
 from handler.errors import Unauthorized
 from handler.messages import Request
 
@@ -14,30 +15,64 @@ def bearing(authorization: str) -> Request:
     return Request("GET", "/v1/models", (("authorization", authorization),))
 
 
-def test_given_key_opens_and_is_never_shown() -> None:
-    """A key from the environment is known to the user: it is kept as a hash only."""
-    keys = Keys.open("secret")
-    keys.ring.check(bearing("Bearer secret"))
-    assert keys.shown is None
-    assert "secret" not in repr(keys)
+def key(secret: str, **more: object) -> Key:
+    """A key as it is stored."""
+    return Key(f"key_{secret}", secret, digest(secret), **more)  # type: ignore[arg-type]
 
 
-def test_generated_key_opens_and_is_shown() -> None:
-    """Without a key one is made, 256 random bits, and that one opens."""
-    keys = Keys.open(None)
-    assert keys.shown is not None
-    assert (keys.shown[:3], len(keys.shown)) == ("ft-", 46)
-    keys.ring.check(bearing(f"Bearer {keys.shown}"))
-    assert keys.shown not in repr(keys)
+def test_given_key_opens_and_is_an_admins() -> None:
+    """A key from the environment is known by its id and kept as a hash only."""
+    keys = Keys("secret")
+    found = keys.check(bearing("Bearer secret"))
+    assert (found.id, found.admin) == (ENV_ID, True)
+    assert keys.of(ENV_ID) is found
+    assert "secret" not in repr((keys, vars(keys)))
+    assert keys.used_s == {}
 
 
-def test_every_generated_key_is_another() -> None:
-    """Two gateways don't share a key."""
-    assert Keys.open(None).shown != Keys.open(None).shown
+def test_stored_keys_open_beside_it_until_others_take_their_place() -> None:
+    """And when each was used is known."""
+    keys = Keys("secret", [key("a"), key("b")], clock=lambda: 7.5)
+    assert keys.check(bearing("Bearer a")).name == "a"
+    assert keys.used_s == {"key_a": 7}
+    keys.store([key("b")])
+    with pytest.raises(Unauthorized):
+        keys.check(bearing("Bearer a"))
+    assert keys.check(bearing("Bearer b")).name == "b"
+    assert keys.check(bearing("Bearer secret")).id == ENV_ID
+
+
+def test_a_key_opens_until_it_expires_or_is_revoked() -> None:
+    """It is known by its id all the same: what was asked with it is still its own."""
+    now_s = 100.0
+    keys = Keys(None, [key("a", expires_s=101), key("b", revoked_s=50)], clock=lambda: now_s)
+    assert keys.check(bearing("Bearer a")).id == "key_a"
+    now_s = 101.0
+    for secret in "ab":
+        with pytest.raises(Unauthorized):
+            keys.check(bearing(f"Bearer {secret}"))
+        assert not keys.of(f"key_{secret}").opens(now_s)
 
 
 @pytest.mark.parametrize("authorization", ["Bearer wrong", "Basic secret", "secret", "Bearer ", ""])
 def test_anything_else_is_refused(authorization: str) -> None:
     """Only `Authorization: Bearer KEY` opens."""
     with pytest.raises(Unauthorized):
-        Keys.open("secret").ring.check(bearing(authorization))
+        Keys("secret", [key("a")]).check(bearing(authorization))
+
+
+@pytest.mark.parametrize("authorization", ["Bearer secret", "Bearer ", "", "Bearer None"])
+def test_without_a_key_nobody_comes_in(authorization: str) -> None:
+    """A gateway whose keys are not read yet is shut; who had `API_KEY` once is still known by its id."""
+    keys = Keys()
+    with pytest.raises(Unauthorized):
+        keys.check(bearing(authorization))
+    assert not keys.of(ENV_ID).opens(0)
+
+
+def test_a_key_is_there_for_what_it_names() -> None:
+    """None is everything, and a set no more than it holds."""
+    everything, some = key("a"), key("b", endpoints=frozenset({"one"}), models=frozenset({"m"}))
+    assert (everything.may_use("x"), everything.may_ask("x")) == (True, True)
+    assert (some.may_use("one"), some.may_use("two")) == (True, False)
+    assert (some.may_ask("m"), some.may_ask("M"), some.may_ask("")) == (True, False, False)

@@ -24,8 +24,9 @@ class Stage:
         self, *, limit: int = 9, queue_timeout_s: float = NEVER, execution_timeout_s: float = NEVER
     ) -> None:
         self.metrics = Metrics()
+        self.own = self.metrics.endpoint("local")
         self.line = Line(
-            self.metrics,
+            self.own,
             limit=limit,
             queue_timeout_s=queue_timeout_s,
             execution_timeout_s=execution_timeout_s,
@@ -42,7 +43,7 @@ class Stage:
 
     def counted(self, what: str) -> float:
         """How often `what` has happened to a job."""
-        return float(self.metrics.jobs.labels(what)._value.get())
+        return float(self.metrics.runpod_jobs.labels("local", what)._value.get())
 
 
 async def test_jobs_are_handed_out_in_order_of_arrival_and_once() -> None:
@@ -253,6 +254,6 @@ async def test_depth_is_measured() -> None:
     on = Stage()
     on.add(3)
     on.line.hand_out("w", 1)
-    text = on.metrics.render().decode()
-    assert "firsttoken_gateway_jobs_queued 2.0" in text
-    assert "firsttoken_gateway_jobs_in_progress 1.0" in text
+    text = (await on.metrics.exposition()).decode()
+    assert 'firsttoken_gateway_runpod_jobs_queued{endpoint="local"} 2.0' in text
+    assert 'firsttoken_gateway_runpod_jobs_in_progress{endpoint="local"} 1.0' in text

@@ -83,10 +83,11 @@ def test_worker_defaults() -> None:
 
 def test_gateway_defaults() -> None:
     """With nothing set, a gateway listens on loopback, starts its worker at once and makes a key."""
-    assert GatewaySettings.from_environ({}) == GatewaySettings(
+    assert GatewaySettings.from_environ({"HOME": "/home/me"}) == GatewaySettings(
         host="127.0.0.1",
         port=8000,
         api_key=None,
+        endpoints_file=None,
         endpoint_id="local",
         model_name=DEFAULT_MODEL,
         served_model_name=None,
@@ -100,6 +101,10 @@ def test_gateway_defaults() -> None:
         queue_timeout_s=300.0,
         start_timeout_s=600.0,
         execution_timeout_s=590.0,
+        data_dir=Path("/home/me/.local/share/firsttoken"),
+        database_url="sqlite:////home/me/.local/share/firsttoken/gateway.db",
+        price_input=0,
+        price_output=0,
         keep_alive_s=15.0,
         drain_timeout_s=30.0,
         max_body_bytes=32 * 2**20,

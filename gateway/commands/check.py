@@ -1,0 +1,33 @@
+"""`python -m gateway check`: whether a gateway would start with these settings, without starting it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from gateway.commands.tables import table
+from gateway.endpoints_file import describe
+
+if TYPE_CHECKING:
+    from gateway.commands import Subparsers
+
+
+def add(commands: Subparsers) -> None:
+    """`check`."""
+    parser = commands.add_parser(
+        "check", help="say what is wrong with the settings and the endpoints", description=__doc__
+    )
+    parser.add_argument("--endpoints", metavar="FILE", help="where they are described (ENDPOINTS_FILE)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    given = {"ENDPOINTS_FILE": args.endpoints} if args.endpoints else {}
+    _, description = describe({**environ, **given})
+    for note in description.notes:
+        print(f"firsttoken: {note}", file=sys.stderr)
+    rows = [(one.id, one.settings.model_id, one.settings.upstream) for one in description.endpoints]
+    print(table([("endpoint", "model", "upstream"), *rows]), end="")
+    return 0

@@ -1,0 +1,20 @@
+"""Tables as a terminal shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def table(rows: Sequence[Sequence[object]], *, right: Collection[str] = ()) -> str:
+    """`rows`, the first of which has the names of the columns; those in `right` have numbers."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numbers = [name in right for name in cells[0]]
+    return "".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(row, widths, numbers, strict=True)
+        ).rstrip()
+        + "\n"
+        for row in cells
+    )

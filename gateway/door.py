@@ -1,0 +1,65 @@
+"""The owner's door: a unix socket in the gateway's folder, for the commands that talk to a running gateway.
+
+Whoever can open it is the user that the gateway runs as, or root; both could read its database and memory. So
+it asks for no key, and no command needs one in its arguments or on disk. What comes in here has the rights of
+`API_KEY`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gateway.keys import ENV_ID, Key
+from handler.errors import NoResources
+from handler.listener import listen_unix
+from handler.messages import Request
+
+NAME = "admin.sock"
+
+OWNER = Key(ENV_ID, "API_KEY", b"", admin=True)
+
+
+class Owner:
+    """In the place of `gateway.keys.Keys`: whoever is here is the owner."""
+
+    def check(self, _: Request) -> Key:
+        """The owner."""
+        return OWNER
+
+
+@contextmanager
+def reachable(folder: Path) -> Iterator[Path]:
+    """The door in `folder` by a path that fits a socket's address, however long that of `folder` is.
+
+    Raises `OSError`.
+    """
+    at = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{at}") / NAME
+    finally:
+        os.close(at)
+
+
+def listen(folder: Path) -> socket.socket:
+    """The door in `folder`, which only its owner can open. Raises `NoResources`."""
+    try:
+        with reachable(folder) as path:
+            if _answers(path):
+                raise NoResources(f"{folder / NAME} is another gateway's; set DATA_DIR to another folder")
+            return listen_unix(path)
+    except OSError as error:
+        raise NoResources(f"{folder / NAME} can't be made: {error.strerror}") from error
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens there; a gateway that was killed does not."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,139 @@
+"""All endpoints of a gateway, by id; they come, change and go while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from gateway.endpoint import Endpoint
+from gateway.endpoints_file import Described, Description
+from gateway.served import Served
+from handler.errors import BadSettings, NotAdmitted
+
+log = logging.getLogger("gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a reload has done, by id."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Endpoints(Mapping[str, Endpoint]):
+    """The endpoints that take requests now, in the order in which they were described.
+
+    Look an endpoint up anew for each request: after a reload another one may have its id. `serve` makes one
+    of its description, `describe` says what there should be. Used as `async with`.
+    """
+
+    def __init__(
+        self,
+        described: Sequence[Described],
+        serve: Callable[[Described], Served],
+        describe: Callable[[], Description],
+    ) -> None:
+        self._serve = serve
+        self._describe = describe
+        self._described = {one.id: one for one in described}
+        self._served = {one.id: serve(one) for one in described}
+        self._leaving: dict[Served, asyncio.Task[None]] = {}
+        self._reloading = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._closing = False
+
+    def __getitem__(self, endpoint_id: str) -> Endpoint:
+        return self._served[endpoint_id].endpoint
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._served)
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    async def __aenter__(self) -> Self:
+        await asyncio.gather(*(served.open() for served in self._served.values()))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing = True
+        async with self._changing:
+            self.stop_taking()
+            await asyncio.gather(
+                *(served.close() for served in self._served.values()), *self._leaving.values()
+            )
+
+    async def reload(self) -> Changes:
+        """Have what is described now, and leave alone what is as it was.
+
+        An endpoint that is not described any more answers whoever it has let in, those who wait too. Raises
+        `BadSettings` when the description is at fault: then nothing has changed.
+        """
+        async with self._reloading:
+            try:
+                description = await asyncio.to_thread(self._describe)
+            except BadSettings as error:
+                log.error("endpoints were not reloaded", extra={"faults": error.faults})  # noqa: TRY400
+                raise
+            async with self._changing:
+                if self._closing:
+                    raise NotAdmitted("The gateway is stopping.", retry_after_s=1)
+                changes = await self._follow(description)
+        for note in changes.notes:
+            log.warning(note)
+        log.info(
+            "endpoints reloaded",
+            extra={"added": changes.added, "changed": changes.changed, "removed": changes.removed},
+        )
+        return changes
+
+    async def _follow(self, description: Description) -> Changes:
+        before, now = self._described, {one.id: one for one in description.endpoints}
+        added = [name for name in now if name not in before]
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        removed = [name for name in before if name not in now]
+        for name in removed:  # first: others may want their devices
+            del before[name]
+            self._retire(self._served.pop(name))
+        for name in added:
+            self._served[name] = await self._serve(now[name]).open()
+            before[name] = now[name]
+        for name in changed:
+            await self._served[name].change(now[name])
+            before[name] = now[name]
+        self._served = {name: self._served[name] for name in now}
+        return Changes(
+            tuple(added),
+            tuple(changed),
+            tuple(removed),
+            tuple(name for name in now if name not in {*added, *changed}),
+            description.notes,
+        )
+
+    def _retire(self, served: Served) -> None:
+        task = asyncio.create_task(served.retire())
+        self._leaving[served] = task
+        task.add_done_callback(lambda _: self._leaving.pop(served))
+
+    def _all(self) -> list[Served]:
+        return [*self._served.values(), *self._leaving]
+
+    def stop_taking(self) -> None:
+        """Turn away whoever waits or comes, and have all workers drain."""
+        for served in self._all():
+            served.stop_taking()
+
+    def kill(self) -> None:
+        """End every worker now."""
+        for served in self._all():
+            served.kill()

@@ -1,0 +1,74 @@
+"""Who waits for what becomes of a job, and what of it is told as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from gateway.jobs.attempt import Attempt
+from gateway.jobs.table import Job
+
+
+class Desk:
+    """The attempts that run in this process, and who waits for a job to begin or to end."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[str, Attempt] = {}
+        self._told: dict[str, int] = {}
+        self._waiters: dict[str, set[asyncio.Event]] = {}
+
+    def attempt(self, job_id: str) -> Attempt | None:
+        """What runs for the job."""
+        return self._attempts.get(job_id)
+
+    def attempts_at(self, endpoint_id: str) -> list[Attempt]:
+        """All that run at the endpoint."""
+        return [attempt for attempt in self._attempts.values() if attempt.job.endpoint_id == endpoint_id]
+
+    def begun(self, attempt: Attempt) -> None:
+        """`attempt` runs."""
+        self._attempts[attempt.job.id] = attempt
+        self._told.pop(attempt.job.id, None)
+        self.news(attempt.job.id)
+
+    def over(self, attempt: Attempt) -> None:
+        """What came of `attempt` is written down."""
+        job_id = attempt.job.id
+        if self._attempts.get(job_id) is attempt:  # else the job was claimed again already
+            del self._attempts[job_id]
+            if attempt.outputs.told:
+                self._told[job_id] = attempt.outputs.told
+        attempt.outputs.over()
+        self.news(job_id)
+
+    def told(self, job_id: str) -> int:
+        """How many of the job's outputs `/stream` has told. It has ended."""
+        return self._told.get(job_id, 0)
+
+    def tell(self, job_id: str, outputs: int) -> None:
+        """`/stream` tells so many more."""
+        self._told[job_id] = self.told(job_id) + outputs
+
+    def forget(self, jobs: Iterable[Job]) -> None:
+        """`jobs` are no longer kept."""
+        for job in jobs:
+            self._told.pop(job.id, None)
+
+    def news(self, job_id: str) -> None:
+        """The job has begun, or ended."""
+        for waiter in self._waiters.get(job_id, ()):
+            waiter.set()
+
+    @contextmanager
+    def listening(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set by news of the job, for as long as the block runs."""
+        heard = asyncio.Event()
+        waiters = self._waiters.setdefault(job_id, set())
+        waiters.add(heard)
+        try:
+            yield heard
+        finally:
+            waiters.discard(heard)
+            if not waiters:
+                self._waiters.pop(job_id, None)

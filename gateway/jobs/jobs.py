@@ -1,0 +1,236 @@
+"""Every endpoint's jobs: submitted, asked for, waited for, stopped and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
+
+from sqlalchemy import ColumnElement, Connection
+from sqlalchemy.exc import SQLAlchemyError
+
+from gateway.jobs import table
+from gateway.jobs.attempt import first
+from gateway.jobs.desk import Desk
+from gateway.jobs.ledger import Count, Ledger
+from gateway.jobs.runner import Asked, Runner
+from gateway.jobs.status import dump
+from gateway.jobs.table import Job, NewJob, State
+from gateway.jobs.webhooks import Webhooks
+from gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+EXPIRED_AT_ONCE = 64
+"""How many jobs one transaction forgets: nobody else's write waits long for it."""
+LOOK_S = 1.0
+"""How late a job is forgotten at most; nobody is shown one whose time is over."""
+
+
+_GOES_ON = {State.IN_QUEUE.shown, State.IN_PROGRESS.shown}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What `/stream` tells of a job: outputs as JSON, each once in an attempt."""
+
+    status: str
+    attempt: int
+    outputs: list[bytes]
+
+
+class Jobs:
+    """Used as `async with`: entering takes over what an earlier gateway has left, leaving ends what runs.
+
+    `endpoints` are looked up by each job's `endpoint_id`, `count` writes down what attempts have cost.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        endpoints: Mapping[str, Asked],
+        *,
+        count: Count = lambda *_: None,
+        limit: int,
+        webhooks: Webhooks | None = None,
+        drain_s: float = 0.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.ledger = Ledger(store, count, limit=limit, clock=clock)
+        self._desk = Desk()
+        self._store = store
+        self._endpoints = endpoints
+        self._webhooks = webhooks
+        self._drain_s = drain_s
+        self._runners: dict[str, Runner] = {}
+        self._sweep: asyncio.Task[None] | None = None
+        self._closing = False
+        self.ledger.heard.append(self._ended)
+
+    def listen(self, heard: Callable[[Job], None]) -> None:
+        """Have `heard` told, on the loop, of each job that has ended."""
+        self.ledger.heard.append(heard)
+
+    async def __aenter__(self) -> Self:
+        await self.ledger.adopt()
+        for endpoint_id in await self._store.read(table.endpoints_in_demand):
+            self.wake(endpoint_id)
+        self._sweep = asyncio.create_task(self._forget())
+        if self._webhooks is not None:
+            self._webhooks.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.stop_taking()
+        await asyncio.gather(*(runner.close(self._drain_s) for runner in self._runners.values()))
+        if self._sweep is not None:
+            self._sweep.cancel()
+            await asyncio.wait({self._sweep})
+        if self._webhooks is not None:
+            await self._webhooks.close()
+
+    def stop_taking(self) -> None:
+        """Begin no job any more; those that run may finish."""
+        self._closing = True
+        for runner in self._runners.values():
+            runner.stop_taking()
+
+    def wake(self, endpoint_id: str) -> None:
+        """Jobs wait at the endpoint: for whoever has added them in a transaction of its own."""
+        if self._closing:
+            return
+        if endpoint_id not in self._runners:
+            self._runners[endpoint_id] = Runner(endpoint_id, self._endpoints, self.ledger, self._desk)
+        self._runners[endpoint_id].wake()
+
+    async def submit(self, new: NewJob, admit: Callable[[], None] = lambda: None) -> Job:
+        """Line `new` up. One that comes again with its idempotency key is the first, and needs no `admit`.
+
+        Raises what `admit` does, `RateLimited` when too many wait, and `KeyReused` for an idempotency key
+        that came with another request before.
+        """
+        if known := await self.ledger.repeated(new):
+            return known
+        admit()
+        job, added = await self.ledger.add(new)
+        if added:
+            self.wake(job.endpoint_id)
+        return job
+
+    async def find(self, job_id: str) -> Job | None:
+        """The job `job_id`, unless its time is over."""
+        return await self.ledger.find(job_id)
+
+    async def output(self, job: Job) -> bytes | None:
+        """The output of `job` as JSON; None if there is none."""
+        return await self._store.read(lambda connection: table.output_of(connection, job))
+
+    async def wait(self, job: Job, timeout_s: float) -> Job:
+        """`job` once it has ended, or as it is after `timeout_s`."""
+        with self._desk.listening(job.id) as heard, suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not job.ended:
+                    heard.clear()
+                    current = await self.ledger.find(job.id)
+                    if current is None:
+                        break
+                    job = current
+                    if not job.ended:
+                        await heard.wait()
+        return job
+
+    async def stream(self, job: Job, hold_s: float) -> Told | None:
+        """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
+
+        None if its time is over.
+        """
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + hold_s
+        with self._desk.listening(job.id) as heard:
+            while True:
+                heard.clear()
+                attempt = self._desk.attempt(job.id)
+                if attempt is not None:
+                    outputs = attempt.outputs.take()
+                    state = State.IN_PROGRESS if attempt.begun else State.IN_QUEUE
+                    told = Told(state.shown, attempt.job.attempt, outputs)
+                else:
+                    current = await self.ledger.find(job.id)
+                    if current is None:
+                        return None
+                    told = await self._told(current)
+                if told.outputs or told.status not in _GOES_ON:
+                    return told
+                try:
+                    async with asyncio.timeout_at(until_s):
+                        await (heard.wait() if attempt is None else attempt.outputs.news())
+                except TimeoutError:
+                    return told
+
+    async def _told(self, job: Job) -> Told:
+        """What is left to tell of `job`, on which nothing runs here."""
+        if not job.ended:
+            return Told(job.state.shown, job.attempt, [])
+        after = self._desk.told(job.id)
+
+        def work(connection: Connection) -> list[bytes]:
+            output = table.output_of(connection, job)
+            return first([dump(one) for one in json.loads(output)[after:]]) if output else []
+
+        outputs = await self._store.read(work)
+        if self._desk.told(job.id) != after:  # somebody else has got these
+            return await self._told(job)
+        self._desk.tell(job.id, len(outputs))
+        return Told(job.state.shown, job.attempt, outputs)
+
+    async def cancel(self, where: ColumnElement[bool], states: Sequence[State] = table.OPEN) -> list[Job]:
+        """End the jobs for which `where`, of `table.JOBS`, holds; those that were."""
+        cancelled = await self.ledger.cancel(where, states)
+        for job in cancelled:
+            self._stop(job)
+        return cancelled
+
+    async def retry(self, job: Job) -> Job | None:
+        """Line `job` up again; None if it neither FAILED nor TIMED_OUT."""
+        again = await self.ledger.retry(job)
+        if again is not None:
+            self.wake(again.endpoint_id)
+        return again
+
+    async def counts(self, endpoint_id: str) -> Mapping[str, int]:
+        """How many jobs of the endpoint are kept, by their state as RunPod calls it."""
+        return await self._store.read(lambda connection: table.counts(connection, endpoint_id))
+
+    async def retried(self, endpoint_id: str) -> int:
+        """How often its jobs that are kept were given to another worker."""
+        return await self._store.read(lambda connection: table.retried(connection, endpoint_id))
+
+    def _stop(self, job: Job) -> None:
+        if attempt := self._desk.attempt(job.id):
+            attempt.stop()
+
+    def _ended(self, job: Job) -> None:
+        self._desk.news(job.id)
+        if self._webhooks is not None and job.webhook is not None:
+            self._webhooks.wake()
+
+    async def _forget(self) -> None:
+        """Forget jobs whose time is over, and stop those of them that run."""
+        while True:
+            gone: list[Job] = []
+            try:
+                due = await self._store.read(table.next_expiry)
+                if due is not None and due <= self.ledger.now:
+                    gone = await self.ledger.expire(EXPIRED_AT_ONCE)
+            except SQLAlchemyError:
+                log.exception("jobs can't be forgotten")
+            for job in gone:
+                self._stop(job)
+            self._desk.forget(gone)
+            if len(gone) < EXPIRED_AT_ONCE:
+                await asyncio.sleep(LOOK_S)

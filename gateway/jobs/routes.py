@@ -1,0 +1,283 @@
+"""RunPod's API of jobs, `/v2/{endpoint_id}/run` and its family."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qs
+
+from gateway.jobs import status, table, webhooks
+from gateway.jobs.jobs import Jobs
+from gateway.jobs.rates import Rates
+from gateway.jobs.table import JOBS, Job, NewJob, State
+from handler import jobs as shapes
+from handler.errors import (
+    BadEvent,
+    BadRequest,
+    BodyTooLarge,
+    MethodNotAllowed,
+    NoSuchEndpoint,
+    NotFound,
+    json_reply,
+)
+from handler.messages import Call, Reply, Request, once
+
+BODY_MAX_BYTES: Mapping[str, int] = {"run": 10 << 20, "runsync": 20 << 20}
+WAIT_S, WAIT_MIN_S, WAIT_MAX_S = 90.0, 1.0, 300.0
+"""How long `/runsync` is held, and what `?wait=` may make of it."""
+HOLD_S = 5.0
+"""How long `/stream` is held while there is nothing to tell: the SDK gives up after 10 s."""
+POLICY_S: Mapping[str, tuple[float, float]] = {
+    "executionTimeout": (5, 7 * 86400),
+    "ttl": (10, 7 * 86400),
+}
+
+_METHODS: Mapping[tuple[str, bool], Collection[str]] = {
+    ("run", False): ("POST",),
+    ("runsync", False): ("POST",),
+    ("status", True): ("GET", "POST"),
+    ("stream", True): ("GET", "POST"),
+    ("cancel", True): ("POST",),
+    ("retry", True): ("POST",),
+    ("purge-queue", False): ("POST",),
+    ("health", False): ("GET",),
+}
+"""By the operation, and whether the id of a job follows."""
+_Answer = Callable[[Request], Awaitable[Reply]]
+_IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
+
+
+_INTERNET = webhooks.Allowed()
+
+
+class NoSuchJob(NotFound):
+    """No job of that id is kept here, or it is another key's."""
+
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"The job `{job_id}` does not exist; what came of a job is kept for a while only.")
+
+
+@dataclass(frozen=True, slots=True)
+class JobRoutes:
+    """The part of the gateway that answers them.
+
+    A job is its key's: to others it does not exist, except to whom `sees_all`. `may` raises for a key that
+    may not use an endpoint, `admit` for one that may not ask it for this: what it gets is the request inside
+    the job. `workers` says how many workers of an endpoint are in which of RunPod's states.
+    """
+
+    jobs: Jobs
+    endpoints: Collection[str]
+    allowed: webhooks.Allowed = _INTERNET
+    may: Callable[[Request, str], None] = lambda _, __: None
+    admit: Callable[[Request, str], None] = lambda _, __: None
+    sees_all: Callable[[str], bool] = lambda _: False
+    workers: Callable[[str], Mapping[str, int]] = lambda _: {}
+    rates: Rates = field(default_factory=Rates)
+
+    def find(self, request: Request) -> Call | None:
+        """The call for an operation. Raises what `may` does, and what tells that there is no such thing."""
+        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), "", "", ""]
+        job_id = rest[0]
+        methods = _METHODS.get((operation, bool(job_id)))
+        if top != "v2" or methods is None or any(rest[1:]):
+            return None
+        if endpoint_id not in self.endpoints:
+            raise NoSuchEndpoint(endpoint_id)
+        if request.method not in methods:
+            raise MethodNotAllowed(request.method, request.path, methods)
+        self.may(request, endpoint_id)
+        _check_size(request, operation)
+        answer = self._of_job(endpoint_id, operation, job_id) if job_id else self._of(endpoint_id, operation)
+
+        @asynccontextmanager
+        async def call(asked: Request) -> AsyncIterator[Reply]:
+            with self.rates.counted(operation, endpoint_id, asked.visit.caller):
+                yield await answer(asked)
+
+        return call
+
+    def _of(self, endpoint_id: str, operation: str) -> _Answer:
+        answers = {
+            "run": self._run,
+            "runsync": self._runsync,
+            "purge-queue": self._purge,
+            "health": self._health,
+        }
+        return partial(answers[operation], endpoint_id)
+
+    def _of_job(self, endpoint_id: str, operation: str, job_id: str) -> _Answer:
+        answers = {
+            "status": self._status,
+            "stream": self._stream,
+            "cancel": self._cancel,
+            "retry": self._retry,
+        }
+
+        async def answer(request: Request) -> Reply:
+            return await answers[operation](request, await self._own(request, endpoint_id, job_id))
+
+        return answer
+
+    async def _own(self, request: Request, endpoint_id: str, job_id: str) -> Job:
+        job = await self.jobs.find(job_id)
+        caller = request.visit.caller
+        if job is None or job.endpoint_id != endpoint_id or job.kind == "batch":
+            raise NoSuchJob(job_id)
+        if job.key_id != caller and not self.sees_all(caller):
+            raise NoSuchJob(job_id)
+        return job
+
+    async def _run(self, endpoint_id: str, request: Request) -> Reply:
+        job = await self._submit(request, endpoint_id, "run")
+        return json_reply(200, {"id": job.id, "status": job.state.shown})
+
+    async def _runsync(self, endpoint_id: str, request: Request) -> Reply:
+        wait_s = _milliseconds(request, "wait", WAIT_MIN_S, WAIT_MAX_S)
+        job = await self._submit(request, endpoint_id, "runsync")
+        job = await self.jobs.wait(job, WAIT_S if wait_s is None else wait_s)
+        return await self._told(job)
+
+    async def _submit(self, request: Request, endpoint_id: str, kind: str) -> Job:
+        new = _parse(request, endpoint_id, kind, self.allowed)
+
+        def admit() -> None:
+            try:
+                inside = shapes.parse(json.loads(new.body))
+            except BadEvent:  # told as what came of the job, as on RunPod
+                inside = request
+            self.admit(replace(inside, visit=request.visit), endpoint_id)
+
+        return await self.jobs.submit(new, admit)
+
+    async def _status(self, request: Request, job: Job) -> Reply:
+        ttl_s = _milliseconds(request, "ttl", 0, POLICY_S["ttl"][1])
+        if ttl_s is not None and job.ended:
+            await self.jobs.ledger.keep_until(job, self.jobs.ledger.now + ttl_s)
+        return await self._told(job)
+
+    async def _told(self, job: Job) -> Reply:
+        output = await self.jobs.output(job) if job.state is State.COMPLETED else None
+        return _json(status.render(job, output))
+
+    async def _stream(self, _: Request, job: Job) -> Reply:
+        told = await self.jobs.stream(job, HOLD_S)
+        if told is None:
+            raise NoSuchJob(job.id)
+        parts = b",".join(b'{"output":' + output + b"}" for output in told.outputs)
+        head = status.dump({"attempt": told.attempt, "status": told.status})
+        return _json(head[:-1] + b',"stream":[' + parts + b"]}")
+
+    async def _cancel(self, _: Request, job: Job) -> Reply:
+        cancelled = await self.jobs.cancel(JOBS.c.id == job.id)
+        if not cancelled:  # it has ended, maybe just now
+            cancelled = [await self.jobs.find(job.id) or job]
+        return json_reply(200, {"id": job.id, "status": cancelled[0].state.shown})
+
+    async def _retry(self, _: Request, job: Job) -> Reply:
+        again = await self.jobs.retry(job)
+        if again is None:
+            raise BadRequest(
+                f"The job is {job.state.shown}; only one that is FAILED or TIMED_OUT can be retried.",
+                code="job_not_retriable",
+            )
+        return json_reply(200, {"id": again.id, "status": again.state.shown})
+
+    async def _purge(self, endpoint_id: str, request: Request) -> Reply:
+        where = (JOBS.c.endpoint_id == endpoint_id) & JOBS.c.kind.in_(table.CLIENTS)
+        if not self.sees_all(request.visit.caller):
+            where &= JOBS.c.key_id == request.visit.caller
+        removed = await self.jobs.cancel(where, table.WAITING)
+        return json_reply(200, {"removed": len(removed), "status": "completed"})
+
+    async def _health(self, endpoint_id: str, _: Request) -> Reply:
+        counts = await self.jobs.counts(endpoint_id)
+        shown = {
+            "completed": counts["COMPLETED"],
+            "failed": counts["FAILED"] + counts["TIMED_OUT"],
+            "inProgress": counts["IN_PROGRESS"],
+            "inQueue": counts["IN_QUEUE"],
+            "retried": await self.jobs.retried(endpoint_id),
+        }
+        return json_reply(200, {"jobs": shown, "workers": {**_NO_WORKERS, **self.workers(endpoint_id)}})
+
+
+_NO_WORKERS = dict.fromkeys(("idle", "initializing", "ready", "running", "throttled", "unhealthy"), 0)
+
+
+def _check_size(request: Request, operation: str) -> None:
+    most = BODY_MAX_BYTES.get(operation)
+    announced = request.header("content-length") or ""
+    # Python refuses to read a number of more than 4,300 digits.
+    too_long = announced.isdecimal() and (len(announced) > 18 or int(announced) > (most or 0))
+    if most is not None and (too_long or len(request.body) > most):
+        raise BodyTooLarge(most)
+
+
+def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> NewJob:
+    """The job that `request` submits. Raises `BadRequest`."""
+    try:
+        body = json.loads(request.body)
+    except (ValueError, RecursionError):
+        raise BadRequest("We could not parse the JSON body of your request.") from None
+    if not isinstance(body, dict) or body.get("input") is None:
+        raise BadRequest('The body of your request must be a JSON object with an "input".', param="input")
+    policy = {} if body.get("policy") is None else body["policy"]
+    if not isinstance(policy, dict):
+        raise BadRequest('"policy" is a JSON object.', param="policy")
+    background = policy.get("lowPriority") or False
+    if not isinstance(background, bool):
+        raise BadRequest('"lowPriority" is true or false.', param="policy.lowPriority")
+    idempotency_key = request.header("idempotency-key") or request.header("x-idempotency-key")
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise BadRequest("An idempotency key is at most 255 printable ASCII characters.")
+    new = NewJob(
+        endpoint_id=endpoint_id,
+        key_id=request.visit.caller,
+        body=status.dump(body["input"]),
+        kind=kind,
+        background=background,
+        webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
+        idempotency_key=idempotency_key,
+        digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
+    )
+    timeout_s, ttl_s = (_policy(policy, name) for name in ("executionTimeout", "ttl"))
+    return replace(
+        new,
+        execution_timeout_s=new.execution_timeout_s if timeout_s is None else timeout_s,
+        ttl_s=new.ttl_s if ttl_s is None else ttl_s,
+    )
+
+
+def _policy(policy: Mapping[str, Any], name: str) -> float | None:
+    """What `policy` says of `name`, in seconds. Raises `BadRequest`."""
+    given, (low_s, high_s) = policy.get(name), POLICY_S[name]
+    if given is None:
+        return None
+    is_number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not is_number or not low_s * 1000 <= given <= high_s * 1000:
+        allowed = f"from {low_s * 1000:.0f} to {high_s * 1000:.0f} ms"
+        raise BadRequest(f'"{name}" is a number {allowed}.', param=f"policy.{name}")
+    return float(given / 1000)
+
+
+def _milliseconds(request: Request, name: str, low_s: float, high_s: float) -> float | None:
+    """The query's `name`, in seconds. Raises `BadRequest`."""
+    given = parse_qs(request.query).get(name, [""])[-1]
+    if not given:
+        return None
+    if re.fullmatch(r"[0-9]{1,12}", given) and low_s <= int(given) / 1000 <= high_s:
+        return int(given) / 1000
+    raise BadRequest(f"?{name}= is from {low_s * 1000:.0f} to {high_s * 1000:.0f} ms.", param=name)
+
+
+def _json(raw: bytes) -> Reply:
+    return Reply(200, (("content-type", "application/json"), ("content-length", str(len(raw)))), once(raw))

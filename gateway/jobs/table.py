@@ -1,0 +1,476 @@
+"""Jobs as rows, and every change of them as a function of a connection.
+
+A job is IN_QUEUE, then CLAIMED by the runner that asks a worker for it (to clients it still waits), then
+IN_PROGRESS, then ended. Each claim is an attempt with a number of its own. Every change names the states that
+it changes, and what a runner says also the attempt: who comes too late changes nothing, and is told so.
+
+Times are Unix seconds, and arguments.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ColumnElement,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from gateway.store import metadata
+
+ATTEMPTS_MAX = 3
+"""How often a job is given to a worker at most; one that ends workers or gateways ends itself then."""
+
+RUN_KEPT_S = 30 * 60.0
+RUNSYNC_KEPT_S = 60.0
+"""How long RunPod keeps what came of a job. A batch's jobs are kept until the batch is forgotten."""
+
+
+class State(StrEnum):
+    """What becomes of a job."""
+
+    IN_QUEUE = "IN_QUEUE"
+    CLAIMED = "CLAIMED"
+    IN_PROGRESS = "IN_PROGRESS"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMED_OUT = "TIMED_OUT"
+
+    @property
+    def shown(self) -> str:
+        """What RunPod calls it."""
+        return State.IN_QUEUE.value if self is State.CLAIMED else self.value
+
+
+WAITING = (State.IN_QUEUE, State.CLAIMED)
+OPEN = (*WAITING, State.IN_PROGRESS)
+"""The states that a job leaves again by itself."""
+CLIENTS = ("run", "runsync")
+"""The kinds of jobs that clients submit one by one."""
+
+JOBS = Table(
+    "jobs",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("endpoint_id", String(64), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("background", Boolean, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("retries", Integer, nullable=False),
+    Column("size_bytes", Integer, nullable=False),
+    Column("execution_timeout_s", Float, nullable=False),
+    Column("ttl_s", Float, nullable=False),
+    Column("submitted_at", Float, nullable=False),
+    Column("begun_at", Float),
+    Column("ended_at", Float),
+    Column("expires_at", Float),
+    Column("error", Text),
+    Column("webhook", Text),
+    Column("idempotency_key", String(255)),
+    Column("digest", LargeBinary),
+    Column("batch_id", String(64)),
+    Column("line", Integer),
+    Column("custom_id", Text),
+    UniqueConstraint("key_id", "endpoint_id", "idempotency_key"),
+    Index("jobs_turns", "endpoint_id", "state", "background", "key_id", "seq"),
+    Index("jobs_room", "endpoint_id", "state", "kind", "size_bytes"),
+    Index("jobs_expiry", "expires_at"),
+    Index("jobs_of_a_batch", "batch_id", "line"),
+)
+# What clients send and get may take 20 MB, and every change of a row writes it anew: so they are apart.
+INPUTS = Table(
+    "job_inputs",
+    metadata,
+    Column("seq", ForeignKey(JOBS.c.seq, ondelete="CASCADE"), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+OUTPUTS = Table(
+    "job_outputs",
+    metadata,
+    Column("seq", ForeignKey(JOBS.c.seq, ondelete="CASCADE"), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job's row. `kind` is `run`, `runsync` or `batch`; `error` is why it FAILED."""
+
+    seq: int
+    id: str
+    endpoint_id: str
+    key_id: str
+    kind: str
+    background: bool
+    state: State
+    attempt: int
+    retries: int
+    execution_timeout_s: float
+    ttl_s: float
+    submitted_at: float
+    begun_at: float | None
+    ended_at: float | None
+    expires_at: float | None
+    error: str | None
+    webhook: str | None
+    digest: bytes | None
+    batch_id: str | None
+    line: int | None
+    custom_id: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more becomes of it by itself."""
+        return self.state not in OPEN
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What a job begins with: `body` is its `input` as JSON, `key_id` whose it is.
+
+    Jobs of a batch have its id, their `line` in it and their `custom_id`.
+    """
+
+    endpoint_id: str
+    key_id: str
+    body: bytes
+    kind: str = "run"
+    background: bool = False
+    execution_timeout_s: float = 600.0
+    ttl_s: float = 24 * 3600.0
+    webhook: str | None = None
+    idempotency_key: str | None = None
+    digest: bytes | None = None
+    batch_id: str | None = None
+    line: int | None = None
+    custom_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What came of an attempt: `output` is JSON, `error` the text of a job that FAILED."""
+
+    state: State
+    output: bytes | None = None
+    error: str | None = None
+
+
+_NAMES = [field.name for field in fields(Job)]
+_ROW = [JOBS.c[name] for name in _NAMES]
+
+
+def _job(row: Mapping[Any, Any]) -> Job:
+    return Job(**{**row, "state": State(row["state"])})
+
+
+def add(connection: Connection, new: NewJob, now: float) -> Job:
+    """Line `new` up. Raises `sqlalchemy.exc.IntegrityError` if its idempotency key is taken."""
+    values: dict[str, Any] = {
+        "id": f"sync-{uuid.uuid4()}" if new.kind == "runsync" else f"{uuid.uuid4()}-u1",
+        "state": State.IN_QUEUE,
+        "attempt": 0,
+        "retries": 0,
+        "size_bytes": len(new.body),
+        "submitted_at": now,
+        "expires_at": None if new.kind == "batch" else now + new.ttl_s,
+        **{field.name: getattr(new, field.name) for field in fields(NewJob) if field.name != "body"},
+    }
+    row = connection.execute(insert(JOBS).values(values).returning(*_ROW)).mappings().one()
+    connection.execute(insert(INPUTS).values(seq=row["seq"], body=new.body))
+    return _job(row)
+
+
+def find(connection: Connection, job_id: str, now: float) -> Job | None:
+    """The job `job_id`, unless its time is over."""
+    return _one(connection, JOBS.c.id == job_id, _unexpired(now))
+
+
+def find_repeated(connection: Connection, new: NewJob, now: float) -> Job | None:
+    """The job that was submitted with the idempotency key of `new`. One whose time is over gives it up."""
+    same = (
+        JOBS.c.key_id == new.key_id,
+        JOBS.c.endpoint_id == new.endpoint_id,
+        JOBS.c.idempotency_key == new.idempotency_key,
+    )
+    connection.execute(
+        update(JOBS).where(*same, JOBS.c.expires_at <= now).values(idempotency_key=None, digest=None)
+    )
+    return _one(connection, *same)
+
+
+def input_of(connection: Connection, job: Job) -> bytes:
+    """The input of `job`, as JSON."""
+    body: bytes = connection.scalars(select(INPUTS.c.body).where(INPUTS.c.seq == job.seq)).one()
+    return body
+
+
+def output_of(connection: Connection, job: Job) -> bytes | None:
+    """The output of `job`, as JSON; None if there is none."""
+    return connection.scalars(select(OUTPUTS.c.body).where(OUTPUTS.c.seq == job.seq)).one_or_none()
+
+
+def queued(connection: Connection, endpoint_id: str) -> tuple[int, int]:
+    """How many jobs of clients wait at the endpoint, and how many bytes their inputs take; no batch's."""
+    return (
+        connection.execute(
+            select(func.count(), func.coalesce(func.sum(JOBS.c.size_bytes), 0)).where(
+                JOBS.c.endpoint_id == endpoint_id,
+                JOBS.c.state.in_(WAITING),
+                JOBS.c.kind.in_(CLIENTS),
+            )
+        )
+        .tuples()
+        .one()
+    )
+
+
+def counts(connection: Connection, endpoint_id: str) -> Mapping[str, int]:
+    """How many jobs of the endpoint that are kept are in which state, as RunPod calls it."""
+    rows = connection.execute(
+        select(JOBS.c.state, func.count()).where(JOBS.c.endpoint_id == endpoint_id).group_by(JOBS.c.state)
+    )
+    found = dict.fromkeys((state.shown for state in State), 0)
+    for state, count in rows.tuples():
+        found[State(state).shown] += count
+    return found
+
+
+def retried(connection: Connection, endpoint_id: str) -> int:
+    """How often jobs of the endpoint that are kept were given to another worker."""
+    return int(
+        connection.scalar(
+            select(func.coalesce(func.sum(JOBS.c.retries), 0)).where(JOBS.c.endpoint_id == endpoint_id)
+        )
+        or 0
+    )
+
+
+def claim(
+    connection: Connection, endpoint_id: str, most: int, *, background: bool, after: str, now: float
+) -> list[tuple[Job, bytes]]:
+    """The next jobs of the endpoint with their inputs, at most `most`, each the oldest of its key.
+
+    Keys take turns, in the order of their ids, beginning behind `after`, which had the last one.
+    """
+    line = (
+        JOBS.c.endpoint_id == endpoint_id,
+        JOBS.c.state == State.IN_QUEUE,
+        JOBS.c.background == background,
+        _unexpired(now),
+    )
+    claimed: list[tuple[Job, bytes]] = []
+    while len(claimed) < most:
+        oldest = select(func.min(JOBS.c.key_id)).where(*line)
+        key_id = connection.scalar(oldest.where(JOBS.c.key_id > after)) or connection.scalar(oldest)
+        if key_id is None:
+            break
+        first = select(JOBS.c.seq).where(*line, JOBS.c.key_id == key_id).order_by(JOBS.c.seq).limit(1)
+        row = (
+            connection.execute(
+                update(JOBS)
+                .where(JOBS.c.seq == first.scalar_subquery(), JOBS.c.state == State.IN_QUEUE)
+                .values(state=State.CLAIMED, attempt=JOBS.c.attempt + 1)
+                .returning(*_ROW)
+            )
+            .mappings()
+            .one_or_none()
+        )
+        if row is None:  # another gateway was faster
+            continue
+        job = _job(row)
+        claimed.append((job, input_of(connection, job)))
+        after = key_id
+    return claimed
+
+
+def begin(connection: Connection, job: Job, now: float) -> bool:
+    """A worker has `job`, as it was claimed. False if that attempt is over."""
+    return _change(connection, job, (State.CLAIMED,), state=State.IN_PROGRESS, begun_at=now) is not None
+
+
+def end(connection: Connection, job: Job, ending: Ending, now: float) -> Job | None:
+    """The attempt that `job` was claimed for has come to `ending`. None if it counts no more."""
+    ended = _change(
+        connection,
+        job,
+        (State.CLAIMED, State.IN_PROGRESS),
+        state=ending.state,
+        error=ending.error,
+        ended_at=now,
+        expires_at=_kept_until(now),
+    )
+    if ended is not None and ending.output is not None:
+        connection.execute(insert(OUTPUTS).values(seq=job.seq, body=ending.output))
+    return ended
+
+
+def give_back(connection: Connection, job: Job) -> bool:
+    """No worker worked on the attempt: `job` has its old place again. False if it counts no more."""
+    states = (State.CLAIMED, State.IN_PROGRESS)
+    return _change(connection, job, states, state=State.IN_QUEUE, begun_at=None) is not None
+
+
+def lose(connection: Connection, job: Job, why: str, now: float) -> Job | None:
+    """The worker went away with the attempt: again, or FAILED with `why` after `ATTEMPTS_MAX` of them.
+
+    None if it counts no more.
+    """
+    if job.retries + 1 >= ATTEMPTS_MAX:
+        return end(connection, job, Ending(State.FAILED, error=why), now)
+    states = (State.CLAIMED, State.IN_PROGRESS)
+    return _change(connection, job, states, state=State.IN_QUEUE, begun_at=None, retries=JOBS.c.retries + 1)
+
+
+def cancel(
+    connection: Connection, where: ColumnElement[bool], states: Sequence[State], now: float
+) -> list[Job]:
+    """End the jobs for which `where` holds and that are in one of `states`; those that were."""
+    rows = connection.execute(
+        update(JOBS)
+        .where(where, JOBS.c.state.in_(states))
+        .values(state=State.CANCELLED, ended_at=now, expires_at=_kept_until(now))
+        .returning(*_ROW)
+    )
+    return [_job(row) for row in rows.mappings()]
+
+
+def retry(connection: Connection, job: Job, now: float) -> Job | None:
+    """Line `job` up again, which FAILED or TIMED_OUT, without its output. None if it did not."""
+    again = _change(
+        connection,
+        job,
+        (State.FAILED, State.TIMED_OUT),
+        state=State.IN_QUEUE,
+        retries=0,
+        begun_at=None,
+        ended_at=None,
+        error=None,
+        submitted_at=now,
+        expires_at=None if job.kind == "batch" else now + job.ttl_s,
+    )
+    if again is not None:
+        connection.execute(delete(OUTPUTS).where(OUTPUTS.c.seq == job.seq))
+    return again
+
+
+def keep_until(connection: Connection, job: Job, expires_at: float) -> None:
+    """Forget `job` then, if that is sooner."""
+    connection.execute(
+        update(JOBS)
+        .where(JOBS.c.seq == job.seq, JOBS.c.expires_at > expires_at)
+        .values(expires_at=expires_at)
+    )
+
+
+def next_expiry(connection: Connection) -> float | None:
+    """When the next job's time is over."""
+    due: float | None = connection.scalar(select(func.min(JOBS.c.expires_at)))
+    return due
+
+
+def expire(connection: Connection, now: float, most: int) -> list[Job]:
+    """Forget up to `most` jobs whose time is over; those that were."""
+    over = select(JOBS.c.seq).where(JOBS.c.expires_at <= now).order_by(JOBS.c.expires_at).limit(most)
+    rows = connection.execute(delete(JOBS).where(JOBS.c.seq.in_(over)).returning(*_ROW))
+    return [_job(row) for row in rows.mappings()]
+
+
+def adopt(connection: Connection, now: float) -> list[Job]:
+    """Take over what a gateway that is gone has left: nobody works on anything. Those that FAILED by it."""
+    connection.execute(
+        update(JOBS).where(JOBS.c.state == State.CLAIMED).values(state=State.IN_QUEUE, begun_at=None)
+    )
+    held = connection.execute(select(*_ROW).where(JOBS.c.state == State.IN_PROGRESS)).mappings().all()
+    why = f"The gateway ended while a worker had the job, {ATTEMPTS_MAX} times."
+    lost = [lose(connection, _job(row), why, now) for row in held]
+    return [job for job in lost if job is not None and job.ended]
+
+
+def endpoints_in_demand(connection: Connection) -> list[str]:
+    """The ids of the endpoints at which jobs wait."""
+    waiting = select(JOBS.c.endpoint_id).where(JOBS.c.state == State.IN_QUEUE).distinct()
+    return list(connection.scalars(waiting))
+
+
+def of_batch(
+    connection: Connection, batch_id: str, after_line: int, most: int
+) -> list[tuple[Job, bytes | None]]:
+    """The next jobs of a batch by their lines, each with its output."""
+    rows = connection.execute(
+        select(*_ROW, OUTPUTS.c.body)
+        .outerjoin(OUTPUTS, OUTPUTS.c.seq == JOBS.c.seq)
+        .where(JOBS.c.batch_id == batch_id, JOBS.c.line > after_line)
+        .order_by(JOBS.c.line)
+        .limit(most)
+    )
+    return [(_job({name: row[name] for name in _NAMES}), row["body"]) for row in rows.mappings()]
+
+
+def batch_counts(connection: Connection, batch_id: str) -> Mapping[State, int]:
+    """How many jobs of a batch are in which state."""
+    rows = connection.execute(
+        select(JOBS.c.state, func.count()).where(JOBS.c.batch_id == batch_id).group_by(JOBS.c.state)
+    )
+    return {State(state): count for state, count in rows.tuples()}
+
+
+def forget_batch(connection: Connection, batch_id: str, most: int) -> int:
+    """Delete up to `most` jobs of a batch; how many there were."""
+    some = select(JOBS.c.seq).where(JOBS.c.batch_id == batch_id).limit(most)
+    return connection.execute(delete(JOBS).where(JOBS.c.seq.in_(some))).rowcount
+
+
+def _change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
+    """Set `values` if the job is still in one of `states`, and in the attempt that `job` knows."""
+    row = (
+        connection.execute(
+            update(JOBS)
+            .where(JOBS.c.seq == job.seq, JOBS.c.attempt == job.attempt, JOBS.c.state.in_(states))
+            .values(values)
+            .returning(*_ROW)
+        )
+        .mappings()
+        .one_or_none()
+    )
+    return None if row is None else _job(row)
+
+
+def _one(connection: Connection, *where: ColumnElement[bool]) -> Job | None:
+    row = connection.execute(select(*_ROW).where(*where)).mappings().one_or_none()
+    return None if row is None else _job(row)
+
+
+def _unexpired(now: float) -> ColumnElement[bool]:
+    return JOBS.c.expires_at.is_(None) | (JOBS.c.expires_at > now)
+
+
+def _kept_until(now: float) -> ColumnElement[float | None]:
+    """When a job that has ended now is forgotten."""
+    return case(
+        (JOBS.c.kind == "run", now + RUN_KEPT_S), (JOBS.c.kind == "runsync", now + RUNSYNC_KEPT_S), else_=None
+    )

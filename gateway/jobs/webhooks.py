@@ -1,0 +1,277 @@
+"""Tells what came of jobs to the URLs that were given with them.
+
+What is to be told is written down with the job's end, so that it survives whatever happens to the gateway.
+It is told at least once: a gateway that is killed between an answer and its note of it tells it again.
+
+The URLs are strangers': they must lead to the internet, and not to this machine or its network. The addresses
+of a name are looked at when it is resolved to be connected to, no redirect is followed, only the job is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+from sqlalchemy import (
+    Column,
+    Connection,
+    Delete,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    Update,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import SQLAlchemyError
+from yarl import URL
+
+from gateway.store import Store, metadata
+from handler.errors import BadRequest
+
+log = logging.getLogger(__name__)
+
+TRIES_MAX = 3
+AGAIN_S = 10.0
+"""As RunPod has them: two more tries, ten seconds apart."""
+TIMEOUT_S = 10.0
+AT_ONCE = 8
+URL_MAX_CHARS = 2048
+WRITE_AGAIN_S = 1.0
+
+WEBHOOKS = Table(
+    "job_webhooks",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("url", Text, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("due_at", Float, nullable=False),
+    Index("job_webhooks_due", "due_at"),
+)
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Where webhooks may lead besides the internet: `names` of hosts, and `networks`."""
+
+    names: frozenset[str] = frozenset()
+    networks: tuple[Network, ...] = ()
+
+    @classmethod
+    def of(cls, hosts: Sequence[str]) -> Allowed:
+        """Each of `hosts` is a name, an address or a network such as `10.0.0.0/8`."""
+        names, networks = set(), []
+        for host in hosts:
+            try:
+                networks.append(ipaddress.ip_network(host, strict=False))
+            except ValueError:
+                names.add(host.lower())
+        return cls(frozenset(names), tuple(networks))
+
+    def host(self, name: str) -> bool:
+        """Whether the host `name` may be anywhere."""
+        return name.lower().rstrip(".") in self.names
+
+    def address(self, text: str) -> bool:
+        """Whether the address `text` may be connected to."""
+        address = ipaddress.ip_address(text.partition("%")[0])
+        inner = _inside(address)
+        if any(inner in network for network in self.networks):
+            return True
+        return inner.is_global and not inner.is_multicast and not inner.is_reserved
+
+
+def _inside(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one leads to, where it does."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None) or address
+
+
+def checked(url: object, allowed: Allowed) -> str:
+    """`url`, if webhooks may be sent there as far as it says. Raises `BadRequest`."""
+    if not isinstance(url, str) or len(url) > URL_MAX_CHARS:
+        raise BadRequest(f'"webhook" is a URL of at most {URL_MAX_CHARS} characters.', param="webhook")
+    try:
+        parsed = URL(url)
+        host = parsed.host
+    except ValueError:
+        host = None
+    if not host or parsed.scheme not in {"http", "https"}:
+        raise BadRequest('"webhook" is a URL that begins with https:// or http://.', param="webhook")
+    if not allowed.host(host) and _is_address(host) and not allowed.address(host):
+        raise BadRequest(
+            f'"webhook" leads to {host}, which is no address of the internet. WEBHOOK_HOSTS can allow it.',
+            param="webhook",
+        )
+    return url
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+class Forbidden(OSError):
+    """A name leads to addresses that webhooks may not be sent to."""
+
+
+class Guard(AbstractResolver):
+    """Resolves names as `inner` does, to what `allowed` lets be connected to."""
+
+    def __init__(self, allowed: Allowed, inner: AbstractResolver) -> None:
+        self._allowed = allowed
+        self._inner = inner
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """The addresses of `host`. Raises `Forbidden` if none may be connected to."""
+        found = await self._inner.resolve(host, port, family)
+        if self._allowed.host(host):
+            return found
+        kept = [result for result in found if self._allowed.address(result["host"])]
+        if not kept:
+            raise Forbidden(f"{host} leads to no address of the internet")
+        return kept
+
+    async def close(self) -> None:
+        """Let go of what is held."""
+        await self._inner.close()
+
+
+def add(connection: Connection, url: str, body: bytes, now: float) -> None:
+    """Have `body` told to `url`."""
+    connection.execute(insert(WEBHOOKS).values(url=url, body=body, tries=0, due_at=now))
+
+
+class Webhooks:
+    """Sends what is written down, and again what was not answered with 200."""
+
+    def __init__(
+        self,
+        store: Store,
+        allowed: Allowed,
+        *,
+        clock: Callable[[], float] = time.time,
+        resolver: AbstractResolver | None = None,
+        again_s: float = AGAIN_S,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._store = store
+        self._allowed = allowed
+        self._clock = clock
+        self._resolver = resolver
+        self._again_s = again_s
+        self._timeout_s = timeout_s
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to send, what an earlier gateway has left first."""
+        self._task = asyncio.create_task(self._send_all())
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._news.set()
+
+    async def close(self) -> None:
+        """Send no more; the next gateway does."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _send_all(self) -> None:
+        guard = Guard(self._allowed, self._resolver or ThreadedResolver())
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=guard, use_dns_cache=False, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"user-agent": "firsttoken", "content-type": "application/json"},
+        ) as session:
+            while True:
+                self._news.clear()
+                try:
+                    wait_s = await self._send_due(session)
+                except SQLAlchemyError:
+                    log.exception("webhooks can't be read or written")
+                    wait_s = WRITE_AGAIN_S
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._news.wait()
+                except TimeoutError:
+                    pass
+
+    async def _send_due(self, session: aiohttp.ClientSession) -> float | None:
+        """Send what is due; how long until something is again, None if there is nothing."""
+        while due := await self._store.read(self._due):
+            await asyncio.gather(*(self._send(session, *row) for row in due))
+        next_at: float | None = await self._store.read(
+            lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)))
+        )
+        return None if next_at is None else max(0.0, next_at - self._clock())
+
+    def _due(self, connection: Connection) -> list[tuple[int, str, bytes, int]]:
+        rows = connection.execute(
+            select(WEBHOOKS.c.id, WEBHOOKS.c.url, WEBHOOKS.c.body, WEBHOOKS.c.tries)
+            .where(WEBHOOKS.c.due_at <= self._clock())
+            .order_by(WEBHOOKS.c.due_at)
+            .limit(AT_ONCE)
+        )
+        return list(rows.tuples())
+
+    async def _send(
+        self, session: aiohttp.ClientSession, number: int, url: str, body: bytes, tries: int
+    ) -> None:
+        target = URL(url)
+        why = await self._refused(session, target, body)
+        mine = WEBHOOKS.c.id == number
+        change: Delete | Update = delete(WEBHOOKS).where(mine)
+        if why is not None and tries + 1 < TRIES_MAX:
+            again_at = self._clock() + self._again_s
+            change = update(WEBHOOKS).where(mine).values(tries=tries + 1, due_at=again_at)
+        elif why is not None:
+            log.warning("webhook given up", extra={"host": target.host, "reason": why})
+
+        def note(connection: Connection) -> None:
+            connection.execute(change)
+
+        await self._store.write(note)
+
+    async def _refused(self, session: aiohttp.ClientSession, url: URL, body: bytes) -> str | None:
+        """Send once; why that was not enough, None if it was."""
+        host = url.host or ""
+        if _is_address(host) and not self._allowed.host(host) and not self._allowed.address(host):
+            return "no address of the internet"  # no name that the guard would see
+        try:
+            async with session.post(url, data=body, allow_redirects=False) as response:
+                return None if response.status == 200 else f"answered with {response.status}"
+        except TimeoutError:
+            return f"no answer within {self._timeout_s:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return type(error).__name__

@@ -1,0 +1,128 @@
+"""One endpoint in service: the line in front of its workers, how it changes and how it ends meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from gateway.admission import Admission
+from gateway.counted import Counted
+from gateway.endpoint import Endpoint
+from gateway.endpoints_file import Described
+from gateway.settings import GatewaySettings
+from gateway.upstreams import Pool, WorkerView
+from gateway.upstreams.successive import FINISH_S, OwnPool, Successive
+from handler.messages import Call
+
+WORKERS_ARE_MADE_OF = ("upstream", "warm_parent", "start_timeout_s", "execution_timeout_s")
+"""Settings of the gateway that its workers are started with, beside their environment."""
+
+
+class Means(Protocol):
+    """What endpoints are made with: `gateway.site.Site`."""
+
+    def pool(self, described: Described) -> OwnPool:
+        """Workers, of whom none is started yet."""
+        ...
+
+    def line(self, described: Described, pool: Pool) -> Admission:
+        """The queue in front of `pool`."""
+        ...
+
+    def adjust(self, line: Admission, described: Described) -> None:
+        """Have `line` keep to the bounds that are described."""
+
+    def guard(self, settings: GatewaySettings, ask: Call) -> Call:
+        """The call that clients have, made of the one that asks."""
+        ...
+
+
+class Served:
+    """An endpoint from its opening to its end. `endpoint` is what others see of it by now."""
+
+    def __init__(self, described: Described, means: Means, *, finish_s: float = FINISH_S) -> None:
+        self._means = means
+        self._finish_s = finish_s
+        self._described = described
+        self._stopping = asyncio.Event()
+        self._pool = Successive(means.pool(described), finish_s=finish_s)
+        self._line = means.line(described, self._pool)
+        self._asked = Counted(self._line.call)
+        self.endpoint = self._seen()
+
+    def _seen(self) -> Endpoint:
+        settings = self._described.settings
+        ask = self._asked.call
+        return Endpoint(settings, ask, self._means.guard(settings, ask), self)
+
+    async def open(self) -> Self:
+        """Have workers, as many as its settings say."""
+        await self._pool.__aenter__()
+        return self
+
+    async def change(self, described: Described) -> None:
+        """Be as it is described now. Workers are replaced only if they would be others.
+
+        Those who wait keep their places; who is being answered is answered by the old workers to the end.
+        """
+        before, self._described = self._described, described
+        self._means.adjust(self._line, described)
+        if _made_of(before) != _made_of(described):
+            await self._pool.follow(self._means.pool(described))
+        else:
+            self._pool.rescale(described.settings.scaling)
+        self.endpoint = self._seen()
+
+    async def retire(self) -> None:
+        """Nobody comes any more: answer those who are there, who wait too, then end."""
+        await self._asked.empty(unless=self._stopping, timeout_s=self._finish_s)
+        await self.close()
+
+    def stop_taking(self) -> None:
+        """Turn away whoever waits or comes, and have the workers drain."""
+        self._stopping.set()
+        self._pool.stop_taking()
+
+    async def close(self) -> None:
+        """Let what runs finish within the drain deadline, and leave no process."""
+        await self._pool.__aexit__(None, None, None)
+
+    def kill(self) -> None:
+        """End everything now."""
+        self._pool.kill()
+
+    @property
+    def capacity(self) -> int:
+        """How many requests the workers work on at once, in all; 0 while none is ready."""
+        return self._pool.capacity
+
+    @property
+    def askable(self) -> Mapping[str, Call]:
+        """The ready workers that can be asked for more than what clients want, by id."""
+        return self._pool.askable
+
+    @property
+    def views(self) -> Sequence[WorkerView]:
+        """The workers, those of older descriptions last."""
+        return self._pool.workers
+
+    def status(self) -> Mapping[str, Any]:
+        """The fields of `/admin/status` that are about workers and those who wait for them."""
+        settings, waiting = self._described.settings, self._line.waiting
+        refusal = self._pool.refusal
+        return {
+            "min_workers": settings.min_workers,
+            "max_workers": settings.max_workers,
+            "idle_timeout_s": settings.idle_timeout_s,
+            "waiting": waiting,
+            "in_flight": self._asked.number - waiting,
+            "capacity": self.capacity,
+            "error": refusal.message if refusal else None,
+            "workers": [view.json() for view in self.views],
+        }
+
+
+def _made_of(described: Described) -> object:
+    settings = described.settings
+    return described.environ, [getattr(settings, name) for name in WORKERS_ARE_MADE_OF]
