@@ -161,7 +161,6 @@ class Admission:
             key=visit.caller,
             size_bytes=len(request.body),
             background=visit.background,
-            unbounded=visit.admitted,
             arrived_s=visit.arrived_s,
             come=self._loop.create_future(),
             began_s=self._loop.time(),
@@ -186,8 +185,9 @@ class Admission:
                 refusal = await waiter.come
         except TimeoutError:
             self._leave(waiter, "expired")
+            wait_s = self._queue_timeout_s if request.visit.wait_s is None else request.visit.wait_s
             raise DeadlineExceeded(
-                f"The request's turn did not come within {self._queue_timeout_s:g} s.",
+                f"The request's turn did not come within {wait_s:g} s.",
                 headers=retry_after(self._retry_after_s()),
             ) from None
         except asyncio.CancelledError:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
@@ -22,8 +22,12 @@ from gateway.app import Gateway, Part
 from gateway.clients import Clients
 from gateway.console import Address, Console
 from gateway.control import Control
-from gateway.endpoints import Endpoints
+from gateway.endpoints import Changes, Endpoints
 from gateway.endpoints_file import Description, describe
+from gateway.jobs import Jobs
+from gateway.jobs.account import Account
+from gateway.jobs.routes import JobRoutes, worker_counts
+from gateway.jobs.webhooks import Allowed, Webhooks
 from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.limits import Limits
@@ -37,6 +41,7 @@ from gateway.store import Store
 from gateway.upstreams import folder
 from gateway.upstreams.events import Event, StartFailed, Starting
 from gateway.upstreams.pool import KILL_GRACE_S
+from gateway.usage import Prices
 from handler.errors import BadSettings, NotAdmitted
 from handler.listener import listen
 from handler.server import Server, config
@@ -78,15 +83,27 @@ async def serve(
                 lambda: [endpoint.status() for endpoint in endpoints.values()],
                 partial(_targets, endpoints),
             )
-            control = Control(endpoints)
+            account = Account(keys, limits, partial(_terms, endpoints))
+            webhooks = Allowed.of(settings.webhook_hosts)
+            jobs = Jobs(
+                store,
+                endpoints,
+                costs=account,
+                limit=settings.jobs_limit,
+                webhooks=Webhooks(store, webhooks),
+                drain_s=settings.drain_timeout_s,
+            )
+            endpoints.listen(partial(_wake, jobs))
+            control = Control(endpoints, jobs.counts)
             parts: list[Part] = [
+                JobRoutes(jobs, endpoints, account, webhooks, partial(_workers, endpoints)),
                 OpenAI(endpoints),
                 Admin(store, following),
                 control,
                 Operations(keys, metrics, endpoints, open_metrics=_is_loopback(settings.host)),
             ]
-            running = Running(settings, console, endpoints, control)
-            async with endpoints, beside(following.run()):
+            running = Running(settings, console, endpoints, [control.stop, jobs.stop_taking])
+            async with endpoints, jobs, beside(following.run()):
                 running.begin(Notifier(environ.get("NOTIFY_SOCKET")))
                 await asyncio.gather(
                     running.answer(Gateway(parts, keys, metrics, limits), listener),
@@ -97,15 +114,19 @@ async def serve(
 
 
 class Running:
-    """A gateway that answers: what it is told meanwhile, and how it stops."""
+    """A gateway that answers: what it is told meanwhile, and how it stops; `stops` hear of that."""
 
     def __init__(
-        self, settings: GatewaySettings, console: Console, endpoints: Endpoints, control: Control
+        self,
+        settings: GatewaySettings,
+        console: Console,
+        endpoints: Endpoints,
+        stops: Sequence[Callable[[], None]],
     ) -> None:
         self._settings = settings
         self._console = console
         self._endpoints = endpoints
-        self._control = control
+        self._stops = stops
         self._notifier = Notifier(None)
         self._servers: list[Server] = []
         self._reloads: set[asyncio.Task[None]] = set()
@@ -150,7 +171,8 @@ class Running:
         self._notifier.stopping()
         for server in self._servers:
             server.should_exit = True
-        self._control.stop()
+        for stop in self._stops:
+            stop()
         self._endpoints.stop_taking()
 
     def interrupt(self) -> None:
@@ -187,6 +209,23 @@ def _again(environ: Mapping[str, str]) -> Description:
     if settings.endpoints_file is None:
         raise BadSettings(["no ENDPOINTS_FILE is set: what the environment says holds until the next start"])
     return description
+
+
+def _wake(jobs: Jobs, changes: Changes) -> None:
+    """Begin what was left for endpoints that are there again."""
+    for endpoint_id in changes.added:
+        jobs.wake(endpoint_id)
+
+
+def _terms(endpoints: Endpoints, endpoint_id: str) -> tuple[str, Prices]:
+    """The model of an endpoint, and what it costs."""
+    settings = endpoints.described(endpoint_id)
+    return settings.model_id, Prices(settings.price_input, settings.price_output)
+
+
+def _workers(endpoints: Endpoints, endpoint_id: str) -> Mapping[str, int]:
+    """The workers of an endpoint, as RunPod counts them."""
+    return worker_counts((view.state, view.in_flight) for view in endpoints[endpoint_id].workers.views)
 
 
 def _targets(endpoints: Endpoints) -> list[Target]:

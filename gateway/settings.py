@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
+    HOST,
     SWITCH,
     Kind,
     Setting,
@@ -51,6 +53,14 @@ def _price(value: str) -> int:
 PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = [item.strip() for item in value.split(",") if item.strip()]
+    return tuple(str(ip_network(host, strict=False) if "/" in host else HOST.parse(host)) for host in hosts)
+
+
+HOSTS = Kind("names of hosts, addresses, and networks such as `10.0.0.0/8`, separated by commas", _hosts)
 
 KEPT: Table = (
     Setting(
@@ -165,6 +175,21 @@ TABLE: Table = (
         "Below 600, where OpenAI's clients give up.",
     ),
     Setting(
+        "JOBS_LIMIT",
+        "jobs_limit",
+        whole(0, 1_000_000),
+        "10000",
+        "How many jobs may wait at an endpoint, those of batches not counted; one more is a 429 with "
+        "`Retry-After`.",
+    ),
+    Setting(
+        "WEBHOOK_HOSTS",
+        "webhook_hosts",
+        HOSTS,
+        "",
+        "Where webhooks of jobs may lead besides the internet: on this machine or its network.",
+    ),
+    Setting(
         "EXECUTION_TIMEOUT_S",
         "execution_timeout_s",
         seconds(1, 86_400),
@@ -210,6 +235,8 @@ class GatewaySettings:
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
+    jobs_limit: int
+    webhook_hosts: tuple[str, ...]
     start_timeout_s: float
     execution_timeout_s: float
     data_dir: Path

@@ -24,8 +24,6 @@ class Turn:
     key: str
     size_bytes: int = 0
     background: bool = False
-    unbounded: bool = False
-    """Whoever sends it has accepted it: there is always room for it, and it never gives way."""
     arrived_s: float = 0.0
 
 
@@ -115,8 +113,6 @@ class _Line(Generic[T]):
     """What one key has waiting, the oldest first."""
 
     turns: OrderedDict[T, None] = field(default_factory=OrderedDict)
-    bounded: OrderedDict[T, None] = field(default_factory=OrderedDict)
-    """Those of them that count, and `size_bytes` are theirs."""
     size_bytes: int = 0
 
 
@@ -131,17 +127,15 @@ class _Band(Generic[T]):
         self._size_bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._lines)
+        return self._count > 0
 
     def fits(self, turn: T) -> bool:
-        return turn.unbounded or self._holds(self._count + 1, self._size_bytes + turn.size_bytes, self.limit)
+        return self._holds(self._count + 1, self._size_bytes + turn.size_bytes, self.limit)
 
     def append(self, turn: T) -> None:
         line = self._lines.setdefault(turn.key, _Line())  # a key that comes is the last to have a turn
         line.turns[turn] = None
-        if not turn.unbounded:
-            line.bounded[turn] = None
-            self._count_in(line, 1, turn.size_bytes)
+        self._count_in(line, 1, turn.size_bytes)
 
     def take(self) -> T:
         key, line = next(iter(self._lines.items()))
@@ -153,30 +147,28 @@ class _Band(Generic[T]):
     def remove(self, turn: T) -> None:
         line = self._lines[turn.key]
         del line.turns[turn]
-        if not turn.unbounded:
-            del line.bounded[turn]
-            self._count_in(line, -1, -turn.size_bytes)
+        self._count_in(line, -1, -turn.size_bytes)
         if not line.turns:
             del self._lines[turn.key]
 
     def outbid(self, turn: T) -> list[T]:
         """Who has to go in a full queue so that `turn` fits: `turn` itself if that would not be fair."""
-        others = [line for key, line in self._lines.items() if key != turn.key and line.bounded]
+        others = [line for key, line in self._lines.items() if key != turn.key]
         if not others:
             return [turn]
         own = self._lines.get(turn.key) or _Line()
-        share = self._share(len(own.bounded) + 1, own.size_bytes + turn.size_bytes)
+        share = self._share(len(own.turns) + 1, own.size_bytes + turn.size_bytes)
         line = max(others, key=self._share_without_newest)
-        most = max(self.limit, self._count)  # the limit may have been higher
+        limit = max(self.limit, self._count)  # it may have been higher
         going: list[T] = []
         left_bytes = line.size_bytes
-        for newest in reversed(line.bounded):
+        for newest in reversed(line.turns):
             left_bytes -= newest.size_bytes
-            if self._share(len(line.bounded) - len(going) - 1, left_bytes) < share:
+            if self._share(len(line.turns) - len(going) - 1, left_bytes) < share:
                 break
             going.append(newest)
             all_bytes = self._size_bytes - line.size_bytes + left_bytes + turn.size_bytes
-            if self._holds(self._count - len(going) + 1, all_bytes, most):
+            if self._holds(self._count - len(going) + 1, all_bytes, limit):
                 return going
         return [turn]
 
@@ -188,8 +180,8 @@ class _Band(Generic[T]):
         return max(count / max(1, self.limit), size_bytes / self._limit_bytes)
 
     def _share_without_newest(self, line: _Line[T]) -> float:
-        newest = next(reversed(line.bounded))
-        return self._share(len(line.bounded) - 1, line.size_bytes - newest.size_bytes)
+        newest = next(reversed(line.turns))
+        return self._share(len(line.turns) - 1, line.size_bytes - newest.size_bytes)
 
     def _count_in(self, line: _Line[T], count: int, size_bytes: int) -> None:
         self._count += count

@@ -38,8 +38,13 @@ class Visit:
     background: bool = False
     """It goes after those for which somebody sits there: a line of a batch, a job that is in no hurry."""
 
+    wait_s: float | None = None
+    """How long it may wait in all, if whoever asks has said so: no client of HTTP waits for it."""
+
     def deadline_s(self, timeout_s: float) -> float:
         """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
+        if self.wait_s is not None:
+            return self.arrived_s + self.wait_s
         return self.arrived_s + min(timeout_s + self.worked_s, max(timeout_s, PATIENCE_S))
 
 

@@ -76,7 +76,7 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
 
     A request that asks for a stream and has no answer after `keep_alive_s` is answered 200 early and
     gets a comment frame as often, until its stream begins; an error is then its last frame. 0: never.
-    Whoever lets it wait is told so (`Visit.kept_alive`).
+    Whoever lets it wait is told so (`Visit.kept_alive`). One that says itself how long it may wait gets none.
     """
     if not keep_alive_s:
         return call
@@ -84,6 +84,10 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
 
     @asynccontextmanager
     async def kept(request: Request) -> AsyncIterator[Reply]:
+        if request.visit.wait_s is not None:
+            async with call(request) as reply:
+                yield reply
+            return
         request = replace(request, visit=replace(request.visit, kept_alive=in_time))
         async with _entered(call(request)) as head:
             await asyncio.wait({head}, timeout=keep_alive_s)

@@ -260,19 +260,6 @@ async def test_bodies_are_bounded_too() -> None:
     assert await first == 200
 
 
-async def test_what_was_accepted_elsewhere_is_in_no_bound() -> None:
-    """It waits its turn, and nobody who comes after it."""
-    on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True), limit=1)
-    first = on.asks(chat(1))
-    await on.waiting(1)
-    accepted = on.asks(replace(chat(2), visit=Visit(admitted=True)))
-    await on.waiting(2)
-    on.pool.give(1)
-    await asyncio.gather(first, accepted)
-    assert on.asked == [1, 2]
-    assert on.outcomes == ["waited", "waited"]
-
-
 async def test_a_visitor_hears_that_a_worker_has_its_request() -> None:
     """Each time: at once, after a wait, and when the next one has it."""
     on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True), places=1)
@@ -372,11 +359,15 @@ async def test_deadline_ends_the_wait() -> None:
 
 
 async def test_the_deadline_counts_from_the_arrival() -> None:
-    """Whatever the request has waited for since."""
-    on = Stage(ScriptedApp({}))
+    """Whatever the request has waited for since. Who says how long it may wait is believed."""
+    on = Stage(ScriptedApp({CHAT: answer({})}))
     long_ago = Visit(arrived_s=Visit().arrived_s - 3600)
     with pytest.raises(DeadlineExceeded, match="within 60 s"):
         await on.answered(replace(chat(), visit=long_ago))
+    patient = on.asks(replace(chat(), visit=replace(long_ago, wait_s=7200)))
+    await on.waiting(1)
+    on.pool.give(1)
+    assert await patient == (200, b"{}")
 
 
 async def test_what_can_be_refused_already_does_not_wait() -> None:

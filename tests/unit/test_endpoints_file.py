@@ -12,6 +12,7 @@ from handler.errors import BadSettings
 
 WHOLE_GATEWAY = {
     *("HOST", "PORT", "API_KEY", "ENDPOINTS_FILE", "DRAIN_TIMEOUT_S", "DATA_DIR", "DATABASE_URL"),
+    *("JOBS_LIMIT", "WEBHOOK_HOSTS"),
     *("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
 }
 """Settings that no endpoint has its own of."""

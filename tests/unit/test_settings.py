@@ -100,6 +100,8 @@ def test_gateway_defaults() -> None:
         queue_limit=256,
         queue_timeout_s=300.0,
         start_timeout_s=600.0,
+        jobs_limit=10_000,
+        webhook_hosts=(),
         execution_timeout_s=590.0,
         data_dir=Path("/home/me/.local/share/firsttoken"),
         database_url="sqlite:////home/me/.local/share/firsttoken/gateway.db",

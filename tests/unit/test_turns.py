@@ -111,17 +111,6 @@ def test_who_had_a_turn_for_nothing_goes_first() -> None:
     assert taken(turns) == [early[0], early[1], *late]
 
 
-def test_what_was_accepted_elsewhere_has_a_place_whatever_the_bound() -> None:
-    """And has its turn like all others of its key; it counts for nobody."""
-    turns: Turns[Turn] = Turns(limit=1)
-    (a,) = lined_up(turns, "a")
-    accepted = [Turn(key, unbounded=True) for key in "aab"]
-    assert [turns.add(turn) for turn in accepted] == [[], [], []]
-    late = Turn("b")
-    assert turns.add(late) == [late]
-    assert taken(turns) == [a, accepted[2], accepted[0], accepted[1]]
-
-
 def test_a_limit_that_is_lowered_turns_nobody_away() -> None:
     """Nor does whoever comes then and has less: one gives way to one."""
     turns: Turns[Turn] = Turns(limit=8)
@@ -151,12 +140,12 @@ class Queue(RuleBasedStateMachine):
         return {key: line for (behind, key), line in self.lines.items() if behind is background and line}
 
     def size(self, background: bool) -> int:
-        """The bytes that wait in that band and are bounded."""
-        return sum(turn.size_bytes for turn in self.bounded(background))
+        """The bytes that wait in that band."""
+        return sum(turn.size_bytes for turn in self.all(background))
 
-    def bounded(self, background: bool) -> list[Turn]:
-        """Those who are."""
-        return [turn for line in self.band(background).values() for turn in line if not turn.unbounded]
+    def all(self, background: bool) -> list[Turn]:
+        """Those who wait in that band, key by key."""
+        return list(itertools.chain(*self.band(background).values()))
 
     def leaves(self, turn: Turn) -> None:
         """Strike it from the model."""
@@ -165,28 +154,23 @@ class Queue(RuleBasedStateMachine):
         if not self.lines[where]:
             self.since.pop(where, None)
 
-    @rule(
-        key=st.sampled_from("abcd"),
-        size=st.sampled_from([0, 1, 9, 30, 70]),
-        background=st.booleans(),
-        unbounded=st.sampled_from([False] * 4 + [True]),
-    )
-    def add(self, key: str, size: int, background: bool, unbounded: bool) -> None:
+    @rule(key=st.sampled_from("abcd"), size=st.sampled_from([0, 1, 9, 30, 70]), background=st.booleans())
+    def add(self, key: str, size: int, background: bool) -> None:
         """Only who has most gives way, from its end, and never so that it has less than who comes."""
-        turn = Turn(key, size, background, unbounded, next(self.clock))
-        bounded, fits = self.bounded(background), self.size(background) + size <= LIMIT_BYTES
-        full = len(bounded) >= LIMIT or (len(bounded) > 0 and not fits)
-        mine = [turn, *(each for each in bounded if each.key == key)]
+        turn = Turn(key, size, background, next(self.clock))
+        present, fits = self.all(background), self.size(background) + size <= LIMIT_BYTES
+        full = len(present) >= LIMIT or (len(present) > 0 and not fits)
+        mine = [turn, *(each for each in present if each.key == key)]
         losers = self.turns.add(turn)
-        assert bool(losers) == (full and not unbounded)
+        assert bool(losers) == full
         if turn in losers:
             assert losers == [turn]
             small = fits and sum(each.size_bytes for each in mine) / LIMIT_BYTES <= len(mine) / LIMIT
-            keys = len({key, *(each.key for each in bounded)})
+            keys = len({key, *(each.key for each in present)})
             assert not (small and len(mine) <= LIMIT / keys), "an even part is everybody's"
             return
         for loser in losers:
-            assert loser is [each for each in self.bounded(background) if each.key == loser.key][-1]
+            assert loser is [each for each in self.all(background) if each.key == loser.key][-1]
             assert loser.key != key
             self.leaves(loser)
         if losers and fits:
@@ -250,7 +234,7 @@ class Queue(RuleBasedStateMachine):
     def bounds_are_kept(self) -> None:
         """By each band."""
         for background in (False, True):
-            count = len(self.bounded(background))
+            count = len(self.all(background))
             assert count <= LIMIT
             assert count <= 1 or self.size(background) <= LIMIT_BYTES
 
