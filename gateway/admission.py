@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -25,7 +25,7 @@ SERVED_GUESS_S = 5.0
 SERVED_WEIGHT = 0.1
 """What the newest counts in the mean of how long they take: the last twenty or so make it."""
 
-Outcome = Literal["at_once", "waited", "full", "refused", "expired", "left"]
+Outcome = Literal["at_once", "waited", "full", "refused", "late", "left"]
 """What came of a request here: it had a place at once, or its turn after a while; it was refused because too
 many wait or no worker can start; its turn did not come in time, or its client left. Each has one."""
 
@@ -86,7 +86,7 @@ class Admission:
         limit: int,
         queue_timeout_s: float,
         keep_alive_s: float,
-        check: Callable[[Request], None] = lambda _: None,
+        check: Callable[[Request], None],
     ) -> None:
         """Keep to these from now on. Who waits already is not turned away for it."""
         self._turns.rebound(limit)
@@ -108,7 +108,7 @@ class Admission:
             request.visit.taken()
             began_s, answered = self._loop.time(), False
             try:
-                async with self._pool.call(request) as reply:
+                async with self._ask(request) as reply:
                     answered = True
                     yield reply
             except WorkerLost as lost:
@@ -140,7 +140,7 @@ class Admission:
                 request.visit.taken()
                 began_s = self._loop.time()
                 try:
-                    reply = await stack.enter_async_context(self._pool.call(request))
+                    reply = await stack.enter_async_context(self._ask(request))
                     break
                 except WorkerLost as lost:
                     tries += 1
@@ -148,6 +148,10 @@ class Admission:
                 waiter = self._line_up(request, again=True)
             stack.callback(self._measure, began_s, answered=True)
             yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
+
+    def _ask(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        trace = request.visit.trace
+        return (trace.attempted(self._pool.call) if trace else self._pool.call)(request)
 
     def _has_place(self, request: Request) -> bool:
         if request.method != "POST":  # it only asks, and occupies nobody
@@ -184,7 +188,7 @@ class Admission:
             async with asyncio.timeout_at(request.visit.deadline_s(self._queue_timeout_s)):
                 refusal = await waiter.come
         except TimeoutError:
-            self._leave(waiter, "expired")
+            self._leave(waiter, "late")
             wait_s = self._queue_timeout_s if request.visit.wait_s is None else request.visit.wait_s
             raise DeadlineExceeded(
                 f"The request's turn did not come within {wait_s:g} s.",
@@ -193,6 +197,9 @@ class Admission:
         except asyncio.CancelledError:
             self._leave(waiter, "left")
             raise
+        finally:
+            if trace := request.visit.trace:
+                trace.waited(waiter.began_s)
         if refusal is not None:
             raise refusal
         waiter.has_place = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -74,20 +75,29 @@ class Admission:
 
     @asynccontextmanager
     async def _answer(self, request: Request) -> AsyncIterator[Reply]:
-        upstream = self._upstream
+        upstream, trace = self._upstream, request.visit.trace
         waits = not upstream.ready
         if waits:
-            self._check(request)
+            await self._wait(request)
+            request = replace(request, visit=replace(request.visit, admitted=True))
+        ask = trace.attempted(upstream.call) if trace else upstream.call
+        async with ask(request) as reply:
+            yield with_cold_start(reply, upstream.cold_start_s) if waits else reply
+
+    async def _wait(self, request: Request) -> None:
+        upstream = self._upstream
+        self._check(request)
+        since_s = time.monotonic()
+        try:
             await self._room.wait(
                 upstream.wait_ready,
                 request,
                 timeout_s=self._queue_timeout_s,
                 retry_after_s=lambda: upstream.retry_after_s,
             )
-            request = replace(request, visit=replace(request.visit, admitted=True))
-        request.visit.taken()
-        async with upstream.call(request) as reply:
-            yield with_cold_start(reply, upstream.cold_start_s) if waits else reply
+        finally:
+            if trace := request.visit.trace:
+                trace.waited(since_s)
 
 
 def with_cold_start(reply: Reply, cold_start_s: float) -> Reply:
