@@ -169,6 +169,8 @@ def _endpoint_id(path: str) -> str:
 def _label(path: str) -> str:
     """One of a bounded number of names for the route of `path`."""
     inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
+    if path == "/" or path.startswith("/page/"):
+        return "page"
     if not path.startswith("/v2/"):
         return path if path in {"/health", "/metrics"} else "other"
     own = _WITH_ID.sub(r"\1/{id}\2", inner)

@@ -38,6 +38,8 @@ from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.metering import Metering
 from gateway.metrics import Metrics
+from gateway.page import Page
+from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
@@ -118,6 +120,8 @@ async def serve(
                 Admin(store, following),
                 control,
                 Operations(keys, metrics, endpoints, open_metrics=_is_loopback(settings.host)),
+                Session(keys, endpoints),
+                Page.open(),
             ]
             stops = [control.stop, jobs.stop_taking, batches.stop]
             running = Running(settings, console, endpoints, stops)

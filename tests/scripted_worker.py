@@ -26,7 +26,18 @@ from handler.supervision import watch_lifeline
 from tests.scripted_app import Script, ScriptedApp, echo
 
 COMMAND = (sys.executable, "-m", "tests.scripted_worker")
-COLD_START = {"total_s": 1.5}
+COLD_START = {
+    "total_s": 1.5,
+    "facts": {"load_format": "mmap"},
+    "phases": [
+        {"name": name, "begin_s": begin_s, "end_s": end_s, "cpu_s": cpu_s, "major_faults": faults}
+        for name, begin_s, end_s, cpu_s, faults in (
+            ("import vllm", 0.1, 0.7, 0.6, 0),
+            ("open engine", 0.7, 1.4, 0.2, 400),
+            ("first token", 1.4, 1.5, 0.0, 0),
+        )
+    ],
+}
 
 Scripts = Mapping[str, Script | Sequence[Script] | None]
 """What is answered, by route; for None `tests.scripted_app.echo`."""
