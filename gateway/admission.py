@@ -119,7 +119,8 @@ class Admission:
             else:
                 return
             finally:
-                self._measure(began_s, answered=answered)
+                if answered:
+                    self._measure(request, began_s)
         waiter = self._line_up(request, again=tries > 0)
         try:
             held = kept_alive(partial(self._held, waiter=waiter, tries=tries), self._keep_alive_s)
@@ -146,7 +147,7 @@ class Admission:
                     tries += 1
                     request = _again(request, lost, tries)
                 waiter = self._line_up(request, again=True)
-            stack.callback(self._measure, began_s, answered=True)
+            stack.callback(self._measure, request, began_s)
             yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
 
     def _ask(self, request: Request) -> AbstractAsyncContextManager[Reply]:
@@ -154,7 +155,7 @@ class Admission:
         return (trace.attempted(self._pool.call) if trace else self._pool.call)(request)
 
     def _has_place(self, request: Request) -> bool:
-        if request.method != "POST":  # it only asks, and occupies nobody
+        if request.method != "POST":  # it only asks, and needs no place
             return self._pool.capacity > 0
         return not self._turns and self._pool.free > self._promised
 
@@ -254,8 +255,8 @@ class Admission:
             return self._pool.retry_after_s
         return len(self._turns) * self._served_s / self._pool.capacity
 
-    def _measure(self, began_s: float, *, answered: bool) -> None:
-        if answered:
+    def _measure(self, request: Request, began_s: float) -> None:
+        if request.method == "POST":
             self._served_s += SERVED_WEIGHT * (self._loop.time() - began_s - self._served_s)
 
 
