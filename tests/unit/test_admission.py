@@ -147,10 +147,21 @@ async def test_nobody_passes_those_who_wait() -> None:
     await on.waiting(1)
     on.pool.give(1)
     assert (on.front.waiting, on.pool.free, on.asked) == (0, 1, [])
-    late = on.asks(chat(2))
-    await asyncio.gather(first, late)
+    await on.answered(chat(2))
+    await first
     assert on.asked == [1, 2]
     assert on.outcomes == ["waited", "waited"]
+
+
+async def test_nobody_passes_those_who_have_not_been_called_yet() -> None:
+    """Whoever comes before the pool has said that there is room again comes after those who wait."""
+    on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True))
+    first = on.asks(chat(1))
+    await on.waiting(1)
+    on.pool.capacity = 1
+    await on.answered(chat(2))
+    await first
+    assert on.asked == [1, 2]
 
 
 async def test_what_only_asks_needs_no_place() -> None:
@@ -164,6 +175,7 @@ async def test_what_only_asks_needs_no_place() -> None:
     busy = on.asks(chat())
     await on.app.gate("busy").reached.wait()
     assert await on.answered(models) == (200, b"{}")
+    assert on.front._served_s == SERVED_GUESS_S, "it says nothing of how long a place is taken"
     on.app.gate("busy").opened.set()
     await busy
 
@@ -448,6 +460,16 @@ async def test_only_a_request_that_waited_for_a_start_tells_how_long_it_took(
     await on.waiting(1)
     on.app.gate("busy").opened.set()
     assert [await busy, await waits] == [expected, expected]
+
+
+async def test_a_start_is_told_whoever_answers_in_the_end() -> None:
+    """Here another worker than the one that was waited for."""
+    on = Stage(ScriptedApp({CHAT: answer({})}))
+    on.pool.losing.append(LOST_AFTER_S)
+    on.pool.left = 1
+    asyncio.get_running_loop().call_soon(on.pool.give, 1)
+    async with on.front.call(chat()) as reply:
+        assert reply.header("x-cold-start") == "4.250"
 
 
 # --- what streams hear ------------------------------------------------------------------------
