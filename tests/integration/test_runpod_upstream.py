@@ -30,7 +30,6 @@ from gateway.upstreams.runpod import RunpodPool
 from handler import sse
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, Visit, read
-from handler.waiting import kept_alive
 from tests import runpod_worker, scripted_worker
 from tests.jobs_client import TAKES_JOBS, JobsClient, speaking_for
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
@@ -155,10 +154,10 @@ async def begun(on: Stage, sdk: JobsClient, stack: AsyncExitStack) -> tuple[str,
     return job["id"], reply
 
 
-def in_front(on: Stage) -> Admission:
+def in_front(on: Stage, keep_alive_s: float = 0) -> Admission:
     """The gateway's queue, as long as the line."""
     limit = on.upstream._line._limit
-    return Admission(on.upstream, limit=limit, queue_timeout_s=NEVER, keep_alive_s=0)
+    return Admission(on.upstream, limit=limit, queue_timeout_s=NEVER, keep_alive_s=keep_alive_s)
 
 
 async def answered(front: Admission, request: Request) -> bytes:
@@ -475,19 +474,21 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
         assert not isinstance(failed.value, WorkerLost)
         second = await on.director.worker()
         async with speaking_for(second) as successor:
-            first, again = await successor.take(), await successor.take()
-            assert first is not None
+            while on.upstream.in_line < 2:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0)
+            again, other = await successor.take(), await successor.take()
+            assert other is not None
             assert again is not None
-            assert [first["input"], again["input"]["openai_input"]] == [
-                {"openai_route": "/v1/models"},
+            assert [again["input"]["openai_input"], other["input"]] == [
                 {"n": 1},
+                {"openai_route": "/v1/models"},
             ]
             assert again["id"] not in {taken["id"], job_id}
             await sdk.done(
                 taken["id"], {"output": ["of the dead"]}
             )  # its process is gone, its words come late
             await sdk.done(again["id"], {"output": ["of another"]})
-            await successor.done(first["id"], {"output": ["models"]})
+            await successor.done(other["id"], {"output": ["models"]})
             await successor.done(again["id"], {"output": ["alive"]})
         assert [await queued, await asking] == [b"models", b"alive"]
         assert (on.counted("retried"), on.counted("dropped")) == (1, 2)
@@ -522,15 +523,17 @@ async def test_dead_worker_turns_nobody_away(tmp_path: Path) -> None:
         assert [json.loads(await asked) for asked in asking] == [{"n": n} for n in range(6)]
 
 
-async def test_stream_in_line_is_kept_alive(tmp_path: Path) -> None:
-    """It is answered early and hears comments; then comes what the worker posts, or its error."""
-    async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as clients:
-        call = kept_alive(in_front(on).call, 0.01)
-        first, second = [await clients.enter_async_context(call(arriving(CHAT))) for _ in range(2)]
+async def test_stream_that_waits_for_a_worker_is_kept_alive(tmp_path: Path) -> None:
+    """It is answered early and hears comments, in line too; then comes what is posted, or its error."""
+    async with stage(tmp_path, (TAKES_JOBS, {})) as on, AsyncExitStack() as clients:
+        front = in_front(on, keep_alive_s=0.01)
+        first, second = [await clients.enter_async_context(front.call(arriving(CHAT))) for _ in range(2)]
+        sdk = await clients.enter_async_context(speaking_for(await on.director.worker()))
+        while on.upstream.in_line < 2:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(0)
         for reply in (first, second):
             assert (reply.status, reply.headers) == (200, sse.HEADERS)
             assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3
-        assert on.upstream.in_line == 2
         job = await sdk.take()
         assert job is not None
         await sdk.stream(job["id"], "data: 1\n\n")
