@@ -16,6 +16,7 @@ from pathlib import Path
 
 import uvloop
 
+from gateway.admission import Admission, Tell
 from gateway.app import Gateway
 from gateway.console import Address, Console
 from gateway.keys import Keys
@@ -32,11 +33,9 @@ from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import KILL_GRACE_S, Keep, WorkerPool
 from gateway.upstreams.runpod import RunpodPool
 from handler import baked, early, logs
-from handler.admission import Admission
 from handler.errors import StartError
 from handler.listener import listen
 from handler.server import Server, config
-from handler.waiting import Room
 
 WORKER = (sys.executable, "-m", "handler")
 INTERRUPTED = 130
@@ -99,15 +98,11 @@ async def serve(settings: GatewaySettings, environ: Mapping[str, str], worker: S
         metrics.workers.labels(state).set_function(partial(_in_state, pool, state))
     admission = Admission(
         pool,
-        room=Room(
-            limit=settings.queue_limit,
-            others=lambda: pool.in_line,
-            tell_waiting=metrics.queue_depth.set,
-            tell_waited_s=metrics.held_s.observe,
-        ),
+        limit=settings.queue_limit,
         queue_timeout_s=settings.queue_timeout_s,
         keep_alive_s=settings.keep_alive_s,
         check=partial(early.check, model=early.only_model(settings.model_id, environ)),
+        tell=Tell(waiting=metrics.queue_depth.set, waited_s=metrics.held_s.observe),
     )
     operations = Operations(
         keys,

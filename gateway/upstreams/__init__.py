@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from handler.admission import Upstream, WorkerLost
+from handler.admission import WorkerLost
 from handler.errors import NotAdmitted
 from handler.messages import Reply, Request
 
-__all__ = ["WORKER_STATES", "Pool", "Upstream", "WorkerLost", "WorkerView"]
+__all__ = ["WORKER_STATES", "Pool", "WorkerLost", "WorkerView"]
 
 WORKER_STATES = ("starting", "ready", "retiring", "leaving", "ended", "failed")
 """A worker's life. `retiring`: it is not needed and finishes what it holds; `leaving`: it was told to end, or
