@@ -22,6 +22,7 @@ from typing import Any
 
 import uvicorn
 
+from handler.asgi import App, Message, Receive, Send
 from handler.supervision import watch_lifeline
 from tests.scripted_app import Script, ScriptedApp
 
@@ -120,6 +121,19 @@ def _dump(scripts: Script | Sequence[Script]) -> list[dict[str, Any]]:
     return [script.dump() for script in ([scripts] if isinstance(scripts, Script) else scripts)]
 
 
+def _probed(app: ScriptedApp) -> App:
+    """`app`, and the probe that each worker of HTTP answers."""
+
+    async def probed(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/ping":
+            await app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return probed
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -135,9 +149,10 @@ class Actor:
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.connect(environ["NOTIFY_SOCKET"])
         self.app = ScriptedApp(scripts, tell=self._tell)
+        self._slots = "4"
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
-            self.app,
+            _probed(self.app),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -193,12 +208,20 @@ class Actor:
         self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
         await asyncio.Event().wait()
 
+    async def has_slots(self, number: str) -> None:
+        """It works on so many requests at once."""
+        self._slots = number
+
+    async def write(self, text: str) -> None:
+        """Write a line to standard error."""
+        print(text, file=sys.stderr, flush=True)
+
     async def ready(self) -> None:
         """Serve until told to stop."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._uds)
         listener.listen()  # connections queue up from now on
-        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
+        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=self._slots)
         self._tell("ready", "")
         await self._server.serve(sockets=[listener])
 

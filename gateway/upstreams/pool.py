@@ -120,6 +120,7 @@ class WorkerPool(ABC):
     async def __aenter__(self) -> Self:
         for file in sorted(self._logs.glob("worker-*.log"), key=_changed_at)[:-ENDED_SHOWN]:
             _remove_log(file)
+        self._devices.join(self, self._look_soon)
         self._entered = True
         self._asked_for = int(self._how.at_once)
         self._look_soon()
@@ -317,6 +318,7 @@ class WorkerPool(ABC):
             capacity=self.capacity,
             slots=self._slots,
             cold_start_s=self._cold_start_s,
+            newest_s=min((now_s - worker.opened_s for worker in counted if worker.takes), default=math.inf),
             asked_for=self._asked_for,
             given_up=self._given_up,
             pressed=self._devices.wanted_beside(self),
@@ -344,7 +346,7 @@ class WorkerPool(ABC):
                 return math.inf
             if self._lacks_memory():
                 return MEMORY_RETRY_S
-            devices = self._devices.take(self._devices_each, self, self._look_soon)
+            devices = self._devices.take(self._devices_each, self)
             if devices is None:
                 return math.inf  # it is told when some are free
             self._start(devices)
@@ -502,7 +504,7 @@ class WorkerPool(ABC):
         """Turn away whoever waits or comes, and have the workers drain."""
         if not self._stop.done():
             self._stop.set_result(None)
-            self._devices.forgo(self)
+            self._devices.leave(self)
             self._announce()
 
     async def close(self) -> None:
