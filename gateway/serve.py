@@ -15,15 +15,20 @@ from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
 
-from gateway import door, key_table
+from gateway import batch_table, door, key_table
 from gateway.admin import Admin
 from gateway.alone import alone
 from gateway.app import Gateway, Part
+from gateway.batch_run import Means
+from gateway.batch_runs import BatchRuns
+from gateway.batches import Batches
 from gateway.clients import Clients
 from gateway.console import Address, Console
 from gateway.control import Control
 from gateway.endpoints import Changes, Endpoints
 from gateway.endpoints_file import Description, describe
+from gateway.file_store import FileStore
+from gateway.files import Files
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
 from gateway.jobs.routes import JobRoutes, worker_counts
@@ -33,6 +38,8 @@ from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.metering import Metering
 from gateway.metrics import Metrics
+from gateway.page import Page
+from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
@@ -42,6 +49,7 @@ from gateway.upstreams import folder
 from gateway.upstreams.events import Event, StartFailed, Starting
 from gateway.upstreams.pool import KILL_GRACE_S
 from gateway.usage import Prices
+from handler import traces
 from handler.errors import BadSettings, NotAdmitted
 from handler.listener import listen
 from handler.server import Server, config
@@ -57,6 +65,7 @@ async def serve(
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
+    traced = traces.open(settings)
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),
@@ -69,12 +78,13 @@ async def serve(
         following = Following(keys, store)
         await following.look()
         console = Console(_addresses(settings, description, listener, made), sys.stdout, sys.stderr)
-        async with Metering(store, keys, limits) as metering:
+        async with Metering(store, keys, limits, tell=metrics.used) as metering:
             site = Site(
                 worker,
                 environ,
                 logs=settings.data_dir / "logs",
                 metrics=metrics,
+                traces=traced,
                 clients=Clients(keys, limits, metering),
                 tell=lambda endpoint_id, event: running.tell(endpoint_id, event),  # noqa: PLW0108 - made below
             )
@@ -95,21 +105,35 @@ async def serve(
             )
             endpoints.listen(partial(_wake, jobs))
             control = Control(endpoints, jobs.counts)
+            files = FileStore(
+                store,
+                settings.data_dir / "files",
+                max_file_bytes=settings.max_file_bytes,
+                max_stored_bytes=settings.max_stored_bytes,
+            )
+            batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
             parts: list[Part] = [
+                Files(files, endpoints, keys, batch_table.check_delete),
+                Batches(batches, endpoints, keys),
                 JobRoutes(jobs, endpoints, account, webhooks, partial(_workers, endpoints)),
                 OpenAI(endpoints),
                 Admin(store, following),
                 control,
                 Operations(keys, metrics, endpoints, open_metrics=_is_loopback(settings.host)),
+                Session(keys, endpoints),
+                Page.open(),
             ]
-            running = Running(settings, console, endpoints, [control.stop, jobs.stop_taking])
-            async with endpoints, jobs, beside(following.run()):
+            stops = [control.stop, jobs.stop_taking, batches.stop]
+            running = Running(settings, console, endpoints, stops)
+            async with endpoints, jobs, batches, beside(following.run()):
                 running.begin(Notifier(environ.get("NOTIFY_SOCKET")))
                 await asyncio.gather(
-                    running.answer(Gateway(parts, keys, metrics, limits), listener),
-                    running.answer(Gateway(parts, door.Owner(), metrics, limits), owners),
+                    running.answer(Gateway(parts, keys, metrics, limits, traced), listener),
+                    running.answer(Gateway(parts, door.Owner(), metrics, limits, traced), owners),
                 )
         console.close()
+        if traced is not None:
+            traced.close()
         return running.exit_code
 
 

@@ -20,6 +20,7 @@ from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
     HOST,
+    SIZE,
     SWITCH,
     Kind,
     Setting,
@@ -31,6 +32,7 @@ from handler.table import (
     public_name,
     read,
     seconds,
+    size,
     whole,
 )
 from handler.unread import UNREAD
@@ -82,7 +84,7 @@ KEPT: Table = (
 )
 """Where the gateway keeps what outlives it: all that a command line beside it needs."""
 
-_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S", "OTEL_SERVICE_NAME")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
@@ -212,7 +214,28 @@ TABLE: Table = (
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
     ),
-    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+    Setting(
+        "MAX_FILE_BYTES",
+        "max_file_bytes",
+        SIZE,
+        "512MiB",
+        "The largest file that `/files` takes; more is a 413. A batch's input may have 200 MB at most.",
+    ),
+    Setting(
+        "MAX_STORED_BYTES",
+        "max_stored_bytes",
+        size(1 << 20),
+        "16GiB",
+        "What all files may take together; a file more is a 413 until some are deleted.",
+    ),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
+    *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    replace(
+        _SHARED["OTEL_SERVICE_NAME"],
+        default="firsttoken-gateway",
+        help="What traces call this gateway. Set, it is the name of its workers too.",
+    ),
+    *rows("FOREIGN_NAMES"),
 )
 
 
@@ -245,9 +268,15 @@ class GatewaySettings:
     price_output: int
     keep_alive_s: float
     drain_timeout_s: float
+    max_file_bytes: int
+    max_stored_bytes: int
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     foreign_names: tuple[str, ...]
 
     @property

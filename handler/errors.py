@@ -13,7 +13,9 @@ FirstTokenError
 │   │   ├── NoSuchEndpoint  404  endpoint_not_found
 │   │   └── NoSuchJob       404  job_not_found
 │   ├── MethodNotAllowed    405  method_not_allowed, with Allow
+│   ├── Conflict            409  conflict
 │   ├── BodyTooLarge        413  request_too_large
+│   ├── StorageFull         413  storage_full
 │   ├── BadFile             422  bad_settings: what the gateway was to read again is at fault
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
@@ -195,6 +197,14 @@ class MethodNotAllowed(RequestError):
         )
 
 
+class Conflict(RequestError):
+    """What is asked for can't be done in the state that the thing is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(RequestError):
     """The body is larger than `MAX_BODY_BYTES`."""
 
@@ -204,6 +214,14 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is larger than {limit_bytes} bytes.")
+
+
+class StorageFull(RequestError):
+    """There is no place for the file. No 5xx: a client would send it all again, at once."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "storage_full"
 
 
 class BadFile(RequestError):

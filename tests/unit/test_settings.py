@@ -76,6 +76,10 @@ def test_worker_defaults() -> None:
         start_failure=None,
         vllm_config_file=None,
         vllm_extra_args=None,
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-worker",
         levers_off=(),
         foreign_names=(),
     )
@@ -109,9 +113,15 @@ def test_gateway_defaults() -> None:
         price_output=0,
         keep_alive_s=15.0,
         drain_timeout_s=30.0,
+        max_file_bytes=512 * 2**20,
+        max_stored_bytes=16 * 2**30,
         max_body_bytes=32 * 2**20,
         cors_origins=(),
         log_level="INFO",
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-gateway",
         foreign_names=(),
     )
 
