@@ -95,6 +95,7 @@ JOBS = Table(
     Index("jobs_turns", "endpoint_id", "state", "background", "key_id", "seq"),
     Index("jobs_room", "endpoint_id", "state", "size_bytes"),
     Index("jobs_expiry", "expires_at"),
+    sqlite_autoincrement=True,  # else the number of a job that is forgotten is the next one's
 )
 # What clients send and get may take 20 MB, and every change of a row writes it anew: so they are apart.
 INPUTS = Table(

@@ -27,6 +27,7 @@ from gateway.jobs.table import (
 from gateway.store import metadata
 
 TTL_S = 100.0
+RETRIABLE = (State.FAILED, State.TIMED_OUT)
 
 
 def connect() -> Connection:
