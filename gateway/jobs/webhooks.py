@@ -63,6 +63,7 @@ WEBHOOKS = Table(
     Column("tries", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
     Index("job_webhooks_due", "due_at"),
+    sqlite_autoincrement=True,
 )
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
