@@ -96,8 +96,9 @@ async def gateway(
     environ: Mapping[str, str] | None = None,
     program: str = WITH_SCRIPTED_WORKER,
     arguments: Sequence[str] = (),
+    director: Director | None = None,
 ) -> AsyncIterator[Program]:
-    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`."""
+    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`, or by `director`."""
     env = {
         **{
             name: value
@@ -114,7 +115,8 @@ async def gateway(
         **(environ or {}),
     }
     async with AsyncExitStack() as stack:
-        director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
+        director = director or Director(tmp_path / "control", *plays)  # type: ignore[arg-type]
+        await stack.enter_async_context(director.listening())
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", program, *arguments),
             env=env,
