@@ -182,8 +182,7 @@ TABLE: Table = (
         "jobs_limit",
         whole(0, 1_000_000),
         "10000",
-        "How many jobs may wait at an endpoint, those of batches not counted; one more is a 429 with "
-        "`Retry-After`.",
+        "How many jobs may wait at an endpoint; one more is a 429 with `Retry-After`.",
     ),
     Setting(
         "WEBHOOK_HOSTS",
