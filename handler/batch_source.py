@@ -26,7 +26,7 @@ READ_BYTES = 4 << 20
 """What is read at a time."""
 BREAK_BYTES = 64 * 1024
 BREAK_S = 1e-4
-"""So long a thread that parses lines stands back each time it has done so much, which takes about a millisecond."""
+"""So long a thread that parses stands back each time it has done so much, which takes a millisecond or so."""
 
 
 @dataclass(frozen=True, slots=True)
