@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -44,6 +44,8 @@ PACE = Pace(most=1, part_lines=500, part_bytes=1 << 20, part_s=1.0, held_bytes=1
 PAUSE_S = 1.0
 """How long a line waits before it is asked again, at first."""
 GONE_RETRY_S = 30.0
+CHECKED_MAX = 2
+"""How many inputs are looked through at a time: each keeps a thread busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Means:
     keys: Keys
     endpoints: Mapping[str, Endpoint]
     max_body_bytes: int
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_MAX), repr=False)
 
     @property
     def now(self) -> float:
@@ -79,19 +82,19 @@ class BatchRun:
         self._refused = asyncio.Event()
         self._stops = False
 
-    async def run(self) -> bool:
-        """Whether the batch is over; False: it was stopped before. Raises `OSError` for a full disk."""
+    async def run(self) -> None:
+        """Return once the batch is over, or stopped. Raises what may be better later, as for a full disk."""
         began = self._row.object
         expiry = asyncio.get_running_loop().call_later(began["expires_at"] - self._means.now, self._expire)
         if began["cancelling_at"]:
             self.cancel()
         try:
             if not began["request_counts"]["total"] and not await self._validate():
-                return not self._stops
+                return
             async with AsyncExitStack() as stack:
                 await self._enter(stack)
                 if not await self._ask_all():
-                    return False
+                    return
             expiry.cancel()
             await self._finish()
         except FileNotFoundError:
@@ -99,7 +102,6 @@ class BatchRun:
             await self._change(lambda batch: batch_object.failed(batch, [(None, why)], self._means.now))
         finally:
             expiry.cancel()
-        return True
 
     def cancel(self) -> None:
         """Ask no more: the rest is told that it was cancelled."""
@@ -128,7 +130,8 @@ class BatchRun:
 
     async def _validate(self) -> bool:
         """Whether the batch's lines can be asked. If not it has failed, or was stopped."""
-        checked = await asyncio.to_thread(self._check)
+        async with self._means.checking:
+            checked = await asyncio.to_thread(self._check)
         if checked is None:
             return False
         faults, now = checked.faults, self._means.now

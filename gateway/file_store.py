@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 FILENAME_MAX_CHARS = 255
 READ_BYTES = 1 << 20
+EXPIRED_MAX = 1000
 _PART = ".part"
 
 FILES = Table(
@@ -255,16 +256,19 @@ class FileStore:
             check(connection)
             connection.execute(delete(FILES).where(FILES.c.id.in_(files)))
 
-        await self._store.write(forget)
-        await asyncio.to_thread(self._remove, files)
+        async def both() -> None:
+            await self._store.write(forget)
+            await asyncio.to_thread(self._remove, files)
+
+        await to_the_end(both())
 
     def _remove(self, files: Sequence[str]) -> None:
         for file_id in files:
             self.path(file_id).unlink(missing_ok=True)
 
     async def expired(self) -> Sequence[str]:
-        """The files whose time is over."""
-        wanted = select(FILES.c.id).where(FILES.c.expires_at <= self.now())
+        """Files whose time is over, some at a time."""
+        wanted = select(FILES.c.id).where(FILES.c.expires_at <= self.now()).limit(EXPIRED_MAX)
         return await self._store.read(lambda connection: list(connection.scalars(wanted)))
 
 
