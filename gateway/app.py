@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.keys import Key
 from gateway.limits import Limits
@@ -15,6 +15,9 @@ from gateway.metrics import Metrics
 from handler import asgi, edge
 from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
 from handler.messages import Call, Headers, Reply, Request
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 
 class Part(Protocol):
@@ -61,12 +64,14 @@ class Gateway:
     keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
+    traces: Traces | None = None
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(self._limited(edge.front(call, cors_origins=cors_origins)))
+            limited = self._limited(edge.front(call, cors_origins=cors_origins))
+            return self._counted(self.traces.follow(limited, _route) if self.traces else limited)
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
@@ -148,6 +153,14 @@ class Gateway:
         return counted
 
 
+def _route(request: Request) -> tuple[str, str] | None:
+    """The pattern of a path that has traces, and its endpoint."""
+    if not (endpoint_id := _endpoint_id(request.path)):
+        return None
+    inner = _label(request.path)
+    return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}"), endpoint_id
+
+
 def _endpoint_id(path: str) -> str:
     _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
     return endpoint_id if top == "v2" else ""
@@ -158,14 +171,14 @@ def _label(path: str) -> str:
     inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
     if not path.startswith("/v2/"):
         return path if path in {"/health", "/metrics"} else "other"
-    inner = _WITH_ID.sub(r"\1/{id}\2", inner)
-    return inner if inner in edge.ROUTES or inner in _LABELS else "other"
+    own = _WITH_ID.sub(r"\1/{id}\2", inner)
+    return own if own in _LABELS else edge.pattern(inner) or "other"
 
 
-_WITH_ID = re.compile(r"^(/v1/(?:models|files|batches))/(?:.+?)(/content|/cancel)?$")
+_WITH_ID = re.compile(r"^(/v1/(?:files|batches))/(?:.+?)(/content|/cancel)?$")
 _LABELS = frozenset(
     {
-        *("/v1/models/{id}", "/v1/files", "/v1/files/{id}", "/v1/files/{id}/content"),
+        *("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content"),
         *("/v1/batches", "/v1/batches/{id}", "/v1/batches/{id}/cancel"),
     }
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gateway.admission import Admission, Tell
+from gateway.admission import Admission
 from gateway.clients import Clients
 from gateway.endpoints_file import Described
 from gateway.metrics import Metrics
@@ -14,7 +15,7 @@ from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.devices import Devices
-from gateway.upstreams.events import Event
+from gateway.upstreams.events import Event, Ready
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.line import Line
 from gateway.upstreams.local import LocalPool
@@ -22,6 +23,9 @@ from gateway.upstreams.pool import Keep, WorkerPool
 from gateway.upstreams.runpod import RunpodPool
 from gateway.usage import Prices
 from handler.messages import Call
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 
 class Site:
@@ -38,12 +42,14 @@ class Site:
         *,
         logs: Path,
         metrics: Metrics,
+        traces: Traces | None,
         clients: Clients,
         tell: Callable[[str, Event], None],
     ) -> None:
         self._command = command
         self._logs = logs
         self._metrics = metrics
+        self._traces = traces
         self._clients = clients
         self._tell = tell
         self._devices = Devices.of_machine(environ)
@@ -63,6 +69,8 @@ class Site:
 
         def tell(event: Event) -> None:
             own.tell(event)
+            if self._traces is not None and isinstance(event, Ready):
+                self._traces.started(event.cold_start, of=described.id)
             self._tell(described.id, event)
 
         keep = Keep(
@@ -94,7 +102,7 @@ class Site:
             queue_timeout_s=settings.queue_timeout_s,
             keep_alive_s=settings.keep_alive_s,
             check=refusals(described),
-            tell=Tell(waited_s=own.held_s.observe, outcome=own.admitted),
+            tell=own.admitted,
         )
 
     def adjust(self, line: Admission, described: Described) -> None:

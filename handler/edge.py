@@ -79,6 +79,12 @@ def allowed(method: str, path: str) -> None:
         raise MethodNotAllowed(method, path, [known])
 
 
+def pattern(path: str) -> str | None:
+    """One of a bounded number of names for the OpenAI route of `path`; None if it is none."""
+    path = _canonical(path)
+    return "/v1/models/{id}" if path.startswith(_MODELS + "/") else path if path in ROUTES else None
+
+
 def _canonical(path: str) -> str:
     return path.rstrip("/")
 

@@ -20,8 +20,10 @@ NEAR = 0.92
 DRAIN_TIMEOUT for DRAIN_TIMEOUT_S is above it, gunicorn's KEEP_ALIVE is not KEEP_ALIVE_S.
 """
 
-ORDINARY = frozenset({"DEVICE_ID", "LOGLEVEL", "SSL_CERT_FILE", "WORKER_CLASS"})
-"""Names of other programs that are nearly one of ours: Ascend, torch, OpenSSL, gunicorn."""
+ORDINARY = frozenset(
+    {"DEVICE_ID", "LOGLEVEL", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "SSL_CERT_FILE", "WORKER_CLASS"}
+)
+"""Names of other programs that are nearly one of ours: Ascend, torch, OpenTelemetry, OpenSSL, gunicorn."""
 
 SOCKET_PATH_BYTES = 107
 """The longest path of a unix socket: `sun_path` in unix(7), less its closing zero."""
@@ -342,4 +344,5 @@ OBJECTS = Kind("`s3://bucket/prefix/`", _objects)
 QUEUE = Kind("the URL of a queue", _queue)
 NAMES = Kind("names of environment variables, separated by commas", _names)
 SOCKET = Kind(f"a path of at most {SOCKET_PATH_BYTES} bytes", _socket)
+URL = Kind("a URL that begins with `http://` or `https://`", matching(r"https?://[^\s/]+\S*"))
 YAML = Kind("a path that ends in `.yaml` or `.yml`", matching(r"(?s).+\.ya?ml"))

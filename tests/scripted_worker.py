@@ -199,12 +199,12 @@ class Actor:
         self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
         await asyncio.Event().wait()
 
-    async def ready(self) -> None:
-        """Serve until told to stop."""
+    async def ready(self, slots: str = "16") -> None:
+        """Serve until told to stop, `slots` requests at once."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._uds)
         listener.listen()  # connections queue up from now on
-        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
+        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=slots)
         self._tell("ready", "")
         await self._server.serve(sockets=[listener])
 

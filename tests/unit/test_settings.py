@@ -76,6 +76,10 @@ def test_worker_defaults() -> None:
         start_failure=None,
         vllm_config_file=None,
         vllm_extra_args=None,
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-worker",
         levers_off=(),
         foreign_names=(),
     )
@@ -100,6 +104,8 @@ def test_gateway_defaults() -> None:
         queue_limit=256,
         queue_timeout_s=300.0,
         start_timeout_s=600.0,
+        jobs_limit=10_000,
+        webhook_hosts=(),
         execution_timeout_s=590.0,
         data_dir=Path("/home/me/.local/share/firsttoken"),
         database_url="sqlite:////home/me/.local/share/firsttoken/gateway.db",
@@ -112,6 +118,10 @@ def test_gateway_defaults() -> None:
         max_body_bytes=32 * 2**20,
         cors_origins=(),
         log_level="INFO",
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+        otel_exporter_otlp_protocol="http/protobuf",
+        otel_service_name="firsttoken-gateway",
         foreign_names=(),
     )
 
