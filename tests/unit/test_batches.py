@@ -153,10 +153,11 @@ class Place:
 
     async def over(self, batch: Mapping[str, Any], key: str = "k1") -> dict[str, Any]:
         """The batch once it is over."""
-        while True:
-            _, found = await self.ask("GET", f"/batches/{batch['id']}", key=key)
-            if found["status"] in {"completed", "failed", "cancelled", "expired"}:
-                return dict(found)
+        async with asyncio.timeout(60):
+            while True:
+                _, found = await self.ask("GET", f"/batches/{batch['id']}", key=key)
+                if found["status"] in {"completed", "failed", "cancelled", "expired"}:
+                    return dict(found)
 
     async def lines(self, file_id: str | None, key: str = "k1") -> list[dict[str, Any]]:
         """The lines of a file of results."""
@@ -478,7 +479,7 @@ async def test_what_was_written_and_not_committed_is_written_anew(place: Place) 
         await place.endpoint.reached["2"].wait()
     row = place.store.read_now(lambda connection: batch_table.one(connection, batch["id"]))
     with (place.folder / row.output_file_id).open("ab") as output:
-        output.write(b'{"half of a li')
+        output.write(b'{"half of a li' * 1000)
     place.endpoint.gates["2"].set()
     async with place.gateway():
         done = await place.over(batch)
