@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Self
 
 from sqlalchemy import Connection
 
 from gateway import batch_table as table
 from gateway import file_store, usage
 from gateway.batch_check import Checked, check
+from gateway.batch_results import Results, made_files
 from gateway.batch_table import Row
 from gateway.clients import permit
 from gateway.endpoint import Endpoint
-from gateway.file_store import File, FileStore, digest, sync_folder, to_the_end
+from gateway.file_store import FileStore, to_the_end
 from gateway.keys import Keys
 from gateway.store import Store
 from gateway.usage import Entry, Prices
@@ -74,7 +73,6 @@ class BatchRun:
         self._turn = turn
         self._model: str | None = row.object["model"]
         self._progress = Progress.load(row.progress) if row.progress else Progress()
-        self._sizes = (row.output_bytes, row.error_bytes)
         self._asker = Asker(self._call, PAUSE_S)
         self._window: Window | None = None
         self._refusal: RequestError | None = None
@@ -159,13 +157,13 @@ class BatchRun:
 
     async def _ask_all(self) -> bool:
         """Work the lines off; whether all are."""
-        with self._source() as source, _Outputs(self._paths(), self._sizes) as outputs:
+        with self._source() as source, Results(self._means.files, self._row) as results:
             items = source.items(self._progress, ())
             window = Window(
                 self._progress,
                 partial(self._read, items),
                 self._ask,
-                partial(self._write, outputs),
+                partial(self._write, results),
                 replace(PACE, most=self._most()),
             )
             self._window = window
@@ -185,7 +183,7 @@ class BatchRun:
             )
 
         await self._change(finalizing)
-        files = await asyncio.to_thread(self._made_files)
+        files = await asyncio.to_thread(made_files, self._means.files, self._row)
         output, errors = files
 
         def how(batch: Batch) -> Batch:
@@ -237,11 +235,11 @@ class BatchRun:
         places = self._endpoint.capacity if self._endpoint else 0
         return places + max(1, places // 4)
 
-    async def _write(self, outputs: _Outputs, part: Part) -> None:
-        await to_the_end(self._commit(outputs, part))
+    async def _write(self, results: Results, part: Part) -> None:
+        await to_the_end(self._commit(results, part))
 
-    async def _commit(self, outputs: _Outputs, part: Part) -> None:
-        sizes = await asyncio.to_thread(outputs.append, b"".join(part.outputs), b"".join(part.errors))
+    async def _commit(self, results: Results, part: Part) -> None:
+        sizes = await asyncio.to_thread(results.append, b"".join(part.outputs), b"".join(part.errors))
         after, used = part.progress, self._used(part.progress)
         columns = {"progress": after.dump(), "output_bytes": sizes[0], "error_bytes": sizes[1]}
 
@@ -303,27 +301,6 @@ class BatchRun:
             size_bytes = file.seek(0, os.SEEK_END)
             yield Source(fetch, size_bytes, self._row.id, self._means.max_body_bytes)
 
-    def _paths(self) -> tuple[Path, Path]:
-        files = self._means.files
-        return files.path(self._row.output_file_id), files.path(self._row.error_file_id)
-
-    def _made_files(self) -> list[File | None]:
-        row, now = self._row, int(self._means.now)
-        expires_at = None if row.expires_in_s is None else now + row.expires_in_s
-        made: list[File | None] = []
-        for path, what in zip(self._paths(), ("output", "error"), strict=True):
-            size_bytes, sha256 = digest(path)
-            if not size_bytes:
-                path.unlink()
-                made.append(None)
-                continue
-            name = f"{row.id}_{what}.jsonl"
-            made.append(
-                File(path.name, row.key_id, "batch_output", name, size_bytes, sha256, now, expires_at)
-            )
-        sync_folder(self._paths()[0].parent)
-        return made
-
     @property
     def _endpoint(self) -> Endpoint | None:
         """The endpoint that is asked, None while it is gone: the next reload may bring it back."""
@@ -337,41 +314,3 @@ class BatchRun:
         if endpoint := self._endpoint:
             permit(self._means.keys.of(self._row.key_id), request, endpoint.model_id)
             endpoint.refuse(request)
-
-
-class _Outputs:
-    """The two files that a batch writes, of which `sizes` count; what is behind is cut off.
-
-    Raises `FileNotFoundError` where there is less than that.
-    """
-
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-        self._paths = paths
-        self._sizes = list(sizes)
-        self._files: list[BinaryIO] = []
-
-    def __enter__(self) -> Self:
-        for path, size_bytes in zip(self._paths, self._sizes, strict=True):
-            path.touch(mode=0o600)
-            file = path.open("r+b")
-            self._files.append(file)
-            if file.seek(0, os.SEEK_END) < size_bytes:
-                self.__exit__()
-                raise FileNotFoundError(path)
-            file.truncate(size_bytes)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-
-    def append(self, *pieces: bytes) -> tuple[int, ...]:
-        """Write a piece for each file; returns their sizes, all of it on the disk."""
-        for number, (file, piece) in enumerate(zip(self._files, pieces, strict=True)):
-            if piece:
-                file.seek(self._sizes[number])
-                file.write(piece)
-                file.flush()
-                os.fdatasync(file.fileno())
-                self._sizes[number] += len(piece)
-        return tuple(self._sizes)

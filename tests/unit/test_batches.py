@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from gateway import batch_run, batch_runs, batch_table, usage
+from gateway import batch_results, batch_runs, batch_table, usage
 from gateway.batch_run import Means
 from gateway.batch_runs import BatchRuns
 from gateway.batches import Batches
@@ -517,7 +517,7 @@ async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch:
     """It is tried again, and nothing is lost or counted twice."""
     monkeypatch.setattr(batch_runs, "AGAIN_S", 0.0)
     failures = [OSError(28, "No space left on device")] * 3
-    real = batch_run._Outputs.append
+    real = batch_results.Results.append
 
     def full(self: Any, *pieces: bytes) -> tuple[int, ...]:
         written = real(self, *pieces)
@@ -525,7 +525,7 @@ async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch:
             raise failures.pop()
         return written
 
-    monkeypatch.setattr(batch_run._Outputs, "append", full)
+    monkeypatch.setattr(batch_results.Results, "append", full)
     batch = await running.over(await running.create(*(line(str(n)) for n in range(9))))
     assert failures == []
     assert texts(await running.lines(batch["output_file_id"])) == [str(n) for n in range(9)]
