@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-criu test-image judge-vllm judge-openai \
+.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
         bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
 
 help: ## This list
@@ -51,6 +51,10 @@ types: ## mypy, strict
 test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory watched; a minute
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q tests/batch_memory.py
+
+test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q -s tests/gateway_memory.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
