@@ -78,5 +78,5 @@ function fact(name, value) {
   if (typeof value === "object") return JSON.stringify(value);
   if (typeof value !== "number") return String(value);
   if (name.endsWith("_bytes")) return bytes(value);
-  return name.endsWith("_s") ? seconds(value) : count(value);
+  return name.endsWith("_s") && !name.endsWith("_per_s") ? seconds(value) : count(value);
 }

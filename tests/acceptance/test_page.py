@@ -131,9 +131,12 @@ async def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(tmp_path: Path,
         worker = await started(program)
         async with page_of(program, browser) as page:
             text, stop = last_answer(page).locator(".text"), page.get_by_role("button", name="Stop")
+            note = page.locator("[data-note]")
+            await page.get_by_role("link", name="Chat", exact=True).click()
             await say(page, "Hello")
             await expect(text).to_have_text(HOSTILE)
             await expect(stop).to_be_visible()
+            await expect(note).to_have_text(re.compile("^1 worker ready, 1 of "))
             worker.open("middle")
             await expect(text).to_have_text(f"{HOSTILE} and more")
             await expect(figure(page, "first-token")).to_have_text(re.compile(r"^\d.* m?s$"))
@@ -143,6 +146,7 @@ async def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(tmp_path: Path,
             await expect(figure(page, "speed")).to_have_text(re.compile(r"^[\d,.]+ tokens/s$"))
             await expect(figure(page, "request")).to_have_text(re.compile("^req_"))
             await expect(stop).to_be_hidden()
+            await expect(note).to_have_text(re.compile("^1 worker ready, 0 of "))
 
             await say(page, "Tell me a story")
             await expect(text).to_have_text("Once upon")
