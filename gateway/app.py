@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.keys import Key
 from gateway.limits import Limits
@@ -14,6 +15,9 @@ from gateway.metrics import Metrics
 from handler import asgi, edge
 from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
 from handler.messages import Call, Headers, Reply, Request
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 
 class Part(Protocol):
@@ -37,6 +41,18 @@ class Doorkeeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """A call that reads the body of its request by itself (`Request.pieces`), at most `max_bytes` of it."""
+
+    call: Call
+    max_bytes: int
+
+    def __call__(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        """Answer `request`."""
+        return self.call(request)
+
+
+@dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
@@ -48,18 +64,24 @@ class Gateway:
     keys: Doorkeeper
     metrics: Metrics
     limits: Limits = field(default_factory=Limits)
+    traces: Traces | None = None
 
     def app(self, *, max_body_bytes: int, cors_origins: Sequence[str]) -> asgi.App:
         """The ASGI application. Whom it refuses, it refuses before reading the body."""
 
         def front(call: Call) -> Call:
-            return self._counted(self._limited(edge.front(call, cors_origins=cors_origins)))
+            limited = self._limited(edge.front(call, cors_origins=cors_origins))
+            return self._counted(self.traces.follow(limited, _route) if self.traces else limited)
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
-    def check(self, request: Request) -> None:
-        """Raise the `RequestError` that `request` gets whatever its body says."""
-        self._find(self._known(request))
+    def check(self, request: Request) -> int | None:
+        """Raise the `RequestError` that `request` gets whatever its body says.
+
+        Returns how many bytes its call will read by itself; None: it is given the body.
+        """
+        found = self._find(self._known(request))
+        return found.max_bytes if isinstance(found, Reads) else None
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
@@ -131,6 +153,14 @@ class Gateway:
         return counted
 
 
+def _route(request: Request) -> tuple[str, str] | None:
+    """The pattern of a path that has traces, and its endpoint."""
+    if not (endpoint_id := _endpoint_id(request.path)):
+        return None
+    inner = _label(request.path)
+    return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}"), endpoint_id
+
+
 def _endpoint_id(path: str) -> str:
     _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
     return endpoint_id if top == "v2" else ""
@@ -139,14 +169,18 @@ def _endpoint_id(path: str) -> str:
 def _label(path: str) -> str:
     """One of a bounded number of names for the route of `path`."""
     inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
-    if path.startswith("/v2/"):
-        return (
-            inner
-            if inner in edge.ROUTES
-            else "/v1/models/{id}"
-            if inner.startswith("/v1/models/")
-            else "other"
-        )
     if path == "/" or path.startswith("/page/"):
         return "page"
-    return path if path in {"/health", "/metrics"} else "other"
+    if not path.startswith("/v2/"):
+        return path if path in {"/health", "/metrics"} else "other"
+    own = _WITH_ID.sub(r"\1/{id}\2", inner)
+    return own if own in _LABELS else edge.pattern(inner) or "other"
+
+
+_WITH_ID = re.compile(r"^(/v1/(?:files|batches))/(?:.+?)(/content|/cancel)?$")
+_LABELS = frozenset(
+    {
+        *("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content"),
+        *("/v1/batches", "/v1/batches/{id}", "/v1/batches/{id}/cancel"),
+    }
+)

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -80,13 +80,22 @@ class Metering:
     """The answers that are on their way, and what was counted of them.
 
     Open it (`async with`) before the first request: what a killed gateway left is counted then. `instance`
-    names this gateway among those that share a database.
+    names this gateway among those that share a database. `tell` hears of each answer, once.
     """
 
-    def __init__(self, store: Store, keys: Keys, limits: Limits, *, instance: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        limits: Limits,
+        *,
+        instance: str | None = None,
+        tell: Callable[[Entry], None] = lambda _: None,
+    ) -> None:
         self._store = store
         self._keys = keys
         self._limits = limits
+        self._tell = tell
         self._instance = instance or secrets.token_hex(8)
         self._open: set[_Open] = set()
         self._failed: deque[tuple[_Open, Entry]] = deque()
@@ -180,6 +189,7 @@ class Metering:
         self._open.remove(one)
         if (entry := one.entry()) is None:
             return None
+        self._tell(entry)
         self._spend(one, entry)
         return self._count(one, entry)
 

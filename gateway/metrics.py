@@ -20,18 +20,21 @@ from prometheus_client.registry import Collector
 from gateway.scrape import SCRAPE_TIMEOUT_S, Target, render, scrape
 from gateway.upstreams import WORKER_STATES
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed
+from gateway.usage import Entry
 from handler import sse
 from handler.messages import Reply
 from handler.phases import own_s
-from handler.usage import Usage
 
 __all__ = ["ADMISSIONS", "CONTENT_TYPE", "EndpointMetrics", "Metrics", "Row"]
 
 PREFIX = "firsttoken_gateway_"
 
-ADMISSIONS = ("at_once", "waited", "full", "expired", "refused", "left")
+ADMISSIONS = ("at_once", "waited", "full", "late", "refused", "left")
 """How it ended for who wanted a worker: asked at once or after a wait; turned away because too many
 waited, because its turn did not come in time, or because no worker can come; or left while it waited."""
+
+LIVING = tuple(state for state in WORKER_STATES if state not in {"ended", "failed"})
+"""The states of workers that are there; the status lists some that were."""
 
 PHASES_MAX = 64
 """How many names of phases an endpoint counts by; what a worker names beyond them is `other`."""
@@ -62,7 +65,7 @@ STATE: tuple[Row, ...] = (
         ("endpoint",),
         "Requests that the ready workers work on at once, in all.",
     ),
-    Row(PREFIX + "workers", "gauge", ("endpoint", "state"), "Workers by the state they are in."),
+    Row(PREFIX + "workers", "gauge", ("endpoint", "state"), "Workers that live, by the state they are in."),
     Row(PREFIX + "jobs", "gauge", ("endpoint", "state"), "Jobs by their state."),
 )
 """What is read from the endpoints' status."""
@@ -112,7 +115,7 @@ class Metrics:
         self.admissions = self._counter(
             "admissions",
             "How it ended for who wanted a worker: asked `at_once`, `waited`, turned away (`full`, "
-            "`expired`, `refused`: no worker can come), or `left` meanwhile.",
+            "`late`, `refused`: no worker can come), or `left` meanwhile.",
             "endpoint",
             "outcome",
         )
@@ -190,6 +193,13 @@ class Metrics:
         """Those of the endpoint if there ever was one of that id, else of none: clients make up ids."""
         return self._endpoints.get(endpoint_id) or self.endpoint("")
 
+    def used(self, entry: Entry) -> None:
+        """Count what an answer has used, as it is put on an account."""
+        labels = (entry.endpoint_id, entry.model)
+        self.prompt_tokens.labels(*labels).inc(entry.prompt_tokens)
+        self.completion_tokens.labels(*labels).inc(entry.completion_tokens)
+        self.cost.labels(*labels).inc(entry.cost_nano / 1e9)
+
     async def exposition(self) -> bytes:
         """Everything in Prometheus' text format, ready workers included.
 
@@ -258,20 +268,11 @@ class EndpointMetrics:
             self._phases.add(name)
         return name if name in self._phases else "other"
 
-    def admitted(self, outcome: str) -> None:
+    def admitted(self, outcome: str, waited_s: float = 0.0) -> None:
         """Count how it ended for who wanted a worker: one of `ADMISSIONS`."""
         self._metrics.admissions.labels(self.endpoint_id, outcome).inc()
-
-    def count(self, usage: Usage) -> None:
-        """Count what one answer has cost, by its own word."""
-        self.used(usage.model, usage.prompt_tokens, usage.completion_tokens)
-
-    def used(self, model: str, prompt_tokens: int, completion_tokens: int, cost: float = 0.0) -> None:
-        """Count the tokens of one answer."""
-        metrics, labels = self._metrics, (self.endpoint_id, model)
-        metrics.prompt_tokens.labels(*labels).inc(prompt_tokens)
-        metrics.completion_tokens.labels(*labels).inc(completion_tokens)
-        metrics.cost.labels(*labels).inc(cost)
+        if outcome != "at_once":
+            self.held_s.observe(waited_s)
 
     def count_runpod_jobs(self, what: str, number: int = 1) -> None:
         """Count what happened to jobs of RunPod's SDK."""
@@ -315,10 +316,9 @@ class _State(Collector):
             of = status["id"]
             waiting.add_metric([of], status.get("waiting", 0))
             capacity.add_metric([of], status.get("capacity", 0))
-            states = Counts(dict.fromkeys(WORKER_STATES, 0))
-            states.update(worker["state"] for worker in status.get("workers", ()))
-            for state, count in states.items():
-                workers.add_metric([of, state], count)
+            states = Counts(worker["state"] for worker in status.get("workers", ()))
+            for state in LIVING:
+                workers.add_metric([of, state], states[state])
             for state, count in status.get("jobs", {}).items():
                 jobs.add_metric([of, state], count)
         return families

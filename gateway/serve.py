@@ -10,20 +10,29 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from typing import Any
 
-from gateway import door, key_table
+from gateway import batch_table, door, key_table
 from gateway.admin import Admin
 from gateway.alone import alone
 from gateway.app import Gateway, Part
+from gateway.batch_run import Means
+from gateway.batch_runs import BatchRuns
+from gateway.batches import Batches
 from gateway.clients import Clients
 from gateway.console import Address, Console
 from gateway.control import Control
-from gateway.endpoints import Endpoints
+from gateway.endpoints import Changes, Endpoints
 from gateway.endpoints_file import Description, describe
+from gateway.file_store import FileStore
+from gateway.files import Files
+from gateway.jobs import Jobs
+from gateway.jobs.account import Account
+from gateway.jobs.routes import JobRoutes, worker_counts
+from gateway.jobs.webhooks import Allowed, Webhooks
 from gateway.key_table import Following
 from gateway.keys import Keys
 from gateway.limits import Limits
@@ -39,6 +48,8 @@ from gateway.store import Store
 from gateway.upstreams import folder
 from gateway.upstreams.events import Event, StartFailed, Starting
 from gateway.upstreams.pool import KILL_GRACE_S
+from gateway.usage import Prices
+from handler import traces
 from handler.errors import BadSettings, NotAdmitted
 from handler.listener import listen
 from handler.server import Server, config
@@ -54,6 +65,7 @@ async def serve(
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
+    traced = traces.open(settings)
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),
@@ -66,12 +78,13 @@ async def serve(
         following = Following(keys, store)
         await following.look()
         console = Console(_addresses(settings, description, listener, made), sys.stdout, sys.stderr)
-        async with Metering(store, keys, limits) as metering:
+        async with Metering(store, keys, limits, tell=metrics.used) as metering:
             site = Site(
                 worker,
                 environ,
                 logs=settings.data_dir / "logs",
                 metrics=metrics,
+                traces=traced,
                 clients=Clients(keys, limits, metering),
                 tell=lambda endpoint_id, event: running.tell(endpoint_id, event),  # noqa: PLW0108 - made below
             )
@@ -80,8 +93,29 @@ async def serve(
                 lambda: [endpoint.status() for endpoint in endpoints.values()],
                 partial(_targets, endpoints),
             )
-            control = Control(endpoints)
+            account = Account(keys, limits, partial(_terms, endpoints))
+            webhooks = Allowed.of(settings.webhook_hosts)
+            jobs = Jobs(
+                store,
+                endpoints,
+                costs=account,
+                limit=settings.jobs_limit,
+                webhooks=Webhooks(store, webhooks),
+                drain_s=settings.drain_timeout_s,
+            )
+            endpoints.listen(partial(_wake, jobs))
+            control = Control(endpoints, jobs.counts)
+            files = FileStore(
+                store,
+                settings.data_dir / "files",
+                max_file_bytes=settings.max_file_bytes,
+                max_stored_bytes=settings.max_stored_bytes,
+            )
+            batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
             parts: list[Part] = [
+                Files(files, endpoints, keys, batch_table.check_delete),
+                Batches(batches, endpoints, keys),
+                JobRoutes(jobs, endpoints, account, webhooks, partial(_workers, endpoints)),
                 OpenAI(endpoints),
                 Admin(store, following),
                 control,
@@ -89,27 +123,34 @@ async def serve(
                 Session(keys, endpoints),
                 Page.open(),
             ]
-            running = Running(settings, console, endpoints, control)
-            async with endpoints, beside(following.run()):
+            stops = [control.stop, jobs.stop_taking, batches.stop]
+            running = Running(settings, console, endpoints, stops)
+            async with endpoints, jobs, batches, beside(following.run()):
                 running.begin(Notifier(environ.get("NOTIFY_SOCKET")))
                 await asyncio.gather(
-                    running.answer(Gateway(parts, keys, metrics, limits), listener),
-                    running.answer(Gateway(parts, door.Owner(), metrics, limits), owners),
+                    running.answer(Gateway(parts, keys, metrics, limits, traced), listener),
+                    running.answer(Gateway(parts, door.Owner(), metrics, limits, traced), owners),
                 )
         console.close()
+        if traced is not None:
+            traced.close()
         return running.exit_code
 
 
 class Running:
-    """A gateway that answers: what it is told meanwhile, and how it stops."""
+    """A gateway that answers: what it is told meanwhile, and how it stops; `stops` hear of that."""
 
     def __init__(
-        self, settings: GatewaySettings, console: Console, endpoints: Endpoints, control: Control
+        self,
+        settings: GatewaySettings,
+        console: Console,
+        endpoints: Endpoints,
+        stops: Sequence[Callable[[], None]],
     ) -> None:
         self._settings = settings
         self._console = console
         self._endpoints = endpoints
-        self._control = control
+        self._stops = stops
         self._notifier = Notifier(None)
         self._servers: list[Server] = []
         self._reloads: set[asyncio.Task[None]] = set()
@@ -154,7 +195,8 @@ class Running:
         self._notifier.stopping()
         for server in self._servers:
             server.should_exit = True
-        self._control.stop()
+        for stop in self._stops:
+            stop()
         self._endpoints.stop_taking()
 
     def interrupt(self) -> None:
@@ -191,6 +233,23 @@ def _again(environ: Mapping[str, str]) -> Description:
     if settings.endpoints_file is None:
         raise BadSettings(["no ENDPOINTS_FILE is set: what the environment says holds until the next start"])
     return description
+
+
+def _wake(jobs: Jobs, changes: Changes) -> None:
+    """Begin what was left for endpoints that are there again."""
+    for endpoint_id in changes.added:
+        jobs.wake(endpoint_id)
+
+
+def _terms(endpoints: Endpoints, endpoint_id: str) -> tuple[str, Prices]:
+    """The model of an endpoint, and what it costs."""
+    settings = endpoints.described(endpoint_id)
+    return settings.model_id, Prices(settings.price_input, settings.price_output)
+
+
+def _workers(endpoints: Endpoints, endpoint_id: str) -> Mapping[str, int]:
+    """The workers of an endpoint, as RunPod counts them."""
+    return worker_counts((view.state, view.in_flight) for view in endpoints[endpoint_id].workers.views)
 
 
 def _targets(endpoints: Endpoints) -> list[Target]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,8 @@ from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
+    HOST,
+    SIZE,
     SWITCH,
     Kind,
     Setting,
@@ -29,6 +32,7 @@ from handler.table import (
     public_name,
     read,
     seconds,
+    size,
     whole,
 )
 from handler.unread import UNREAD
@@ -52,6 +56,14 @@ PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
 
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = [item.strip() for item in value.split(",") if item.strip()]
+    return tuple(str(ip_network(host, strict=False) if "/" in host else HOST.parse(host)) for host in hosts)
+
+
+HOSTS = Kind("names of hosts, addresses, and networks such as `10.0.0.0/8`, separated by commas", _hosts)
+
 KEPT: Table = (
     Setting(
         "DATA_DIR",
@@ -72,7 +84,7 @@ KEPT: Table = (
 )
 """Where the gateway keeps what outlives it: all that a command line beside it needs."""
 
-_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S")}
+_SHARED = {row.name: row for row in rows("API_KEY", "DRAIN_TIMEOUT_S", "OTEL_SERVICE_NAME")}
 
 TABLE: Table = (
     *rows("HOST", "PORT"),
@@ -165,6 +177,21 @@ TABLE: Table = (
         "Below 600, where OpenAI's clients give up.",
     ),
     Setting(
+        "JOBS_LIMIT",
+        "jobs_limit",
+        whole(0, 1_000_000),
+        "10000",
+        "How many jobs may wait at an endpoint, those of batches not counted; one more is a 429 with "
+        "`Retry-After`.",
+    ),
+    Setting(
+        "WEBHOOK_HOSTS",
+        "webhook_hosts",
+        HOSTS,
+        "",
+        "Where webhooks of jobs may lead besides the internet: on this machine or its network.",
+    ),
+    Setting(
         "EXECUTION_TIMEOUT_S",
         "execution_timeout_s",
         seconds(1, 86_400),
@@ -187,7 +214,28 @@ TABLE: Table = (
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
     ),
-    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL", "FOREIGN_NAMES"),
+    Setting(
+        "MAX_FILE_BYTES",
+        "max_file_bytes",
+        SIZE,
+        "512MiB",
+        "The largest file that `/files` takes; more is a 413. A batch's input may have 200 MB at most.",
+    ),
+    Setting(
+        "MAX_STORED_BYTES",
+        "max_stored_bytes",
+        size(1 << 20),
+        "16GiB",
+        "What all files may take together; a file more is a 413 until some are deleted.",
+    ),
+    *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
+    *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    replace(
+        _SHARED["OTEL_SERVICE_NAME"],
+        default="firsttoken-gateway",
+        help="What traces call this gateway. Set, it is the name of its workers too.",
+    ),
+    *rows("FOREIGN_NAMES"),
 )
 
 
@@ -210,6 +258,8 @@ class GatewaySettings:
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
+    jobs_limit: int
+    webhook_hosts: tuple[str, ...]
     start_timeout_s: float
     execution_timeout_s: float
     data_dir: Path
@@ -218,9 +268,15 @@ class GatewaySettings:
     price_output: int
     keep_alive_s: float
     drain_timeout_s: float
+    max_file_bytes: int
+    max_stored_bytes: int
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     foreign_names: tuple[str, ...]
 
     @property

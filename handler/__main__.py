@@ -25,7 +25,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from handler import baked, explain, freeze, logs, machine, model, platforms, readahead
+from handler import baked, explain, freeze, logs, machine, model, platforms, readahead, traces
 from handler.engine import Engine, flag_checks, make_parser
 from handler.errors import BadSettings, StartError, Unfit, UsageError
 from handler.flags import flag_faults
@@ -109,6 +109,7 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, partial(_refuse_and_give_up, platform))
     prepared = fork.prepared_for(settings) if fork else None
+    traced = traces.open(settings)
     try:
         engine = Engine.start(settings, phases, environ, prepared, platform.fit)
         platform.prepare()
@@ -128,6 +129,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         platform.run(engine, phases, notifier)
     finally:
         engine.close()
+        if traced is not None:
+            traced.close()
 
 
 def stay(platform: platforms.Platform, failure: StartError, notifier: Notifier) -> None:

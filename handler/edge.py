@@ -79,6 +79,12 @@ def allowed(method: str, path: str) -> None:
         raise MethodNotAllowed(method, path, [known])
 
 
+def pattern(path: str) -> str | None:
+    """One of a bounded number of names for the OpenAI route of `path`; None if it is none."""
+    path = _canonical(path)
+    return "/v1/models/{id}" if path.startswith(_MODELS + "/") else path if path in ROUTES else None
+
+
 def _canonical(path: str) -> str:
     return path.rstrip("/")
 
@@ -132,7 +138,7 @@ def _cors(request: Request, origins: Sequence[str]) -> Headers:
     asked = request.header("access-control-request-headers") or "authorization, content-type"
     return (
         *headers,
-        ("access-control-allow-methods", "GET, POST, OPTIONS"),
+        ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
         ("access-control-allow-headers", asked),
         ("access-control-max-age", "600"),
     )

@@ -48,6 +48,7 @@ from handler import (
     readahead,
     shortcuts,
     structure,
+    traces,
     tracing,
 )
 from handler.core_thread import ThreadCoreClient
@@ -287,7 +288,8 @@ class Engine:
         args, self.mode = ready.args, ready.mode
         self._memories = ready.memories
         os.register_at_fork(after_in_child=self._end_start)  # a core in a process of its own lives on
-        heard = tracing.listen(phases) if args.otlp_traces_endpoint is None else None
+        theirs = args.otlp_traces_endpoint not in {None, traces.url(self._settings)}
+        heard = None if theirs else tracing.listen(phases)
         if pulled("gc", self._environ):
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
         self._fit()
@@ -406,7 +408,7 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
         weights = loader.choose(
             settings, accelerator="cuda" if platform.is_cuda() else "rocm" if platform.is_rocm() else None
         )
-        args = read_flags(parser, settings, weights.flags)
+        args = read_flags(parser, settings, [*weights.flags, *traced(environ, settings)])
         inspects = not (on_cpu and pulled("modelinfo", environ))
         lacking = caches.missing(
             environ, inspects=inspects, compiles=not args.enforce_eager, files=readahead.place(environ)
@@ -603,6 +605,14 @@ def accept_compiled_models() -> None:
         return loaded
 
     compiler.load_compiled_function = load_with_end
+
+
+def traced(environ: MutableMapping[str, str], settings: Settings) -> list[str]:
+    """vLLM's flags for spans of its own in the traces that `settings` want."""
+    if (url := traces.url(settings)) is None:
+        return []
+    environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")  # else vLLM speaks gRPC
+    return ["--otlp-traces-endpoint", url]
 
 
 def read_flags(parser: ArgumentParser, settings: Settings, defaults: Sequence[str] = ()) -> Namespace:

@@ -105,7 +105,14 @@ def settings_to_freeze(settings: Settings, *, accelerator: bool) -> Settings:
     rest = dict(settings.rest)
     if accelerator:
         rest.setdefault("ENABLE_SLEEP_MODE", "true")
-    return replace(settings, engine_mode="thread", rest=rest)
+    # Traces are sent by a thread, which a copy would not have.
+    return replace(
+        settings,
+        engine_mode="thread",
+        rest=rest,
+        otel_exporter_otlp_endpoint=None,
+        otel_exporter_otlp_traces_endpoint=None,
+    )
 
 
 def seeded(settings: Settings) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
@@ -18,6 +19,16 @@ Headers = tuple[tuple[str, str], ...]
 
 PATIENCE_S = 590.0
 """How long a client waits that hears nothing: OpenAI's give up after 600 s."""
+
+
+class Trace(Protocol):
+    """Told what becomes of a request, where traces are on (`handler.otel`)."""
+
+    def waited(self, since_s: float) -> None:
+        """It waited for a worker from `since_s` until now."""
+
+    def attempted(self, call: Call) -> Call:
+        """`call`, a worker that is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,8 @@ class Visit:
     """It goes after those for which somebody sits there: a line of a batch, a job that is in no hurry."""
     wait_s: float | None = None
     """How long it may wait in all, if whoever asks has said so: no client of HTTP waits for it."""
+    trace: Trace | None = None
+    """None where traces are off."""
 
     def deadline_s(self, timeout_s: float) -> float:
         """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
@@ -61,6 +74,8 @@ class Request:
     body: bytes = b""
     query: str = ""
     visit: Visit = field(default_factory=Visit, compare=False, repr=False)
+    pieces: AsyncIterator[bytes] | None = field(default=None, compare=False, repr=False)
+    """The body as it comes, for a call that reads it by itself; `body` is empty then."""
 
     def header(self, name: str) -> str | None:
         """The first value of `name` (lower case), or None."""

@@ -36,6 +36,7 @@ from handler.table import (
     SOCKET,
     SWITCH,
     TEXT,
+    URL,
     YAML,
     Setting,
     Table,
@@ -306,6 +307,34 @@ TABLE: Table = (
         "Where to say `READY=1`, as sd_notify(3) does. systemd and the gateway set it.",
     ),
     Setting(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "otel_exporter_otlp_endpoint",
+        URL,
+        None,
+        "Where OpenTelemetry's collector is: traces are posted to `/v1/traces` below it. Not set: none.",
+    ),
+    Setting(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "otel_exporter_otlp_traces_endpoint",
+        URL,
+        None,
+        "The whole URL that traces are posted to, if it is another.",
+    ),
+    Setting(
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "otel_exporter_otlp_protocol",
+        choice("http/protobuf"),
+        "http/protobuf",
+        "How traces are posted.",
+    ),
+    Setting(
+        "OTEL_SERVICE_NAME",
+        "otel_service_name",
+        NAME,
+        "firsttoken-worker",
+        "What traces call this worker.",
+    ),
+    Setting(
         "SHARED_BY",
         "shared_by",
         whole(1, 1024),
@@ -339,6 +368,8 @@ ENGINE_FIELDS = (
     "engine_mode",
     "vllm_config_file",
     "vllm_extra_args",
+    "otel_exporter_otlp_endpoint",
+    "otel_exporter_otlp_traces_endpoint",
     "levers_off",
 )
 """What of the settings the engine is made of, beside the flags of vLLM."""
@@ -393,6 +424,10 @@ class Settings:
     start_failure: str | None
     vllm_config_file: str | None
     vllm_extra_args: str | None = field(repr=False)
+    otel_exporter_otlp_endpoint: str | None
+    otel_exporter_otlp_traces_endpoint: str | None
+    otel_exporter_otlp_protocol: str
+    otel_service_name: str
     levers_off: tuple[str, ...]
     foreign_names: tuple[str, ...]
     notes: tuple[str, ...] = ()

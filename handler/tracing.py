@@ -19,7 +19,7 @@ from handler.phases import Span as Phase
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import ReadableSpan, Span
+    from opentelemetry.sdk.trace import ReadableSpan, Span, TracerProvider
 
 NAMES = {
     "Executor init": "executor",
@@ -46,12 +46,11 @@ PIPE_BYTES = 64 * 1024
 def listen(phases: Phases) -> Callable[[], None]:
     """Have vLLM's spans become phases, until what is returned is called: the start is over.
 
-    Does nothing without OpenTelemetry. Not to be called where the user sends traces somewhere:
-    a process has one provider.
+    Does nothing without OpenTelemetry. Not to be called where vLLM is to set a provider of its own, for
+    a process has one: that of `handler.otel`, where there is one, is listened to.
     """
     try:
-        from opentelemetry import trace  # noqa: PLC0415 - comes with vLLM, which may not be there
-        from opentelemetry.sdk.trace import SpanProcessor, TracerProvider  # noqa: PLC0415
+        from opentelemetry.sdk.trace import SpanProcessor  # noqa: PLC0415 - comes with vLLM, if that is there
     except ImportError:
         return lambda: None
 
@@ -76,9 +75,7 @@ def listen(phases: Phases) -> Callable[[], None]:
                 with suppress(OSError):  # who should hear it has gone on
                     os.write(told, json.dumps(astuple(phase)).encode() + b"\n")
 
-    provider = TracerProvider()
-    provider.add_span_processor(Listener())
-    trace.set_tracer_provider(provider)
+    _provider().add_span_processor(Listener())
 
     def end() -> None:
         with suppress(BlockingIOError):
@@ -88,3 +85,15 @@ def listen(phases: Phases) -> Callable[[], None]:
         os.close(told)
 
     return end
+
+
+def _provider() -> TracerProvider:
+    """That of this process, from now on if it had none."""
+    from opentelemetry import trace  # noqa: PLC0415 - as above
+    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    found = trace.get_tracer_provider()
+    assert isinstance(found, TracerProvider), "it was set"
+    return found

@@ -65,6 +65,8 @@ NOT_SHOWN = frozenset(
         *("SQS_QUEUE_URL", "BATCH_INPUT", "BATCH_OUTPUT", "BATCH_TABLE"),  # of Lambda and SQS
         *("LIFELINE_FD", "NOTIFY_SOCKET"),  # for a parent process
         "VERIFY_WEIGHTS",  # for a model in an image of one's own
+        *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),  # a job has no trace
+        *("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME"),
         *("LEVERS_OFF", "FOREIGN_NAMES"),  # for measurements, for environments that others share
     }
 )

@@ -23,7 +23,7 @@ from typing import Any
 import uvicorn
 
 from handler.supervision import watch_lifeline
-from tests.scripted_app import Script, ScriptedApp
+from tests.scripted_app import Script, ScriptedApp, echo
 
 COMMAND = (sys.executable, "-m", "tests.scripted_worker")
 COLD_START = {
@@ -39,7 +39,8 @@ COLD_START = {
     ],
 }
 
-Scripts = Mapping[str, Script | Sequence[Script]]
+Scripts = Mapping[str, Script | Sequence[Script] | None]
+"""What is answered, by route; for None `tests.scripted_app.echo`."""
 READY: tuple[tuple[str, ...], ...] = (("status", "loading weights"), ("ready",))
 """A start that works: what the worker says, waits for, or dies of, in order."""
 
@@ -115,7 +116,10 @@ class Director:
             hello = json.loads(await reader.readline())
             worker = Worker(hello["pid"], hello["env"], writer)
             start, scripts = self._plays.pop(0)
-            play = {"start": start, "scripts": {r: _dump(s) for r, s in scripts.items()}}
+            play = {
+                "start": start,
+                "scripts": {r: None if s is None else _dump(s) for r, s in scripts.items()},
+            }
             writer.write(json.dumps(play).encode() + b"\n")
             self._workers.put_nowait(worker)
             while line := await reader.readline():
@@ -145,7 +149,9 @@ class Actor:
         self._writer = writer
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.connect(environ["NOTIFY_SOCKET"])
-        self.app = ScriptedApp(scripts, tell=self._tell)
+        played = {route: script for route, script in scripts.items() if script is not None}
+        makes = dict.fromkeys(scripts.keys() - played.keys(), echo)
+        self.app = ScriptedApp(played, makes=makes, remembers=not makes, tell=self._tell)
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
             self.app,
@@ -204,12 +210,12 @@ class Actor:
         self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
         await asyncio.Event().wait()
 
-    async def ready(self) -> None:
-        """Serve until told to stop."""
+    async def ready(self, slots: str = "16") -> None:
+        """Serve until told to stop, `slots` requests at once."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._uds)
         listener.listen()  # connections queue up from now on
-        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
+        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=slots)
         self._tell("ready", "")
         await self._server.serve(sockets=[listener])
 
@@ -220,7 +226,10 @@ async def work(environ: Mapping[str, str]) -> None:
     reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())
-    scripts = {route: [Script.load(script) for script in dumped] for route, dumped in play["scripts"].items()}
+    scripts = {
+        route: dumped and [Script.load(script) for script in dumped]
+        for route, dumped in play["scripts"].items()
+    }
     actor = Actor(environ, writer, scripts)
 
     async def obey() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -13,6 +13,9 @@ from handler.auth import Keyring
 from handler.errors import NoSuchRoute, json_reply
 from handler.messages import Call, Reply, Request, once
 from handler.settings import Settings
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
 
 PROBES = ("/health", "/ready", "/ping")
 """Answered without a key; they say nothing but yes or no."""
@@ -32,8 +35,12 @@ def application(
     state: State,
     registry: CollectorRegistry,
     front: Front = lambda call: call,
+    followed: Traces | None = None,
 ) -> asgi.App:
-    """`call` behind the key, with the probes and `/metrics`; `front` is outermost on every answer."""
+    """`call` behind the key, with the probes and `/metrics`; `front` is outermost on every answer.
+
+    Requests of OpenAI routes are `followed`.
+    """
     guarded = settings.auth and settings.api_key and not settings.uds  # a unix socket has an owner
     keys = Keyring.of(settings.api_key) if guarded and settings.api_key else None
 
@@ -51,13 +58,11 @@ def application(
             async with call(request) as reply:
                 yield reply
 
-    fronted = partial(edge.front, cors_origins=settings.cors_origins)
-    return asgi.serve(
-        answered,
-        max_body_bytes=settings.max_body_bytes,
-        check=check,
-        front=lambda inner: front(fronted(inner)),
-    )
+    def fronted(inner: Call) -> Call:
+        outer = front(edge.front(inner, cors_origins=settings.cors_origins))
+        return followed.follow(outer, _route) if followed else outer
+
+    return asgi.serve(answered, max_body_bytes=settings.max_body_bytes, check=check, front=fronted)
 
 
 def probes(state: State, *, max_body_bytes: int) -> asgi.App:
@@ -72,6 +77,11 @@ def probes(state: State, *, max_body_bytes: int) -> asgi.App:
         yield _probed(request, state())
 
     return asgi.serve(answered, max_body_bytes=max_body_bytes, check=check, front=edge.front)
+
+
+def _route(request: Request) -> tuple[str, str] | None:
+    pattern = edge.pattern(request.path)
+    return None if pattern is None else (pattern, "")
 
 
 def _is_probe(request: Request) -> bool:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from handler import edge, metrics, slots
+from handler import edge, metrics, slots, traces
 from handler.bridge import across
 from handler.drain import RETRY_AFTER_S, Drain
 from handler.engine import Engine
@@ -92,7 +92,7 @@ class Http:
         if self._lobby is not None:
             self._lobby.admit(
                 across(server.call, engine.loop),
-                cold_start_s=phases.total_s or 0.0,
+                phases.report(),
                 state=server.state,
             )
         notifier.ready(phases.report(), self._settings.max_concurrency or engine.capacity())
@@ -147,7 +147,9 @@ class _Server:
 
     async def serve(self, listener: socket.socket, notifier: Notifier) -> None:
         """Answer requests until `stop`, then finish what runs."""
-        app = door.application(self.call, self._settings, self.state, self._registry)
+        app = door.application(
+            self.call, self._settings, self.state, self._registry, followed=traces.here(self._settings)
+        )
         server = Server(config(app))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()

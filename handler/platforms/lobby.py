@@ -12,16 +12,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import uvicorn
 import uvloop
 from prometheus_client import REGISTRY
 
-from handler import early, edge
+from handler import early, edge, traces
 from handler.admission import Admission
 from handler.errors import NotAdmitted
 from handler.listener import close_copies
@@ -67,7 +68,10 @@ class Lobby:
         self._listening = threading.Event()
         # A descriptor of its own: the engine's server goes on with the other one.
         self._sockets = [listener.dup()]
-        app = door.application(self._admission.call, settings, self._state, REGISTRY, _last)
+        self._traces = traces.here(settings)
+        app = door.application(
+            self._admission.call, settings, self._state, REGISTRY, _last, followed=self._traces
+        )
         self._door = _Door(config(app), self._listening.set)
         self._servers: list[Server] = [self._door]
         if health is not None:
@@ -85,13 +89,16 @@ class Lobby:
         os.register_at_fork(after_in_child=lambda: close_copies(self._inherited, ports))
         self._thread.start()
 
-    def admit(self, call: Call, *, cold_start_s: float, state: door.State) -> None:
+    def admit(self, call: Call, cold_start: Mapping[str, Any], *, state: door.State) -> None:
         """The engine is there: answer who waits with `call`, and let nobody else in.
 
-        `call` answers on the lobby's loop (see `handler.bridge`). `state` is that of what it serves.
+        `call` answers on the lobby's loop (see `handler.bridge`). `cold_start` is its report
+        (`Phases.report`), `state` that of what it serves.
         """
         self._served = state
-        self._do(partial(self._coming.arrive, call, cold_start_s))
+        if self._traces is not None:
+            self._do(partial(self._traces.started, cold_start))
+        self._do(partial(self._coming.arrive, call, cold_start["total_s"] or 0.0))
         self._do(self._door.shut)
 
     def refuse(self, error: Callable[[], NotAdmitted]) -> None:

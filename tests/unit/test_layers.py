@@ -19,9 +19,11 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"__main__", "healthcheck"},
     {"freezable", "platforms", "warm"},
     {"engine"},
+    {"batch_ask", "batch_object", "batch_source", "batch_window"},
+    {"batch_lines"},
     {"edge", "server"},
     {"asgi"},
-    {"admission", "slots"},
+    {"admission", "slots", "traces"},
     {
         "baked",
         "caches",
@@ -35,6 +37,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "loader",
         "metrics",
         "model",
+        "otel",
         "prerequisites",
         "usage",
         "waiting",
@@ -139,6 +142,7 @@ def test_the_gateway_needs_neither_engine_nor_more_than_its_dependencies() -> No
     }
     declared |= {"yarl"}  # aiohttp's own, and in its interface
     declared |= {"boto3", "botocore"}  # once a model is in S3, and whoever lacks them is told
+    declared |= {"opentelemetry"}  # once traces are on, and so
     seen: set[Path] = set()
     todo = sorted((ROOT / "gateway").rglob("*.py"))
     while todo:

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.metrics import Metrics
 from gateway.scrape import Target, render, scrape
 from gateway.upstreams.events import Ended, Ready, StartFailed
+from gateway.usage import Entry
 from handler.errors import UpstreamFailed
 from handler.messages import Call, Reply, Request, once
-from handler.usage import Usage
 
 WORKER = b"""\
 # HELP vllm:num_requests_running Number of requests.
@@ -157,7 +157,7 @@ async def test_state_is_what_the_endpoints_say_now() -> None:
         "id": "a",
         "waiting": 3,
         "capacity": 16,
-        "workers": [{"state": "ready"}, {"state": "ready"}, {"state": "starting"}],
+        "workers": [{"state": state} for state in ("ready", "ready", "starting", "ended", "failed")],
         "jobs": {"IN_QUEUE": 5},
     }
     statuses = [status]
@@ -166,9 +166,10 @@ async def test_state_is_what_the_endpoints_say_now() -> None:
     assert found[of("firsttoken_gateway_queue_depth", endpoint="a")] == 3
     assert found[of("firsttoken_gateway_capacity", endpoint="a")] == 16
     assert found[of("firsttoken_gateway_jobs", endpoint="a", state="IN_QUEUE")] == 5
-    states = {"ready": 2, "starting": 1, "leaving": 0, "failed": 0}
-    for state, count in states.items():
-        assert found[of("firsttoken_gateway_workers", endpoint="a", state=state)] == count
+    states = {
+        dict(labels)["state"]: count for (name, labels), count in found.items() if name.endswith("_workers")
+    }
+    assert states == {"ready": 2, "starting": 1, "retiring": 0, "leaving": 0}
     statuses.clear()
     assert of("firsttoken_gateway_queue_depth", endpoint="a") not in series(
         (await metrics.exposition()).decode()
@@ -213,12 +214,14 @@ async def test_names_of_phases_are_bounded() -> None:
 async def test_tokens_and_admissions_are_counted_by_endpoint() -> None:
     """By the answers' own word."""
     metrics = Metrics()
-    metrics.endpoint("a").count(Usage("m", 10, 5))
-    metrics.endpoint("a").admitted("at_once")
-    metrics.endpoint("a").admitted("waited")
-    metrics.endpoint("a").held_s.observe(2.0)
+    own = metrics.endpoint("a")
+    metrics.used(Entry("key_1", "a", "m", 10, 5, cost_nano=2_500_000_000))
+    own.admitted("at_once")
+    own.admitted("waited", 2.0)
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_prompt_tokens_total", endpoint="a", model="m")] == 10
     assert found[of("firsttoken_gateway_completion_tokens_total", endpoint="a", model="m")] == 5
+    assert found[of("firsttoken_gateway_cost_total", endpoint="a", model="m")] == 2.5
+    assert found[of("firsttoken_gateway_admissions_total", endpoint="a", outcome="full")] == 0
     assert found[of("firsttoken_gateway_held_seconds_count", endpoint="a")] == 1
     assert found[of("firsttoken_gateway_admissions_total", endpoint="a", outcome="at_once")] == 1
