@@ -48,7 +48,8 @@ function two(total, large, largeName, small, smallName) {
 }
 
 /** A duration that is still growing: whole seconds, so that it does not flicker. */
-export const elapsed = (value) => (value < 1 ? "0 s" : value < 60 ? `${Math.floor(value)} s` : seconds(Math.floor(value)));
+export const elapsed = (value) =>
+  value < 1 ? "0 s" : value < 60 ? `${Math.floor(value)} s` : seconds(Math.floor(value));
 
 /**
  * How far away a moment is: "just now", "5 min ago", "in 3 d".
