@@ -80,10 +80,16 @@ class Worker:
 
 
 class Director:
-    """Listens at `path`; gives the nth worker the nth of `plays`, and keeps those that came."""
+    """Listens at `path`; gives the nth worker the nth of `plays`, and keeps those that came.
 
-    def __init__(self, path: Path, *plays: tuple[Sequence[Sequence[str]], Scripts]) -> None:
+    With `repeat` workers play the last script of a route again and again.
+    """
+
+    def __init__(
+        self, path: Path, *plays: tuple[Sequence[Sequence[str]], Scripts], repeat: bool = False
+    ) -> None:
         self.path = path
+        self._repeat = repeat
         self._plays = list(plays)
         self._workers: asyncio.Queue[Worker] = asyncio.Queue()
         self._handlers: set[asyncio.Task[None]] = set()
@@ -108,6 +114,10 @@ class Director:
         """How many plays no worker came for."""
         return len(self._plays)
 
+    def play_for(self, _: Worker) -> tuple[Sequence[Sequence[str]], Scripts]:
+        """What the worker that has come is to do."""
+        return self._plays.pop(0)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -115,10 +125,11 @@ class Director:
         try:
             hello = json.loads(await reader.readline())
             worker = Worker(hello["pid"], hello["env"], writer)
-            start, scripts = self._plays.pop(0)
+            start, scripts = self.play_for(worker)
             play = {
                 "start": start,
                 "scripts": {r: None if s is None else _dump(s) for r, s in scripts.items()},
+                "repeat": self._repeat,
             }
             writer.write(json.dumps(play).encode() + b"\n")
             self._workers.put_nowait(worker)
@@ -144,14 +155,18 @@ class _Server(uvicorn.Server):
 class Actor:
     """The worker itself: starts as its play says, serves its scripts, drains on SIGTERM."""
 
-    def __init__(self, environ: Mapping[str, str], writer: asyncio.StreamWriter, scripts: Scripts) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], writer: asyncio.StreamWriter, scripts: Scripts, *, repeat: bool
+    ) -> None:
         self._uds = environ.get("UDS", "")
         self._writer = writer
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.connect(environ["NOTIFY_SOCKET"])
         played = {route: script for route, script in scripts.items() if script is not None}
         makes = dict.fromkeys(scripts.keys() - played.keys(), echo)
-        self.app = ScriptedApp(played, makes=makes, remembers=not makes, tell=self._tell)
+        self.app = ScriptedApp(
+            played, repeat=repeat, makes=makes, remembers=not (makes or repeat), tell=self._tell
+        )
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
             self.app,
@@ -230,7 +245,7 @@ async def work(environ: Mapping[str, str]) -> None:
         route: dumped and [Script.load(script) for script in dumped]
         for route, dumped in play["scripts"].items()
     }
-    actor = Actor(environ, writer, scripts)
+    actor = Actor(environ, writer, scripts, repeat=play["repeat"])
 
     async def obey() -> None:
         while line := await reader.readline():
