@@ -9,7 +9,7 @@ PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
-        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
+        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,11 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@[ -e /dev/nvidiactl ] || { echo 'bench-coldstart-gpu: no GPU here, /dev/nvidiactl is missing' >&2; exit 75; }
 	@$(INSTALL) gpu dev
 	@$(PY) -m bench.coldstart_gpu
+
+screenshots: ## Pictures of the page for the docs, of a gateway with the default model; takes a minute
+	@$(INSTALL) $(ENGINE) dev --with-chromium
+	@folder=$$($(PY) -m builder fetch "$(MODEL)") && \
+	MODEL_NAME=$$folder SERVED_MODEL_NAME=$(MODEL) $(PY) -m scripts.screenshots
 
 clean: ## Remove .venv, .venv-aws and what tools left; models in the user's cache folder stay
 	@rm -rf .venv .venv-aws build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
