@@ -14,7 +14,8 @@ import uvloop
 from gateway.commands import chat, check, keys, status, usage
 from gateway.commands import logs as logs_command
 from gateway.endpoints_file import describe
-from gateway.serve import INTERRUPTED, serve
+from gateway.running import INTERRUPTED
+from gateway.serve import serve
 from gateway.settings import UPSTREAMS
 from handler import logs
 from handler.errors import StartError

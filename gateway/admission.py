@@ -11,6 +11,7 @@ from typing import Literal
 
 from gateway.turns import Turn, Turns
 from gateway.upstreams import Pool, WorkerLost
+from handler.admission import with_cold_start
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, retry_after
 from handler.messages import Reply, Request
 from handler.waiting import WAITING_MAX_BYTES, kept_alive
@@ -24,22 +25,9 @@ SERVED_GUESS_S = 5.0
 SERVED_WEIGHT = 0.1
 """What the newest counts in the mean of how long they take: the last twenty or so make it."""
 
-Outcome = Literal["at_once", "waited", "full", "refused", "expired", "left"]
+Outcome = Literal["at_once", "waited", "full", "refused", "late", "left"]
 """What came of a request here: it had a place at once, or its turn after a while; it was refused because too
-many wait or no worker can start; it waited for too long, or its client left. Each has one."""
-
-
-def _nobody(_: object) -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Who hears how many wait, how long each that waited has, and what came of each request."""
-
-    waiting: Callable[[int], None] = _nobody
-    waited_s: Callable[[float], None] = _nobody
-    outcome: Callable[[Outcome], None] = _nobody
+many wait or no worker can start; its turn did not come in time, or its client left. Each has one."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -63,7 +51,8 @@ class Admission:
     background, each until its deadline, `queue_timeout_s` after its arrival (`Visit.deadline_s`). A stream
     that waits gets comments (`handler.waiting.kept_alive`). `check` sees each that would have to wait, and
     raises what the worker is sure to answer it with. A request whose worker went away before it answered goes
-    first to the next one. Who waited for a start hears in `x-cold-start` how many seconds that took.
+    first to the next one. Who waited for a start hears in `x-cold-start` how many seconds that took. `tell`
+    hears what came of each request, and for how many seconds it waited.
 
     Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
     """
@@ -76,8 +65,8 @@ class Admission:
         queue_timeout_s: float,
         keep_alive_s: float,
         limit_bytes: float = WAITING_MAX_BYTES,
-        check: Callable[[Request], None] = _nobody,
-        tell: Tell = Tell(),
+        check: Callable[[Request], None] = lambda _: None,
+        tell: Callable[[Outcome, float], None] = lambda _, __: None,
     ) -> None:
         self._pool = pool
         self._turns: Turns[_Waiter] = Turns(limit=limit, limit_bytes=limit_bytes)
@@ -97,7 +86,7 @@ class Admission:
         limit: int,
         queue_timeout_s: float,
         keep_alive_s: float,
-        check: Callable[[Request], None] = _nobody,
+        check: Callable[[Request], None],
     ) -> None:
         """Keep to these from now on. Who waits already is not turned away for it."""
         self._turns.rebound(limit)
@@ -115,7 +104,8 @@ class Admission:
         """Answer `request` (a `handler.messages.Call`)."""
         tries = 0
         if self._has_place(request):
-            self._tell.outcome("at_once")
+            self._tell("at_once", 0.0)
+            request.visit.taken()
             began_s, answered = self._loop.time(), False
             try:
                 async with self._ask(request) as reply:
@@ -151,6 +141,7 @@ class Admission:
                     if trace := request.visit.trace:
                         trace.waited(waiter.began_s)
                 request = replace(request, visit=replace(request.visit, admitted=True))
+                request.visit.taken()
                 began_s = self._loop.time()
                 try:
                     reply = await stack.enter_async_context(self._ask(request))
@@ -160,7 +151,7 @@ class Admission:
                     request = _again(request, lost, tries)
                 waiter = self._line_up(request)
             stack.callback(self._measure, began_s, answered=True)
-            yield _with_cold_start(reply, self._pool.cold_start_s) if cold else reply
+            yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
 
     def _ask(self, request: Request) -> AbstractAsyncContextManager[Reply]:
         trace = request.visit.trace
@@ -201,7 +192,7 @@ class Admission:
             async with asyncio.timeout_at(request.visit.deadline_s(self._queue_timeout_s)):
                 refusal = await waiter.come
         except TimeoutError:
-            self._leave(waiter, "expired")
+            self._leave(waiter, "late")
             wait_s = self._queue_timeout_s if request.visit.wait_s is None else request.visit.wait_s
             raise DeadlineExceeded(
                 f"The request's turn did not come within {wait_s:g} s.",
@@ -231,7 +222,6 @@ class Admission:
                 next_one.has_place = True
                 self._promised += 1
                 next_one.come.set_result(None)
-        self._tell.waiting(len(self._turns))
         oldest = next(iter(self._turns), None)
         self._pool.want(len(self._turns), self._loop.time() - oldest.began_s if oldest else 0.0)
 
@@ -253,9 +243,8 @@ class Admission:
 
     def _end(self, waiter: _Waiter, outcome: Outcome) -> None:
         waiter.over = True
-        self._tell.waited_s(self._loop.time() - waiter.began_s)
         if not waiter.again:
-            self._tell.outcome(outcome)
+            self._tell(outcome, self._loop.time() - waiter.began_s)
 
     def _full(self) -> NotAdmitted:
         return NotAdmitted(f"{len(self._turns)} requests already wait.", retry_after_s=self._retry_after_s())
@@ -282,7 +271,3 @@ def _again(request: Request, lost: WorkerLost, tries: int) -> Request:
         raise lost
     visit = replace(visit, admitted=True, worked_s=visit.worked_s + lost.worked_s)
     return replace(request, visit=visit)
-
-
-def _with_cold_start(reply: Reply, cold_start_s: float) -> Reply:
-    return replace(reply, headers=(*reply.headers, ("x-cold-start", f"{cold_start_s:.3f}")))

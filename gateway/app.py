@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +41,18 @@ class Doorkeeper(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """A call that reads the body of its request by itself (`Request.pieces`), at most `max_bytes` of it."""
+
+    call: Call
+    max_bytes: int
+
+    def __call__(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        """Answer `request`."""
+        return self.call(request)
+
+
+@dataclass(frozen=True, slots=True)
 class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
@@ -62,9 +75,13 @@ class Gateway:
 
         return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
 
-    def check(self, request: Request) -> None:
-        """Raise the `RequestError` that `request` gets whatever its body says."""
-        self._find(self._known(request))
+    def check(self, request: Request) -> int | None:
+        """Raise the `RequestError` that `request` gets whatever its body says.
+
+        Returns how many bytes its call will read by itself; None: it is given the body.
+        """
+        found = self._find(self._known(request))
+        return found.max_bytes if isinstance(found, Reads) else None
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
@@ -151,6 +168,19 @@ def _endpoint_id(path: str) -> str:
 
 def _label(path: str) -> str:
     """One of a bounded number of names for the route of `path`."""
-    if path.startswith("/v2/"):
-        return edge.pattern("/" + "/".join(path.split("/")[4:])) or "other"
-    return path if path in {"/health", "/metrics"} else "other"
+    inner = "/" + "/".join(path.rstrip("/").split("/")[4:])
+    if path == "/" or path.startswith("/page/"):
+        return "page"
+    if not path.startswith("/v2/"):
+        return path if path in {"/health", "/metrics"} else "other"
+    own = _WITH_ID.sub(r"\1/{id}\2", inner)
+    return own if own in _LABELS else edge.pattern(inner) or "other"
+
+
+_WITH_ID = re.compile(r"^(/v1/(?:files|batches))/(?:.+?)(/content|/cancel)?$")
+_LABELS = frozenset(
+    {
+        *("/v1/files", "/v1/files/{id}", "/v1/files/{id}/content"),
+        *("/v1/batches", "/v1/batches/{id}", "/v1/batches/{id}/cancel"),
+    }
+)

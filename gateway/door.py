@@ -44,15 +44,22 @@ def reachable(folder: Path) -> Iterator[Path]:
         os.close(at)
 
 
-def listen(folder: Path) -> socket.socket:
-    """The door in `folder`, which only its owner can open. Raises `NoResources`."""
+@contextmanager
+def listen(folder: Path) -> Iterator[socket.socket]:
+    """The door in `folder`, which only its owner can open; gone after the block. Raises `NoResources`."""
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the database may be elsewhere
         with reachable(folder) as path:
             if _answers(path):
                 raise NoResources(f"{folder / NAME} is another gateway's; set DATA_DIR to another folder")
-            return listen_unix(path)
+            listener = listen_unix(path)
     except OSError as error:
         raise NoResources(f"{folder / NAME} can't be made: {error.strerror}") from error
+    try:
+        with listener:
+            yield listener
+    finally:
+        (folder / NAME).unlink(missing_ok=True)
 
 
 def _answers(path: Path) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.settings import GatewaySettings
 from gateway.upstreams import WorkerView
-from handler.messages import Call
+from handler.messages import Call, Request
 
 
 class Workers(Protocol):
@@ -46,6 +46,8 @@ class Endpoint:
     ask: Call = field(repr=False)
     call: Call = field(repr=False)
     workers: Workers = field(repr=False)
+    refuse: Callable[[Request], None] = field(default=lambda _: None, repr=False)
+    """Raises what its workers are sure to answer a request with."""
 
     @property
     def id(self) -> str:

@@ -12,6 +12,7 @@ from typing import Self
 from gateway.endpoint import Endpoint
 from gateway.endpoints_file import Described, Description
 from gateway.served import Served
+from gateway.settings import GatewaySettings
 from handler.errors import BadSettings, NotAdmitted
 
 log = logging.getLogger("gateway")
@@ -45,7 +46,9 @@ class Endpoints(Mapping[str, Endpoint]):
         self._describe = describe
         self._described = {one.id: one for one in described}
         self._served = {one.id: serve(one) for one in described}
+        self._last = {one.id: one.settings for one in described}
         self._leaving: dict[Served, asyncio.Task[None]] = {}
+        self._listeners: list[Callable[[Changes], None]] = []
         self._reloading = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._closing = False
@@ -58,6 +61,14 @@ class Endpoints(Mapping[str, Endpoint]):
 
     def __len__(self) -> int:
         return len(self._served)
+
+    def described(self, endpoint_id: str) -> GatewaySettings:
+        """How the endpoint was described last, after it has gone too. Raises `KeyError`."""
+        return self._last[endpoint_id]
+
+    def listen(self, heard: Callable[[Changes], None]) -> None:
+        """Have `heard` called, on the loop, after each reload."""
+        self._listeners.append(heard)
 
     async def __aenter__(self) -> Self:
         await asyncio.gather(*(served.open() for served in self._served.values()))
@@ -91,6 +102,8 @@ class Endpoints(Mapping[str, Endpoint]):
                 changes = await self._follow(description)
         for note in changes.notes:
             log.warning(note)
+        for heard in self._listeners:
+            heard(changes)
         log.info(
             "endpoints reloaded",
             extra={"added": changes.added, "changed": changes.changed, "removed": changes.removed},
@@ -112,6 +125,7 @@ class Endpoints(Mapping[str, Endpoint]):
             await self._served[name].change(now[name])
             before[name] = now[name]
         self._served = {name: self._served[name] for name in now}
+        self._last |= {name: described.settings for name, described in now.items()}
         return Changes(
             tuple(added),
             tuple(changed),

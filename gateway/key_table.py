@@ -176,7 +176,7 @@ def revoke(connection: Connection, name: str, now_s: float) -> Key:
 
 def load(connection: Connection) -> tuple[list[Key], int]:
     """Every key in the order in which they were made, revoked ones too, and the number of the last change."""
-    rows = connection.execute(select(TABLE).order_by(TABLE.c.created_at, TABLE.c.id))
+    rows = connection.execute(select(TABLE).order_by(TABLE.c.created_at, TABLE.c.name, TABLE.c.id))
     return [_key(row) for row in rows], _revision(connection)
 
 

@@ -29,7 +29,7 @@ __all__ = ["ADMISSIONS", "CONTENT_TYPE", "EndpointMetrics", "Metrics", "Row"]
 
 PREFIX = "firsttoken_gateway_"
 
-ADMISSIONS = ("at_once", "waited", "full", "expired", "refused", "left")
+ADMISSIONS = ("at_once", "waited", "full", "late", "refused", "left")
 """How it ended for who wanted a worker: asked at once or after a wait; turned away because too many
 waited, because its turn did not come in time, or because no worker can come; or left while it waited."""
 
@@ -115,7 +115,7 @@ class Metrics:
         self.admissions = self._counter(
             "admissions",
             "How it ended for who wanted a worker: asked `at_once`, `waited`, turned away (`full`, "
-            "`expired`, `refused`: no worker can come), or `left` meanwhile.",
+            "`late`, `refused`: no worker can come), or `left` meanwhile.",
             "endpoint",
             "outcome",
         )
@@ -268,9 +268,11 @@ class EndpointMetrics:
             self._phases.add(name)
         return name if name in self._phases else "other"
 
-    def admitted(self, outcome: str) -> None:
+    def admitted(self, outcome: str, waited_s: float = 0.0) -> None:
         """Count how it ended for who wanted a worker: one of `ADMISSIONS`."""
         self._metrics.admissions.labels(self.endpoint_id, outcome).inc()
+        if outcome != "at_once":
+            self.held_s.observe(waited_s)
 
     def count_runpod_jobs(self, what: str, number: int = 1) -> None:
         """Count what happened to jobs of RunPod's SDK."""

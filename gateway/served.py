@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, Self
 
 from gateway.admission import Admission
@@ -13,7 +14,8 @@ from gateway.endpoints_file import Described
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool, WorkerView
 from gateway.upstreams.successive import FINISH_S, OwnPool, Successive
-from handler.messages import Call
+from handler import early
+from handler.messages import Call, Request
 
 WORKERS_ARE_MADE_OF = ("upstream", "warm_parent", "start_timeout_s", "execution_timeout_s")
 """Settings of the gateway that its workers are started with, beside their environment."""
@@ -54,7 +56,7 @@ class Served:
     def _seen(self) -> Endpoint:
         settings = self._described.settings
         ask = self._asked.call
-        return Endpoint(settings, ask, self._means.guard(settings, ask), self)
+        return Endpoint(settings, ask, self._means.guard(settings, ask), self, refusals(self._described))
 
     async def open(self) -> Self:
         """Have workers, as many as its settings say."""
@@ -121,6 +123,12 @@ class Served:
             "error": refusal.message if refusal else None,
             "workers": [view.json() for view in self.views],
         }
+
+
+def refusals(described: Described) -> Callable[[Request], None]:
+    """Raises what a worker is sure to answer a request with."""
+    model = early.only_model(described.settings.model_id, described.environ)
+    return partial(early.check, model=model)
 
 
 def _made_of(described: Described) -> object:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,8 @@ from handler.settings import TABLE as WORKER_TABLE
 from handler.settings import rows
 from handler.table import (
     ENDPOINT_ID,
+    HOST,
+    SIZE,
     SWITCH,
     Kind,
     Setting,
@@ -29,6 +32,7 @@ from handler.table import (
     public_name,
     read,
     seconds,
+    size,
     whole,
 )
 from handler.unread import UNREAD
@@ -51,6 +55,14 @@ def _price(value: str) -> int:
 PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
+
+
+def _hosts(value: str) -> tuple[str, ...]:
+    hosts = [item.strip() for item in value.split(",") if item.strip()]
+    return tuple(str(ip_network(host, strict=False) if "/" in host else HOST.parse(host)) for host in hosts)
+
+
+HOSTS = Kind("names of hosts, addresses, and networks such as `10.0.0.0/8`, separated by commas", _hosts)
 
 KEPT: Table = (
     Setting(
@@ -165,6 +177,21 @@ TABLE: Table = (
         "Below 600, where OpenAI's clients give up.",
     ),
     Setting(
+        "JOBS_LIMIT",
+        "jobs_limit",
+        whole(0, 1_000_000),
+        "10000",
+        "How many jobs may wait at an endpoint, those of batches not counted; one more is a 429 with "
+        "`Retry-After`.",
+    ),
+    Setting(
+        "WEBHOOK_HOSTS",
+        "webhook_hosts",
+        HOSTS,
+        "",
+        "Where webhooks of jobs may lead besides the internet: on this machine or its network.",
+    ),
+    Setting(
         "EXECUTION_TIMEOUT_S",
         "execution_timeout_s",
         seconds(1, 86_400),
@@ -186,6 +213,20 @@ TABLE: Table = (
     replace(
         _SHARED["DRAIN_TIMEOUT_S"],
         help="After SIGTERM, how long running requests may take to finish, here and in the worker.",
+    ),
+    Setting(
+        "MAX_FILE_BYTES",
+        "max_file_bytes",
+        SIZE,
+        "512MiB",
+        "The largest file that `/files` takes; more is a 413. A batch's input may have 200 MB at most.",
+    ),
+    Setting(
+        "MAX_STORED_BYTES",
+        "max_stored_bytes",
+        size(1 << 20),
+        "16GiB",
+        "What all files may take together; a file more is a 413 until some are deleted.",
     ),
     *rows("MAX_BODY_BYTES", "CORS_ORIGINS", "LOG_LEVEL"),
     *rows("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL"),
@@ -217,6 +258,8 @@ class GatewaySettings:
     warm_parent: bool
     queue_limit: int
     queue_timeout_s: float
+    jobs_limit: int
+    webhook_hosts: tuple[str, ...]
     start_timeout_s: float
     execution_timeout_s: float
     data_dir: Path
@@ -225,6 +268,8 @@ class GatewaySettings:
     price_output: int
     keep_alive_s: float
     drain_timeout_s: float
+    max_file_bytes: int
+    max_stored_bytes: int
     max_body_bytes: int
     cors_origins: tuple[str, ...]
     log_level: str

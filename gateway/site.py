@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.admission import Admission, Tell
+from gateway.admission import Admission
 from gateway.clients import Clients
 from gateway.endpoints_file import Described
 from gateway.metrics import Metrics
-from gateway.served import Served
+from gateway.served import Served, refusals
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool
 from gateway.upstreams.control_plane import ControlPlane
@@ -23,8 +22,7 @@ from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import Keep, WorkerPool
 from gateway.upstreams.runpod import RunpodPool
 from gateway.usage import Prices
-from handler import early
-from handler.messages import Call, Request
+from handler.messages import Call
 
 if TYPE_CHECKING:
     from handler.otel import Traces
@@ -103,8 +101,8 @@ class Site:
             limit=settings.queue_limit,
             queue_timeout_s=settings.queue_timeout_s,
             keep_alive_s=settings.keep_alive_s,
-            check=_check(described),
-            tell=Tell(waited_s=own.held_s.observe, outcome=own.admitted),
+            check=refusals(described),
+            tell=own.admitted,
         )
 
     def adjust(self, line: Admission, described: Described) -> None:
@@ -114,7 +112,7 @@ class Site:
             limit=settings.queue_limit,
             queue_timeout_s=settings.queue_timeout_s,
             keep_alive_s=settings.keep_alive_s,
-            check=_check(described),
+            check=refusals(described),
         )
 
     def guard(self, settings: GatewaySettings, ask: Call) -> Call:
@@ -125,9 +123,3 @@ class Site:
             model_id=settings.model_id,
             prices=Prices(settings.price_input, settings.price_output),
         )
-
-
-def _check(described: Described) -> Callable[[Request], None]:
-    """Raises what a worker is sure to answer a request with."""
-    model = early.only_model(described.settings.model_id, described.environ)
-    return partial(early.check, model=model)

@@ -210,14 +210,15 @@ def serve(
     call: Call,
     *,
     max_body_bytes: int,
-    check: Callable[[Request], None] | None = None,
+    check: Callable[[Request], int | None] | None = None,
     front: Callable[[Call], Call] | None = None,
 ) -> App:
     """An ASGI application whose every HTTP request is answered by `call`.
 
     `check` sees each request before its body is read (`body` is still empty) and may raise
-    a `RequestError`. `front` wraps `call`, and also the refusals of `check`, so that what it
-    adds is on every answer. A client that goes away cancels its call at once.
+    a `RequestError`. A number that it returns says that the call reads the body by itself, from
+    `Request.pieces`, and how many bytes that may have. `front` wraps `call`, and also the refusals
+    of `check`, so that what it adds is on every answer. A client that goes away cancels its call at once.
     """
     wrap = front or (lambda inner: inner)
     answer = wrap(call)
@@ -230,17 +231,24 @@ def serve(
             await send({"type": "websocket.close", "code": 1000})
             return
         head = _parse(scope)
+        unread = None
         try:
-            if check is not None:
-                check(head)
-            body = await _body(head, receive, max_body_bytes)
-            request = replace(head, body=body, visit=Visit())  # a client begins to wait when it has said all
+            limit_bytes = check(head) if check is not None else None
+            _check_announced(head, max_body_bytes if limit_bytes is None else limit_bytes)
+            if limit_bytes is None:
+                body = b"".join([piece async for piece in _pieces(receive, max_body_bytes)])
+                request = replace(
+                    head, body=body, visit=Visit()
+                )  # a client begins to wait when it has said all
+            else:
+                unread = _Unread(_pieces(receive, limit_bytes))
+                request = replace(head, pieces=unread.pieces())
         except RequestError as refusal:
             await _answer(wrap(refuse(refusal)), head, receive, send)
         except _ClientLeft:
             return
         else:
-            await _answer(answer, request, receive, send)
+            await _answer(answer, request, receive, send, unread)
 
     return app
 
@@ -272,24 +280,44 @@ def _parse(scope: Message) -> Request:
     return Request(scope["method"], scope["path"], headers, b"", scope["query_string"].decode("latin-1"))
 
 
-async def _body(head: Request, receive: Receive, limit_bytes: int) -> bytes:
+def _check_announced(head: Request, limit_bytes: int) -> None:
     announced = head.header("content-length") or ""
     # Python refuses to read a number of more than 4,300 digits.
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit_bytes):
         raise BodyTooLarge(limit_bytes)
-    parts: list[bytes] = []
+
+
+async def _pieces(receive: Receive, limit_bytes: int) -> AsyncIterator[bytes]:
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _ClientLeft
-        if part := message.get("body", b""):
-            parts.append(part)
-            size += len(part)
+        if piece := message.get("body", b""):
+            size += len(piece)
             if size > limit_bytes:
                 raise BodyTooLarge(limit_bytes)
+            yield piece
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return
+
+
+class _Unread:
+    """A body that a call reads by itself, who then is the one to hear that its client has gone."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Whether the whole body was read; False: its client has gone before."""
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        try:
+            async for piece in self._pieces:
+                yield piece
+        except _ClientLeft:
+            self.ended.set_result(False)
+            await asyncio.Event().wait()  # until the call is cancelled
+        self.ended.set_result(True)
 
 
 @dataclass(slots=True)
@@ -301,11 +329,13 @@ class _Progress:
     complete: bool = False
 
 
-async def _answer(call: Call, request: Request, receive: Receive, send: Send) -> None:
+async def _answer(
+    call: Call, request: Request, receive: Receive, send: Send, unread: _Unread | None = None
+) -> None:
     """Answer with `call`, or cancel it as soon as the client has gone."""
     progress = _Progress()
     work = asyncio.ensure_future(_render(call, request, send, progress))
-    gone = asyncio.ensure_future(_gone(receive))
+    gone = asyncio.ensure_future(_gone(receive, unread))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if progress.complete:  # a server also reports a disconnect once there is nobody left to answer
@@ -319,7 +349,9 @@ async def _answer(call: Call, request: Request, receive: Receive, send: Send) ->
             await work
 
 
-async def _gone(receive: Receive) -> None:
+async def _gone(receive: Receive, unread: _Unread | None) -> None:
+    if unread is not None and not await unread.ended:
+        return
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -138,7 +138,7 @@ def _cors(request: Request, origins: Sequence[str]) -> Headers:
     asked = request.header("access-control-request-headers") or "authorization, content-type"
     return (
         *headers,
-        ("access-control-allow-methods", "GET, POST, OPTIONS"),
+        ("access-control-allow-methods", "GET, POST, DELETE, OPTIONS"),
         ("access-control-allow-headers", asked),
         ("access-control-max-age", "600"),
     )

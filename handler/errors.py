@@ -3,15 +3,19 @@
 FirstTokenError
 ├── RequestError            answered to the client: status, type, code, param, message
 │   ├── BadRequest          400  invalid_request_error
-│   │   └── BadEvent        400  a platform event whose shape is not known
+│   │   ├── BadEvent        400  a platform event whose shape is not known
+│   │   └── KeyReused       422  idempotency_key_reused
 │   ├── Unauthorized        401  invalid_request_error / invalid_api_key
 │   ├── Forbidden           403  permission_error
 │   ├── NotFound            404  invalid_request_error
 │   │   ├── NoSuchRoute     404  unknown_url
 │   │   ├── NoSuchModel     404  model_not_found
-│   │   └── NoSuchEndpoint  404  endpoint_not_found
+│   │   ├── NoSuchEndpoint  404  endpoint_not_found
+│   │   └── NoSuchJob       404  job_not_found
 │   ├── MethodNotAllowed    405  method_not_allowed, with Allow
+│   ├── Conflict            409  conflict
 │   ├── BodyTooLarge        413  request_too_large
+│   ├── StorageFull         413  storage_full
 │   ├── BadFile             422  bad_settings: what the gateway was to read again is at fault
 │   ├── RateLimited         429  rate_limit_exceeded, with Retry-After
 │   ├── EngineDead          500  engine_dead
@@ -104,6 +108,16 @@ class BadEvent(BadRequest):
     code = "unknown_event"
 
 
+class KeyReused(BadRequest):
+    """An idempotency key came with another request than the first time."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__("This idempotency key was used with another request.")
+
+
 class Unauthorized(RequestError):
     """No key, or not one that is known."""
 
@@ -160,6 +174,15 @@ class NoSuchEndpoint(NotFound):
         super().__init__(f"The endpoint `{endpoint_id}` does not exist.")
 
 
+class NoSuchJob(NotFound):
+    """No job of that id is kept, or it is another key's."""
+
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"The job `{job_id}` does not exist; what came of a job is kept for a while only.")
+
+
 class MethodNotAllowed(RequestError):
     """The route is known, with other methods."""
 
@@ -174,6 +197,14 @@ class MethodNotAllowed(RequestError):
         )
 
 
+class Conflict(RequestError):
+    """What is asked for can't be done in the state that the thing is in."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
 class BodyTooLarge(RequestError):
     """The body is larger than `MAX_BODY_BYTES`."""
 
@@ -183,6 +214,14 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"The request body is larger than {limit_bytes} bytes.")
+
+
+class StorageFull(RequestError):
+    """There is no place for the file. No 5xx: a client would send it all again, at once."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "storage_full"
 
 
 class BadFile(RequestError):

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -142,7 +142,7 @@ class _Output(dict[str, Any]):
 
 async def outputs(
     call: Call, job_id: str, job_input: object, *, opened: Callable[[AsyncExitStack], object] = lambda _: None
-) -> AsyncIterator[Any]:
+) -> AsyncGenerator[Any, None]:
     """The outputs of a job that `call` is asked, whatever happens; see the top of this file.
 
     `opened` is given the stack that the call is entered on, before it is.

@@ -74,6 +74,8 @@ class Request:
     body: bytes = b""
     query: str = ""
     visit: Visit = field(default_factory=Visit, compare=False, repr=False)
+    pieces: AsyncIterator[bytes] | None = field(default=None, compare=False, repr=False)
+    """The body as it comes, for a call that reads it by itself; `body` is empty then."""
 
     def header(self, name: str) -> str | None:
         """The first value of `name` (lower case), or None."""

@@ -248,14 +248,19 @@ def _switch(value: str) -> bool:
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def _size(value: str) -> int:
-    match = re.fullmatch(r"(\d+) ?([a-z]*)", value.lower(), re.ASCII)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(value)
-    size_bytes = int(match[1]) * _UNITS[match[2]]
-    if not 2**10 <= size_bytes <= 2**30:
-        raise ValueError(value)
-    return size_bytes
+def size(high_gib: int) -> Kind:
+    """A number of bytes from 1 KiB to `high_gib` GiB."""
+
+    def parse(value: str) -> int:
+        match = re.fullmatch(r"(\d+) ?([a-z]*)", value.lower(), re.ASCII)
+        if match is None or match[2] not in _UNITS:
+            raise ValueError(value)
+        size_bytes = int(match[1]) * _UNITS[match[2]]
+        if not 2**10 <= size_bytes <= high_gib * 2**30:
+            raise ValueError(value)
+        return size_bytes
+
+    return Kind(f"from 1KiB to {high_gib}GiB: bytes, or with `KiB`, `MiB`, `GiB`, `KB`, `MB`, `GB`", parse)
 
 
 _host_name = matching(r"(?=.{1,253}$)(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
@@ -325,7 +330,7 @@ NAME = Kind("at most 256 printable characters without spaces", matching(r"[\x21-
 SECRET = Kind("printable characters without spaces", matching(r"[\x21-\x7e]+"))
 TEXT = Kind("text", str)
 SWITCH = Kind("`true`, `false`, `on`, `off`, `yes`, `no`, `1`, `0`", _switch)
-SIZE = Kind("from 1KiB to 1GiB: bytes, or with `KiB`, `MiB`, `GiB`, `KB`, `MB`, `GB`", _size)
+SIZE = size(1)
 HOST = Kind("an IP address or a host name", _host)
 ORIGINS = Kind("`*`, or origins such as `https://app.example`, separated by commas", _origins)
 ENDPOINT_ID = Kind(

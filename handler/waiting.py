@@ -24,24 +24,12 @@ WAITING_MAX_BYTES = 256 << 20
 class Room:
     """Where at most `limit` requests wait, their bodies at most `limit_bytes` together, but one always may.
 
-    Who leaves frees its place at once. `others` says how many wait elsewhere, and count. `tell_waiting`
-    hears how many wait, `tell_waited_s` how long each did.
+    Who leaves frees its place at once.
     """
 
-    def __init__(
-        self,
-        *,
-        limit: int,
-        limit_bytes: float = math.inf,
-        others: Callable[[], int] = lambda: 0,
-        tell_waiting: Callable[[int], None] = lambda _: None,
-        tell_waited_s: Callable[[float], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, *, limit: int, limit_bytes: float = math.inf) -> None:
         self._limit = limit
         self._limit_bytes = limit_bytes
-        self._others = others
-        self._tell_waiting = tell_waiting
-        self._tell_waited_s = tell_waited_s
         self._held_bytes = 0
         self.waiting = 0
 
@@ -61,8 +49,6 @@ class Room:
         size_bytes = len(request.body)
         if not request.visit.admitted:
             self._find_place(size_bytes, retry_after_s)
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
         self._count(1, size_bytes)
         try:
             async with asyncio.timeout_at(request.visit.deadline_s(timeout_s)):
@@ -74,18 +60,15 @@ class Room:
             ) from None
         finally:
             self._count(-1, -size_bytes)
-            self._tell_waited_s(loop.time() - began_s)
 
     def _find_place(self, size_bytes: int, retry_after_s: Callable[[], float]) -> None:
         too_large = self._held_bytes > 0 and self._held_bytes + size_bytes > self._limit_bytes
-        waiting = self.waiting + self._others()
-        if waiting >= self._limit or too_large:
-            raise NotAdmitted(f"{waiting} requests already wait.", retry_after_s=retry_after_s())
+        if self.waiting >= self._limit or too_large:
+            raise NotAdmitted(f"{self.waiting} requests already wait.", retry_after_s=retry_after_s())
 
     def _count(self, number: int, size_bytes: int) -> None:
         self.waiting += number
         self._held_bytes += size_bytes
-        self._tell_waiting(self.waiting)
 
 
 def kept_alive(call: Call, keep_alive_s: float) -> Call:
@@ -93,7 +76,7 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
 
     A request that asks for a stream and has no answer after `keep_alive_s` is answered 200 early and
     gets a comment frame as often, until its stream begins; an error is then its last frame. 0: never.
-    Whoever lets it wait is told so (`Visit.kept_alive`).
+    Whoever lets it wait is told so (`Visit.kept_alive`). One that says itself how long it may wait gets none.
     """
     if not keep_alive_s:
         return call
@@ -101,6 +84,10 @@ def kept_alive(call: Call, keep_alive_s: float) -> Call:
 
     @asynccontextmanager
     async def kept(request: Request) -> AsyncIterator[Reply]:
+        if request.visit.wait_s is not None:
+            async with call(request) as reply:
+                yield reply
+            return
         request = replace(request, visit=replace(request.visit, kept_alive=in_time))
         async with _entered(call(request)) as head:
             await asyncio.wait({head}, timeout=keep_alive_s)

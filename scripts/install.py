@@ -1,6 +1,6 @@
 """Make .venv and install firsttoken in it, once.
 
-    python3 -m scripts.install EXTRA... [--with-node]
+    python3 -m scripts.install EXTRA... [--with-node] [--with-chromium]
     python3 -m scripts.install --tools GROUP...
 
 The second makes an environment for each dependency group, apart from .venv: tools that pin much.
@@ -93,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
     parser.add_argument("--with-node", action="store_true", help="node and npm too, where they can be had")
+    parser.add_argument("--with-chromium", action="store_true", help="Chromium too, where it can be had")
     options = parser.parse_args(argv)
     if not (options.extras or options.tools):
         parser.error("nothing is to be installed")
@@ -103,7 +104,8 @@ def main(argv: Sequence[str]) -> int:
                 f"Python 3.11 to 3.13 is needed and this is {platform.python_version()}; "
                 "name one with `make PYTHON=/path/to/python3.11`"
             )
-        provide(needs(options.extras, with_node=options.with_node))
+        chromium = options.with_chromium
+        provide(needs(options.extras, with_node=options.with_node, with_chromium=chromium))
         if options.extras:
             install(frozenset(options.extras))
         for group in options.tools:
@@ -116,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def needs(extras: Iterable[str], *, with_node: bool) -> list[Need]:
+def needs(extras: Iterable[str], *, with_node: bool, with_chromium: bool) -> list[Need]:
     """What the system must have for `extras`."""
     venv_package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
     wanted = [Need(venv_package, lambda: importlib.util.find_spec("ensurepip") is not None, "makes .venv")]
@@ -126,6 +128,9 @@ def needs(extras: Iterable[str], *, with_node: bool) -> list[Need]:
         purpose = "the test with openai-node does not run without it"
         wanted.append(Need("nodejs", lambda: shutil.which("node") is not None, purpose, required=False))
         wanted.append(Need("npm", lambda: shutil.which("npm") is not None, purpose, required=False))
+    if with_chromium:
+        purpose = "the tests of the page do not run without it"
+        wanted.append(Need("chromium", lambda: shutil.which("chromium") is not None, purpose, required=False))
     return wanted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from handler.platforms.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX
+from handler.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX
 from tests import batch_stack
 from tests.batch_stack import line
 from tests.batch_worker import environ, worker

@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import openai.types
 
+from handler.batch_window import Pace
 from handler.engine import Engine
 from handler.platforms.batch_shift import Times
-from handler.platforms.batch_window import Pace
 from handler.platforms.s3_batch import S3Batches
 from handler.platforms.sqs import Consumer, Sqs
 from handler.platforms.sqs_queue import Times as QueueTimes
@@ -23,7 +23,7 @@ from handler.settings import Settings
 from handler.supervision import Notifier
 from tests.aws_stack import AwsStack
 from tests.object_store import ObjectStore
-from tests.scripted_app import Script, ScriptedApp, Seen, answer
+from tests.scripted_app import ScriptedApp, echo
 from tests.scripted_server import ScriptedEngine
 from tests.servers import MODEL
 from tests.until import until
@@ -192,18 +192,6 @@ def line(custom_id: str, text: str | None = None, url: str = URL, **more: Any) -
     content = custom_id if text is None else text
     body = {"model": MODEL, "messages": [{"role": "user", "content": content}], **more}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body}).encode() + b"\n"
-
-
-def echo(seen: Seen) -> Script:
-    """An answer with what the user said, in as many tokens as it has characters; a number is a status."""
-    said = json.loads(seen.body)["messages"][-1]["content"]
-    if said.isdecimal():
-        message = {"message": "as you wish", "type": "BadRequestError", "param": None, "code": int(said)}
-        return answer({"error": message}, int(said))
-    choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 2, "completion_tokens": len(said), "total_tokens": 2 + len(said)}
-    body = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": MODEL}
-    return answer({**body, "choices": [choice], "usage": usage})
 
 
 def echoing(**options: Any) -> ScriptedApp:

@@ -1,7 +1,7 @@
 """`PLATFORM=sqs python -m handler` with other engines, and quicker: `python -m tests.batch_worker`.
 
 It asks the HTTP server at the socket `ENGINE_SOCKET`, which is the test's, or without one answers by itself
-(`tests.batch_stack.echo`) until `ENGINE_DIES_AFTER` so many requests.
+(`tests.scripted_app.echo`) until `ENGINE_DIES_AFTER` so many requests.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any, cast
 
 from handler.__main__ import end, exit_code
 from handler.asgi import call_app
+from handler.batch_window import Pace
 from handler.engine import Engine
 from handler.phases import Phases
-from handler.platforms.batch_window import Pace
 from handler.platforms.s3_batch import S3Batches
 from handler.platforms.sqs import Sqs
 from handler.settings import Settings
 from handler.supervision import Notifier
 from tests import batch_stack
 from tests.jobs_worker import SocketEngine
-from tests.scripted_app import Script, ScriptedApp, Seen, answer
+from tests.scripted_app import Script, ScriptedApp, Seen, answer, echo
 from tests.servers import ROOT, engine_environ
 
 
@@ -46,7 +46,7 @@ class OwnEngine:
     def _make(self, seen: Seen) -> Script:
         self._left -= 1
         if self._left >= 0:
-            return batch_stack.echo(seen)
+            return echo(seen)
         if not self.is_dead:
             self.dead.set_result(None)
         return answer({"error": {"message": "EngineCore encountered an issue."}}, 500)

@@ -9,6 +9,7 @@ from typing import Any
 from gateway.app import Gateway
 from gateway.endpoint import Endpoint
 from gateway.keys import Keys
+from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import GatewaySettings
@@ -44,10 +45,11 @@ def one(
     endpoint_id: str = "local",
     metrics: Metrics | None = None,
     open_metrics: bool = False,
+    limits: Limits | None = None,
 ) -> Gateway:
     """The gateway whose only endpoint is answered by `call`."""
     metrics = metrics or Metrics()
     metrics.endpoint(endpoint_id)
     endpoints = {endpoint_id: endpoint(call, endpoint_id)}
     own = Operations(keys, metrics, endpoints, open_metrics)
-    return Gateway([OpenAI(endpoints), own], keys, metrics)
+    return Gateway([OpenAI(endpoints), own], keys, metrics, limits or Limits())

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from handler.asgi import Message, Receive, Send
@@ -83,6 +83,24 @@ def stream(*steps: Step | str) -> Script:
     """An event stream: each text is the data of one frame, and `[DONE]` is added."""
     frames = tuple(Say(f"data: {step}\n\n") if isinstance(step, str) else step for step in steps)
     return Script((*frames, Say(DONE.decode())), 200, EVENT_STREAM)
+
+
+def echo(seen: Seen) -> Script:
+    """A chat's answer with what the user said, in as many tokens as it has characters.
+
+    A number is a status, and `hold NAME` waits at that gate first.
+    """
+    asked = json.loads(seen.body)
+    said = asked["messages"][-1]["content"]
+    if said.isdecimal():
+        message = {"message": "as you wish", "type": "BadRequestError", "param": None, "code": int(said)}
+        return answer({"error": message}, int(said))
+    choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 2, "completion_tokens": len(said), "total_tokens": 2 + len(said)}
+    body = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": asked.get("model")}
+    whole = answer({**body, "choices": [choice], "usage": usage})
+    word, _, gate = said.partition(" ")
+    return replace(whole, steps=(Pause(gate), *whole.steps)) if word == "hold" else whole
 
 
 @dataclass(slots=True)

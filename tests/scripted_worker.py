@@ -23,12 +23,24 @@ from typing import Any
 import uvicorn
 
 from handler.supervision import watch_lifeline
-from tests.scripted_app import Script, ScriptedApp
+from tests.scripted_app import Script, ScriptedApp, echo
 
 COMMAND = (sys.executable, "-m", "tests.scripted_worker")
-COLD_START = {"total_s": 1.5}
+COLD_START = {
+    "total_s": 1.5,
+    "facts": {"load_format": "mmap"},
+    "phases": [
+        {"name": name, "begin_s": begin_s, "end_s": end_s, "cpu_s": cpu_s, "major_faults": faults}
+        for name, begin_s, end_s, cpu_s, faults in (
+            ("import vllm", 0.1, 0.7, 0.6, 0),
+            ("open engine", 0.7, 1.4, 0.2, 400),
+            ("first token", 1.4, 1.5, 0.0, 0),
+        )
+    ],
+}
 
-Scripts = Mapping[str, Script | Sequence[Script]]
+Scripts = Mapping[str, Script | Sequence[Script] | None]
+"""What is answered, by route; for None `tests.scripted_app.echo`."""
 READY: tuple[tuple[str, ...], ...] = (("status", "loading weights"), ("ready",))
 """A start that works: what the worker says, waits for, or dies of, in order."""
 
@@ -68,10 +80,16 @@ class Worker:
 
 
 class Director:
-    """Listens at `path`; gives the nth worker the nth of `plays`, and keeps those that came."""
+    """Listens at `path`; gives the nth worker the nth of `plays`, and keeps those that came.
 
-    def __init__(self, path: Path, *plays: tuple[Sequence[Sequence[str]], Scripts]) -> None:
+    With `repeat` workers play the last script of a route again and again.
+    """
+
+    def __init__(
+        self, path: Path, *plays: tuple[Sequence[Sequence[str]], Scripts], repeat: bool = False
+    ) -> None:
         self.path = path
+        self._repeat = repeat
         self._plays = list(plays)
         self._workers: asyncio.Queue[Worker] = asyncio.Queue()
         self._handlers: set[asyncio.Task[None]] = set()
@@ -96,6 +114,10 @@ class Director:
         """How many plays no worker came for."""
         return len(self._plays)
 
+    def play_for(self, _: Worker) -> tuple[Sequence[Sequence[str]], Scripts]:
+        """What the worker that has come is to do."""
+        return self._plays.pop(0)
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -103,8 +125,12 @@ class Director:
         try:
             hello = json.loads(await reader.readline())
             worker = Worker(hello["pid"], hello["env"], writer)
-            start, scripts = self._plays.pop(0)
-            play = {"start": start, "scripts": {r: _dump(s) for r, s in scripts.items()}}
+            start, scripts = self.play_for(worker)
+            play = {
+                "start": start,
+                "scripts": {r: None if s is None else _dump(s) for r, s in scripts.items()},
+                "repeat": self._repeat,
+            }
             writer.write(json.dumps(play).encode() + b"\n")
             self._workers.put_nowait(worker)
             while line := await reader.readline():
@@ -129,12 +155,18 @@ class _Server(uvicorn.Server):
 class Actor:
     """The worker itself: starts as its play says, serves its scripts, drains on SIGTERM."""
 
-    def __init__(self, environ: Mapping[str, str], writer: asyncio.StreamWriter, scripts: Scripts) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], writer: asyncio.StreamWriter, scripts: Scripts, *, repeat: bool
+    ) -> None:
         self._uds = environ.get("UDS", "")
         self._writer = writer
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.connect(environ["NOTIFY_SOCKET"])
-        self.app = ScriptedApp(scripts, tell=self._tell)
+        played = {route: script for route, script in scripts.items() if script is not None}
+        makes = dict.fromkeys(scripts.keys() - played.keys(), echo)
+        self.app = ScriptedApp(
+            played, repeat=repeat, makes=makes, remembers=not (makes or repeat), tell=self._tell
+        )
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
             self.app,
@@ -193,12 +225,12 @@ class Actor:
         self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
         await asyncio.Event().wait()
 
-    async def ready(self) -> None:
-        """Serve until told to stop."""
+    async def ready(self, slots: str = "16") -> None:
+        """Serve until told to stop, `slots` requests at once."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._uds)
         listener.listen()  # connections queue up from now on
-        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
+        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=slots)
         self._tell("ready", "")
         await self._server.serve(sockets=[listener])
 
@@ -209,8 +241,11 @@ async def work(environ: Mapping[str, str]) -> None:
     reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())
-    scripts = {route: [Script.load(script) for script in dumped] for route, dumped in play["scripts"].items()}
-    actor = Actor(environ, writer, scripts)
+    scripts = {
+        route: dumped and [Script.load(script) for script in dumped]
+        for route, dumped in play["scripts"].items()
+    }
+    actor = Actor(environ, writer, scripts, repeat=play["repeat"])
 
     async def obey() -> None:
         while line := await reader.readline():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -137,10 +138,11 @@ class Attempt:
         """Ask, and collect what is said; until `stop` is called."""
         error: str | None = None
         try:
-            async with asyncio.timeout(None) as self._timer:
+            async with asyncio.timeout(None) as timer:
                 if self.stopped:
                     return Refused(None)
-                async with aclosing(jobs.outputs(self._call, self.job.id, self._input)) as outputs:  # type: ignore[type-var]
+                self._timer = timer
+                async with aclosing(jobs.outputs(self._call, self.job.id, self._input)) as outputs:
                     async for output in outputs:
                         error = jobs.failure(output)
                         if error is None:
@@ -149,9 +151,11 @@ class Attempt:
                             error = json.dumps(jobs.error_of(jobs.too_large(self.outputs.size_bytes)))
                             break
         except TimeoutError:
-            if self._timer is None or not self._timer.expired():
+            if not timer.expired():
                 raise
             return self._timed_out()
+        finally:
+            self._timer = None
         if self._lost is not None:
             return self._lost
         if error is not None:
@@ -173,7 +177,10 @@ class Attempt:
     @asynccontextmanager
     async def _call(self, request: Request) -> AsyncIterator[Reply]:
         edge.allowed(request.method, request.path)
-        request = replace(request, visit=Visit(admitted=True, caller=self.job.key_id, taken=self._begin))
+        job = self.job
+        left_s = job.ttl_s if job.expires_at is None else job.expires_at - time.time()
+        visit = Visit(caller=job.key_id, background=job.background, wait_s=left_s, taken=self._begin)
+        request = replace(request, visit=visit)
         try:
             async with self._ask(request) as reply:
                 self._begin()
@@ -191,9 +198,10 @@ class Attempt:
         if self.begun:
             return
         self.begun = True
-        if self._timer is not None and not self.stopped:
+        if self._timer is not None and not self.stopped and not self._timer.expired():
             self._timer.reschedule(asyncio.get_running_loop().time() + self.job.execution_timeout_s)
         self._began()
 
     def _tell_usage(self, usage: Usage) -> None:
-        self.usage = usage
+        if usage.whole or usage.completion_tokens:
+            self.usage = usage

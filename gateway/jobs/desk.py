@@ -60,6 +60,11 @@ class Desk:
         for waiter in self._waiters.get(job_id, ()):
             waiter.set()
 
+    def news_of_all(self) -> None:
+        """Something has become of every job."""
+        for job_id in self._waiters:
+            self.news(job_id)
+
     @contextmanager
     def listening(self, job_id: str) -> Iterator[asyncio.Event]:
         """An event that is set by news of the job, for as long as the block runs."""

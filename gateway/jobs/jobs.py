@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.jobs import table
 from gateway.jobs.attempt import first
 from gateway.jobs.desk import Desk
-from gateway.jobs.ledger import Count, Ledger
+from gateway.jobs.ledger import Costs, Ledger
 from gateway.jobs.runner import Asked, Runner
 from gateway.jobs.status import dump
 from gateway.jobs.table import Job, NewJob, State
@@ -47,7 +47,7 @@ class Told:
 class Jobs:
     """Used as `async with`: entering takes over what an earlier gateway has left, leaving ends what runs.
 
-    `endpoints` are looked up by each job's `endpoint_id`, `count` writes down what attempts have cost.
+    `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Jobs:
         store: Store,
         endpoints: Mapping[str, Asked],
         *,
-        count: Count = lambda *_: None,
+        costs: Costs,
         limit: int,
         webhooks: Webhooks | None = None,
         drain_s: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.ledger = Ledger(store, count, limit=limit, clock=clock)
+        self.ledger = Ledger(store, costs, limit=limit, clock=clock)
         self._desk = Desk()
         self._store = store
         self._endpoints = endpoints
@@ -99,6 +99,7 @@ class Jobs:
         self._closing = True
         for runner in self._runners.values():
             runner.stop_taking()
+        self._desk.news_of_all()
 
     def wake(self, endpoint_id: str) -> None:
         """Jobs wait at the endpoint: for whoever has added them in a transaction of its own."""
@@ -131,18 +132,18 @@ class Jobs:
         return await self._store.read(lambda connection: table.output_of(connection, job))
 
     async def wait(self, job: Job, timeout_s: float) -> Job:
-        """`job` once it has ended, or as it is after `timeout_s`."""
+        """`job` once it has ended, or as it is after `timeout_s`, or when this gateway begins no more."""
         with self._desk.listening(job.id) as heard, suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not job.ended:
+                while True:
                     heard.clear()
-                    current = await self.ledger.find(job.id)
-                    if current is None:
-                        break
+                    if (current := await self.ledger.find(job.id)) is None:
+                        return job
                     job = current
-                    if not job.ended:
-                        await heard.wait()
-        return job
+                    if job.ended or (self._closing and self._desk.attempt(job.id) is None):
+                        return job
+                    await heard.wait()
+        return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
         """What `job` has said since this was last asked; held for `hold_s` while that is nothing.

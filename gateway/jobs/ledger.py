@@ -6,38 +6,49 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from sqlalchemy import ColumnElement, Connection
 
 from gateway.jobs import status, table, webhooks
 from gateway.jobs.table import Ending, Job, NewJob, State
 from gateway.store import Store
-from handler.errors import BadRequest, RateLimited
+from handler.errors import KeyReused, RateLimited
 from handler.usage import Usage
 
 QUEUED_MAX_BYTES = 4 << 30
 """What the inputs of an endpoint's jobs that wait may take on disk together."""
 FULL_RETRY_AFTER_S = 10.0
 
-Count = Callable[[Connection, Job, Usage], None]
-"""Writes down what an attempt at a job has cost, in the transaction that it is given."""
+
+class Costs(Protocol):
+    """Hears what attempts at jobs have used, each once."""
+
+    def count(self, connection: Connection, job: Job, used: Usage) -> None:
+        """Write it down, in the transaction that has the job's end."""
+
+    def spend(self, job: Job, used: Usage) -> None:
+        """It is written down. Called on the loop."""
 
 
-class KeyReused(BadRequest):
-    """An idempotency key came with another request than the first time."""
+class Free:
+    """Costs that nobody wants to know."""
 
-    status = 422
-    code = "idempotency_key_reused"
+    def count(self, connection: Connection, job: Job, used: Usage) -> None:
+        """Nothing."""
+
+    def spend(self, job: Job, used: Usage) -> None:
+        """Nothing."""
 
 
 class Ledger:
     """The store's jobs. `heard` are told, on the loop, of each job that has ended, once that is committed."""
 
     def __init__(
-        self, store: Store, count: Count, *, limit: int, clock: Callable[[], float] = time.time
+        self, store: Store, costs: Costs, *, limit: int, clock: Callable[[], float] = time.time
     ) -> None:
         self._store = store
-        self._count = count
+        self._costs = costs
         self._limit = limit
         self._clock = clock
         self.heard: list[Callable[[Job], None]] = []
@@ -58,7 +69,7 @@ class Ledger:
             return None
         known = table.find_repeated(connection, new, self._clock())
         if known is not None and known.digest != new.digest:
-            raise KeyReused("This idempotency key was used with another request.")
+            raise KeyReused
         return known
 
     async def add(self, new: NewJob) -> tuple[Job, bool]:
@@ -111,14 +122,18 @@ class Ledger:
             if ended is None:
                 return []
             if usage is not None:
-                self._count(connection, job, usage)
+                self._costs.count(connection, job, usage)
             return self._tell_webhook(connection, ended, ending.output)
 
-        return bool(self._tell(await self._store.write(work)))
+        done = self._tell(await self._store.write(work))
+        if done and usage is not None:
+            self._costs.spend(job, usage)
+        return bool(done)
 
     async def spend(self, job: Job, usage: Usage) -> None:
         """An attempt that was stopped has cost `usage`."""
-        await self._store.write(lambda connection: self._count(connection, job, usage))
+        await self._store.write(lambda connection: self._costs.count(connection, job, usage))
+        self._costs.spend(job, usage)
 
     async def give_back(self, job: Job) -> bool:
         """No worker worked on the attempt."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs
 
 from gateway.jobs import status, table, webhooks
@@ -23,7 +23,7 @@ from handler.errors import (
     BodyTooLarge,
     MethodNotAllowed,
     NoSuchEndpoint,
-    NotFound,
+    NoSuchJob,
     json_reply,
 )
 from handler.messages import Call, Reply, Request, once
@@ -53,38 +53,33 @@ _Answer = Callable[[Request], Awaitable[Reply]]
 _IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
-_INTERNET = webhooks.Allowed()
+class Callers(Protocol):
+    """What keys may do: `gateway.jobs.account.Account`."""
 
+    def sees_all(self, key_id: str) -> bool:
+        """Whether the key may see other keys' jobs."""
 
-class NoSuchJob(NotFound):
-    """No job of that id is kept here, or it is another key's."""
-
-    code = "job_not_found"
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"The job `{job_id}` does not exist; what came of a job is kept for a while only.")
+    def admit(self, key_id: str, endpoint_id: str, inside: Request | None) -> None:
+        """Let a job in that asks the endpoint for `inside`, or raise what it is refused with."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobRoutes:
     """The part of the gateway that answers them.
 
-    A job is its key's: to others it does not exist, except to whom `sees_all`. `may` raises for a key that
-    may not use an endpoint, `admit` for one that may not ask it for this: what it gets is the request inside
-    the job. `workers` says how many workers of an endpoint are in which of RunPod's states.
+    A job is its key's: to others it does not exist, except to an admin's key, as `account` knows them.
+    `workers` says how many workers of an endpoint are in which of RunPod's states.
     """
 
     jobs: Jobs
     endpoints: Collection[str]
-    allowed: webhooks.Allowed = _INTERNET
-    may: Callable[[Request, str], None] = lambda _, __: None
-    admit: Callable[[Request, str], None] = lambda _, __: None
-    sees_all: Callable[[str], bool] = lambda _: False
+    account: Callers
+    allowed: webhooks.Allowed
     workers: Callable[[str], Mapping[str, int]] = lambda _: {}
     rates: Rates = field(default_factory=Rates)
 
     def find(self, request: Request) -> Call | None:
-        """The call for an operation. Raises what `may` does, and what tells that there is no such thing."""
+        """The call for an operation. Raises what tells that there is no such thing, and `BodyTooLarge`."""
         _, top, endpoint_id, operation, *rest = [*request.path.split("/"), "", "", ""]
         job_id = rest[0]
         methods = _METHODS.get((operation, bool(job_id)))
@@ -94,7 +89,6 @@ class JobRoutes:
             raise NoSuchEndpoint(endpoint_id)
         if request.method not in methods:
             raise MethodNotAllowed(request.method, request.path, methods)
-        self.may(request, endpoint_id)
         _check_size(request, operation)
         answer = self._of_job(endpoint_id, operation, job_id) if job_id else self._of(endpoint_id, operation)
 
@@ -132,7 +126,7 @@ class JobRoutes:
         caller = request.visit.caller
         if job is None or job.endpoint_id != endpoint_id or job.kind == "batch":
             raise NoSuchJob(job_id)
-        if job.key_id != caller and not self.sees_all(caller):
+        if job.key_id != caller and not self.account.sees_all(caller):
             raise NoSuchJob(job_id)
         return job
 
@@ -153,8 +147,8 @@ class JobRoutes:
             try:
                 inside = shapes.parse(json.loads(new.body))
             except BadEvent:  # told as what came of the job, as on RunPod
-                inside = request
-            self.admit(replace(inside, visit=request.visit), endpoint_id)
+                inside = None
+            self.account.admit(new.key_id, endpoint_id, inside)
 
         return await self.jobs.submit(new, admit)
 
@@ -193,7 +187,7 @@ class JobRoutes:
 
     async def _purge(self, endpoint_id: str, request: Request) -> Reply:
         where = (JOBS.c.endpoint_id == endpoint_id) & JOBS.c.kind.in_(table.CLIENTS)
-        if not self.sees_all(request.visit.caller):
+        if not self.account.sees_all(request.visit.caller):
             where &= JOBS.c.key_id == request.visit.caller
         removed = await self.jobs.cancel(where, table.WAITING)
         return json_reply(200, {"removed": len(removed), "status": "completed"})
@@ -211,6 +205,22 @@ class JobRoutes:
 
 
 _NO_WORKERS = dict.fromkeys(("idle", "initializing", "ready", "running", "throttled", "unhealthy"), 0)
+
+
+def worker_counts(workers: Iterable[tuple[str, int]]) -> Mapping[str, int]:
+    """How many of `workers`, each a state and a number of requests in flight, are what RunPod calls so."""
+    counts = dict(_NO_WORKERS)
+    for state, in_flight in workers:
+        if state == "starting":
+            counts["initializing"] += 1
+        elif state == "failed":
+            counts["unhealthy"] += 1
+        elif state == "ready":
+            counts["ready"] += 1
+            counts["running" if in_flight else "idle"] += 1
+        elif in_flight:  # it finishes what it holds
+            counts["running"] += 1
+    return counts
 
 
 def _check_size(request: Request, operation: str) -> None:

@@ -236,17 +236,12 @@ def output_of(connection: Connection, job: Job) -> bytes | None:
 
 def queued(connection: Connection, endpoint_id: str) -> tuple[int, int]:
     """How many jobs of clients wait at the endpoint, and how many bytes their inputs take; no batch's."""
-    return (
-        connection.execute(
-            select(func.count(), func.coalesce(func.sum(JOBS.c.size_bytes), 0)).where(
-                JOBS.c.endpoint_id == endpoint_id,
-                JOBS.c.state.in_(WAITING),
-                JOBS.c.kind.in_(CLIENTS),
-            )
+    row = connection.execute(
+        select(func.count(), func.coalesce(func.sum(JOBS.c.size_bytes), 0)).where(
+            JOBS.c.endpoint_id == endpoint_id, JOBS.c.state.in_(WAITING), JOBS.c.kind.in_(CLIENTS)
         )
-        .tuples()
-        .one()
-    )
+    ).one()
+    return int(row[0]), int(row[1])
 
 
 def counts(connection: Connection, endpoint_id: str) -> Mapping[str, int]:
@@ -255,7 +250,7 @@ def counts(connection: Connection, endpoint_id: str) -> Mapping[str, int]:
         select(JOBS.c.state, func.count()).where(JOBS.c.endpoint_id == endpoint_id).group_by(JOBS.c.state)
     )
     found = dict.fromkeys((state.shown for state in State), 0)
-    for state, count in rows.tuples():
+    for state, count in rows:
         found[State(state).shown] += count
     return found
 
@@ -436,7 +431,7 @@ def batch_counts(connection: Connection, batch_id: str) -> Mapping[State, int]:
     rows = connection.execute(
         select(JOBS.c.state, func.count()).where(JOBS.c.batch_id == batch_id).group_by(JOBS.c.state)
     )
-    return {State(state): count for state, count in rows.tuples()}
+    return {State(state): count for state, count in rows}
 
 
 def forget_batch(connection: Connection, batch_id: str, most: int) -> int:

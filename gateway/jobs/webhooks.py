@@ -243,7 +243,7 @@ class Webhooks:
             .order_by(WEBHOOKS.c.due_at)
             .limit(AT_ONCE)
         )
-        return list(rows.tuples())
+        return [(row.id, row.url, row.body, row.tries) for row in rows]
 
     async def _send(
         self, session: aiohttp.ClientSession, number: int, url: str, body: bytes, tries: int

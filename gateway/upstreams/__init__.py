@@ -1,4 +1,4 @@
-"""What can stand behind the gateway: something that answers, once it is there."""
+"""What can stand behind the gateway: workers that answer, once they are there."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from handler.admission import Upstream, WorkerLost
-from handler.errors import NotAdmitted
+from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request
 
-__all__ = ["WORKER_STATES", "Pool", "Upstream", "WorkerLost", "WorkerView"]
+__all__ = ["WORKER_STATES", "Pool", "WorkerLost", "WorkerView"]
 
 WORKER_STATES = ("starting", "ready", "retiring", "leaving", "ended", "failed")
 """A worker's life. `retiring`: it is not needed and finishes what it holds; `leaving`: it was told to end, or
@@ -51,6 +50,18 @@ class WorkerView:
         shown = asdict(self)
         del shown["log"]
         return shown
+
+
+class WorkerLost(UpstreamFailed):
+    """The worker went away before it said anything: another may be asked the same.
+
+    Raised while a call is entered and never from the frames of a reply. `worked_s` is how long it
+    had the request; 0 if it never did.
+    """
+
+    def __init__(self, message: str, *, worked_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.worked_s = worked_s
 
 
 class Pool(Protocol):

@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from handler import batch_object
+from handler.batch_ask import Asker
+from handler.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX, Item, Progress
+from handler.batch_object import Batch
+from handler.batch_source import Plan, Source
+from handler.batch_window import Pace, Part, Window
 from handler.errors import (
     AwsFailed,
     BadRequest,
@@ -24,14 +30,9 @@ from handler.errors import (
     UpstreamFailed,
 )
 from handler.platforms import batch_record as record
-from handler.platforms.batch_ask import Asker
 from handler.platforms.batch_lease import Lease, Leases
-from handler.platforms.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX, Item, Progress
-from handler.platforms.batch_record import Batch
-from handler.platforms.batch_source import Plan, Source
 from handler.platforms.batch_store import BatchStore, Input
 from handler.platforms.batch_upload import Seen
-from handler.platforms.batch_window import Pace, Part, Window
 from handler.platforms.lambda_messages import Shift
 from handler.settings import Settings
 
@@ -118,7 +119,7 @@ class BatchShift:
 
     async def _work(self) -> bool:
         self._given, self._batch, self._seen = await self._means.thread(self._take_over)
-        if self._given is None or record.is_over(self._batch):
+        if self._given is None or batch_object.is_over(self._batch):
             return True
         log.info("a batch is worked on", extra=self._fields())
         if self._given.size_bytes > FILE_MAX_BYTES:
@@ -154,11 +155,11 @@ class BatchShift:
             else:
                 assert given is not None, "else it was deleted"
                 batch = record.begin(self._store.place, given, self._means.settings.model_id, now)
-            if record.is_over(batch):
+            if batch_object.is_over(batch):
                 return given, batch, seen
             if given is None:
                 why = NotFound("The input was deleted before the batch was over.", code="input_deleted")
-                batch = record.failed(batch, why, now)
+                batch = batch_object.failed(batch, [(None, why)], now)
             batch = record.taken(batch, self._lease.attempt)
             if saved := self._store.save(batch, seen):
                 return given, batch, saved
@@ -169,7 +170,7 @@ class BatchShift:
         await self._look()
         while True:
             progress = await self._means.thread(self._progress)
-            self._batch = record.counted(self._batch, progress)
+            self._batch = batch_object.counted(self._batch, progress)
             read = partial(self._read, self._source().items(progress, plan.duplicates))
             pace = self._means.pace(self._shift.most)
             window = self._window = Window(progress, read, self._asker.ask, self._write, pace)
@@ -216,7 +217,7 @@ class BatchShift:
         return True
 
     async def _fail(self, why: RequestError) -> bool:
-        self._batch = record.failed(self._batch, why, self._means.now())
+        self._batch = batch_object.failed(self._batch, [(None, why)], self._means.now())
         await self._save()
         log.info("a batch is over", extra=self._fields())
         return True
@@ -244,7 +245,7 @@ class BatchShift:
         if not await self._means.thread(self._store.put_part, self._lease.version, part):
             self._overtaken = True
             raise BatchLost("another worker has written the same part")
-        self._batch = record.counted(self._batch, part.progress)
+        self._batch = batch_object.counted(self._batch, part.progress)
         if _loop_s() - self._saved_s >= self._means.times.save_s:
             await self._save()
 
@@ -309,7 +310,7 @@ class BatchShift:
     # --- batch.json ----------------------------------------------------------------------------
 
     def _move(self, status: str) -> None:
-        self._batch = record.moved(self._batch, status, self._means.now())
+        self._batch = batch_object.moved(self._batch, status, self._means.now())
 
     async def _save(self) -> None:
         """Write batch.json as it is now. Raises `BatchLost` if another has written it."""

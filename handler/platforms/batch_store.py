@@ -26,11 +26,11 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
+from handler.batch_lines import Progress
+from handler.batch_window import Part
 from handler.errors import AwsFailed, UpstreamFailed
 from handler.platforms.aws_clients import TRIES, Clients
-from handler.platforms.batch_lines import Progress
 from handler.platforms.batch_upload import CHANGED, JSONL, Seen, Upload
-from handler.platforms.batch_window import Part
 
 AHEAD = 2
 """How many parts are read before they are needed."""

@@ -21,13 +21,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from handler import batch_object
+from handler.batch_window import Pace
 from handler.errors import AwsFailed, BadEvent, BatchLost, UpstreamFailed
 from handler.platforms import batch_record as record
 from handler.platforms.aws_clients import Clients
 from handler.platforms.batch_lease import Leases, Taken
 from handler.platforms.batch_shift import BatchShift, Means, Times
 from handler.platforms.batch_store import BatchStore, Place
-from handler.platforms.batch_window import Pace
 from handler.platforms.lambda_messages import CONTINUE, Continued, Created, Shift
 from handler.settings import Settings
 
@@ -154,8 +155,8 @@ def _open_version(store: BatchStore, asked: Asked) -> str | None:
     said, _ = store.load()
     given = store.head()
     if given is None:  # it was deleted: of a batch that has begun, that is to be told
-        return asked.version if record.is_of(said, asked.version) and not record.is_over(said) else None
+        return asked.version if record.is_of(said, asked.version) and not batch_object.is_over(said) else None
     if not given.is_named(asked.version):
         log.info("a newer input has taken the place of this", extra={"batch": asked.place.id})
         return None
-    return None if record.is_of(said, given.version) and record.is_over(said) else given.version
+    return None if record.is_of(said, given.version) and batch_object.is_over(said) else given.version

@@ -13,9 +13,9 @@ import pytest
 
 from tests import batch_stack, servers
 from tests.aws_stack import AwsStack
-from tests.batch_stack import CHAT, Resources, echo, echoes, line
+from tests.batch_stack import CHAT, Resources, echoes, line
 from tests.batch_worker import environ, worker
-from tests.scripted_app import Script, ScriptedApp, Seen
+from tests.scripted_app import Script, ScriptedApp, Seen, echo
 from tests.scripted_server import application
 from tests.servers import MODEL, engine_environ
 from tests.until import until

@@ -87,13 +87,12 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
     _, listed, _ = await command(tmp_path, "keys", "list", "--all")
     head, *rows = listed.splitlines()
     assert head.split()[:2] == ["id", "name"]
-    assert [row.split()[1] for row in rows] == ["first", "app"]
-    assert [row.split()[-1] for row in rows] == ["admin", "revoked"]
+    assert {row.split()[1]: row.split()[-1] for row in rows} == {"first": "admin", "app": "revoked"}
 
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:
     """It is printed before the gateway ends: the next start will print none."""
-    play = ((("say_why", "no such model", "66"), ("exit", "66")), {})
+    play: tuple[object, object] = ((("say_why", "no such model", "66"), ("exit", "66")), {})
     async with gateway(tmp_path, play, environ={"API_KEY": ""}) as program:
         await program.line(r"^no worker was ready  .* key (ft-\S{43})$")
         assert await program.end() == 66
@@ -129,9 +128,8 @@ class Client:
 
     def check(self, counted: Mapping[str, Any] | None) -> None:
         """What was counted is what this client saw."""
-        found = counted and tuple(
-            counted[name] for name in ("requests", "prompt_tokens", "completion_tokens")
-        )
+        names = ("requests", "prompt_tokens", "completion_tokens")
+        found = None if counted is None else tuple(counted[name] for name in names)
         everything = (1, self.prompt, FRAMES)
         if self.whole or (
             found == everything and self.model[0] != "h"
@@ -193,10 +191,11 @@ async def usage(folder: Path) -> dict[str, Any]:
 async def test_every_answer_is_counted_once_though_the_gateway_is_killed(tmp_path: Path) -> None:
     """65 answers under way, `kill -9` when the first is whole: each counts for what its client saw, once."""
     asked = clients()
+    play = ([("ready", str(len(asked)))], {CHAT: [client.script for client in asked]})
     environ = {"PRICE_INPUT": "1.5", "PRICE_OUTPUT": "2"}
     finished = asyncio.Event()
     async with (
-        gateway(tmp_path, (READY, {CHAT: [client.script for client in asked]}), environ=environ) as program,
+        gateway(tmp_path, play, environ=environ) as program,
         aiohttp.ClientSession(
             headers={"authorization": f"Bearer {KEY}"}, connector=aiohttp.TCPConnector(limit=0)
         ) as session,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
 import pytest
 
+from gateway.admission import Admission
 from gateway.keys import Keys
 from handler import early
-from handler.admission import Admission
 from handler.asgi import call_app
 from handler.errors import NotAdmitted
-from handler.messages import Headers, Reply, Request, read
-from handler.waiting import Room
+from handler.messages import Headers, Request, read
 from tests import gateways
+from tests.pools import ScriptedPool
+from tests.scripted_app import ScriptedApp
 from tests.servers import KEY, MODEL, Stack
 
 JSON = "application/json"
@@ -48,26 +48,15 @@ BODIES = {
 }
 
 
-class NeverReady:
-    """An upstream that can't be waited for."""
-
-    ready = False
-    retry_after_s = 1.0
-    cold_start_s = 1.0
-
-    async def wait_ready(self) -> None:
-        """As `Upstream` says."""
-        raise NotAdmitted("It waited.", retry_after_s=1, code="waited")
-
-    def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
-        """As `Upstream` says."""
-        raise AssertionError(request)
+WAITED = NotAdmitted("It waited.", retry_after_s=1, code="waited")
 
 
 async def said_early(path: str, body: bytes, content_type: str | None) -> tuple[int, str | None, Any]:
     """Status, content type and body of a gateway's answer that has no worker yet."""
     check = partial(early.check, model=MODEL)
-    admission = Admission(NeverReady(), room=Room(limit=1), queue_timeout_s=60, keep_alive_s=60, check=check)
+    pool = ScriptedPool(ScriptedApp({}))
+    pool.refuse(WAITED)
+    admission = Admission(pool, limit=1, queue_timeout_s=60, keep_alive_s=60, check=check)
     app = gateways.one(admission.call, Keys(KEY)).app(max_body_bytes=2**20, cors_origins=())
     headers: Headers = (("authorization", f"Bearer {KEY}"),)
     headers += (("content-type", content_type),) if content_type else ()

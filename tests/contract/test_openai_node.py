@@ -22,26 +22,22 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (shutil.which("npm") and shutil.which("node")):
         pytest.skip("this lane did not run: node and npm are missing (Debian: apt-get install nodejs npm)")
     folder = tmp_path_factory.mktemp("node")
-    for name in ("package.json", "oracle.mjs"):
+    for name in ("package.json", "oracle.mjs", "batches.mjs"):
         shutil.copy(HERE / name, folder)
     subprocess.run(NPM, cwd=folder, check=True, timeout=150, stdout=subprocess.DEVNULL)
     return folder
 
 
-@pytest.mark.parametrize("path", ["stack", "jobs_stack"], ids=["gateway", "runpod"])
-def test_the_node_client_understands_every_answer(
-    path: str, node_folder: Path, request: pytest.FixtureRequest
-) -> None:
-    """Objects, streams and errors arrive as the client's own types, through the gateway."""
-    stack: servers.Stack = request.getfixturevalue(path)
+def seen(program: str, folder: Path, stack: servers.Stack) -> object:
+    """What `program` has seen of the gateway."""
     environ = {
         "PATH": os.environ["PATH"],
         "OPENAI_BASE_URL": stack.gateway.base_url,
         "OPENAI_API_KEY": stack.gateway.key,
     }
     done = subprocess.run(
-        ["node", "oracle.mjs", servers.MODEL],
-        cwd=node_folder,
+        ["node", program, servers.MODEL],
+        cwd=folder,
         env=environ,
         capture_output=True,
         text=True,
@@ -49,7 +45,15 @@ def test_the_node_client_understands_every_answer(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("path", ["stack", "jobs_stack"], ids=["gateway", "runpod"])
+def test_the_node_client_understands_every_answer(
+    path: str, node_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    """Objects, streams and errors arrive as the client's own types, through the gateway."""
+    assert seen("oracle.mjs", node_folder, request.getfixturevalue(path)) == {
         "models": [servers.MODEL],
         "model": "model",
         "chat": ["chat.completion", "The capital of France is Paris.", "stop"],
@@ -59,4 +63,20 @@ def test_the_node_client_understands_every_answer(
         "noModel": ["NotFoundError", 404, "model_not_found", "invalid_request_error", "model", True],
         "badKey": ["AuthenticationError", 401, "invalid_api_key", "invalid_request_error", None, True],
         "badValue": ["BadRequestError", 400, "invalid_request", "invalid_request_error", "temperature", True],
+    }
+
+
+def test_the_node_client_does_files_and_batches(node_folder: Path, stack: servers.Stack) -> None:
+    """With the real engine behind them."""
+    assert seen("batches.mjs", node_folder, stack) == {
+        "file": ["file", "\u00fc.jsonl", "batch", 3600],
+        "batch": ["batch", "completed", {"by": "node"}, {"total": 2, "completed": 1, "failed": 1}, None],
+        "outputs": [["france", 200, "The capital of France is Paris.", None]],
+        "errors": [["bad", 400, "temperature"]],
+        "refused": ["failed", [[2, "duplicate_custom_id"]]],
+        "batches": True,
+        "results": True,
+        "deleted": True,
+        "gone": ["NotFoundError", 404],
+        "over": ["ConflictError", 409],
     }

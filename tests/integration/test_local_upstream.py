@@ -14,15 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from gateway.admission import Admission
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import Keep, back_off_s
-from handler.admission import Admission
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
-from handler.waiting import Room
 from tests import scripted_zygote
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
 from tests.scripted_worker import COLD_START, COMMAND, READY, Director, Worker
@@ -275,7 +274,7 @@ async def test_worker_killed_before_the_first_byte_is_replaced_silently(
 ) -> None:
     """Admission asks the next worker, and the client sees an answer."""
     async with stage(tmp_path, (READY, {ROUTE: before}), (READY, {ROUTE: answer({"id": "b"})})) as on:
-        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
         async with admission.call(arriving(CHAT)) as reply:
             assert (reply.status, await read(reply)) == (200, b'{"id": "b"}')
         assert [type(event) for event in on.events if not isinstance(event, Progress)] == [
@@ -424,7 +423,7 @@ async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: 
     refusal = Script((Pause("asked"), Say("{}")), 503)
     async with stage(tmp_path, (READY, {ROUTE: refusal}), (READY, {ROUTE: answer({"id": "b"})})) as on:
         worker = await ready(on)
-        admission = Admission(on.upstream, room=Room(limit=9), queue_timeout_s=NEVER, keep_alive_s=0)
+        admission = Admission(on.upstream, limit=9, queue_timeout_s=NEVER, keep_alive_s=0)
 
         async def ask() -> bytes:
             async with admission.call(arriving(CHAT)) as reply:

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway.admission import Admission
 from gateway.metrics import Metrics
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.control_plane import ControlPlane
@@ -27,10 +28,9 @@ from gateway.upstreams.line import Line
 from gateway.upstreams.pool import Keep
 from gateway.upstreams.runpod import RunpodPool
 from handler import sse
-from handler.admission import Admission
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, Visit, read
-from handler.waiting import Room
+from handler.waiting import kept_alive
 from tests import runpod_worker, scripted_worker
 from tests.jobs_client import TAKES_JOBS, JobsClient, speaking_for
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
@@ -155,10 +155,10 @@ async def begun(on: Stage, sdk: JobsClient, stack: AsyncExitStack) -> tuple[str,
     return job["id"], reply
 
 
-def in_front(on: Stage, keep_alive_s: float = 0) -> Admission:
+def in_front(on: Stage) -> Admission:
     """The gateway's queue, as long as the line."""
-    room = Room(limit=on.upstream._line._limit, others=lambda: on.upstream.in_line)
-    return Admission(on.upstream, room=room, queue_timeout_s=NEVER, keep_alive_s=keep_alive_s)
+    limit = on.upstream._line._limit
+    return Admission(on.upstream, limit=limit, queue_timeout_s=NEVER, keep_alive_s=0)
 
 
 async def answered(front: Admission, request: Request) -> bytes:
@@ -507,23 +507,26 @@ async def test_dead_worker_turns_nobody_away(tmp_path: Path) -> None:
             await answered(front, numbered(4))
         os.kill(on.upstream.workers[0].pid or 0, signal.SIGKILL)
         await on.ended()
+        asking += [asyncio.create_task(answered(front, numbered(n))) for n in (4, 5)]
+        while front.waiting < 4:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
         with pytest.raises(NotAdmitted, match="already wait"):
-            await answered(front, numbered(5))
+            await answered(front, numbered(6))
         successor = await clients.enter_async_context(speaking_for(await on.director.worker()))
-        while on.upstream.in_line < 4:  # noqa: ASYNC110 - as above
+        while on.upstream.in_line < 6:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         taken = await successor.take_batch(9)
-        assert [job["input"]["openai_input"]["n"] for job in taken] == [0, 1, 2, 3]
+        assert [job["input"]["openai_input"]["n"] for job in taken] == list(range(6))
         for job in taken:
             await successor.done(job["id"], {"output": [job["input"]["openai_input"]]})
-        assert [json.loads(await asked) for asked in asking] == [{"n": n} for n in range(4)]
+        assert [json.loads(await asked) for asked in asking] == [{"n": n} for n in range(6)]
 
 
 async def test_stream_in_line_is_kept_alive(tmp_path: Path) -> None:
     """It is answered early and hears comments; then comes what the worker posts, or its error."""
     async with spoken(tmp_path) as (on, sdk), AsyncExitStack() as clients:
-        front = in_front(on, keep_alive_s=0.01)
-        first, second = [await clients.enter_async_context(front.call(arriving(CHAT))) for _ in range(2)]
+        call = kept_alive(in_front(on).call, 0.01)
+        first, second = [await clients.enter_async_context(call(arriving(CHAT))) for _ in range(2)]
         for reply in (first, second):
             assert (reply.status, reply.headers) == (200, sse.HEADERS)
             assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3

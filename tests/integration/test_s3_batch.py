@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from handler import edge
+from handler import batch_source, edge
 from handler.asgi import call_app
+from handler.batch_lines import Progress
+from handler.batch_window import Pace, Part
 from handler.errors import UpstreamFailed
-from handler.platforms import batch_shift, batch_source, batch_upload
+from handler.platforms import batch_shift, batch_upload
 from handler.platforms.aws_clients import Clients
 from handler.platforms.batch_lease import Lease, Leases, Taken
-from handler.platforms.batch_lines import Progress
 from handler.platforms.batch_store import BatchStore, Place
-from handler.platforms.batch_window import Pace, Part
 from handler.platforms.lambda_messages import Created, Shift
 from handler.platforms.s3_batch import S3Batches
 from handler.settings import Settings
@@ -34,7 +34,6 @@ from tests.batch_stack import (
     URL,
     Resources,
     consuming,
-    echo,
     echoes,
     echoing,
     line,
@@ -42,7 +41,7 @@ from tests.batch_stack import (
 from tests.integration.test_lambda_platform import sqs
 from tests.lambda_function import function
 from tests.object_store import ObjectStore
-from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer
+from tests.scripted_app import Pause, Script, ScriptedApp, Seen, answer, echo
 from tests.servers import MODEL
 from tests.until import until
 

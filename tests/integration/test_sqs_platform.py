@@ -14,9 +14,9 @@ from handler.errors import AwsFailed, ModelNotFound
 from handler.platforms import sqs
 from handler.settings import Settings
 from handler.supervision import Notifier
-from tests.batch_stack import CHAT, QUICK_QUEUE, URL, Resources, consuming, echo, line
+from tests.batch_stack import CHAT, QUICK_QUEUE, URL, Resources, consuming, line
 from tests.contract import recorded
-from tests.scripted_app import Fail, Pause, Script, ScriptedApp, Seen
+from tests.scripted_app import Fail, Pause, Script, ScriptedApp, Seen, echo
 from tests.until import until
 
 

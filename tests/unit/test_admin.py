@@ -25,6 +25,7 @@ from gateway.store import Store
 from gateway.usage import Entry, Prices
 from handler.asgi import App, call_app
 from handler.messages import Headers, Request, read
+from tests import gateways
 from tests.scripted_app import ScriptedApp, answer
 
 ADMIN = "admin-key"
@@ -78,7 +79,11 @@ async def opened(folder: Path) -> AsyncIterator[Place]:
     metering = Metering(store, keys, limits)
     clients = Clients(keys, limits, metering)
     endpoints = {
-        name: clients.call(call_app(scripted), endpoint_id=name, model_id="m", prices=Prices())
+        name: gateways.endpoint(
+            call_app(scripted),
+            name,
+            call=clients.call(call_app(scripted), endpoint_id=name, model_id="m", prices=Prices()),
+        )
         for name in ("one", "two")
     }
     parts: list[Part] = [OpenAI(endpoints), Admin(store, following)]

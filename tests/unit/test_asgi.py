@@ -575,6 +575,117 @@ async def test_front_wraps_answers_and_refusals() -> None:
         assert (client.status, client.headers["x-front"]) == (status, "1")
 
 
+# --- bodies that calls read ---------------------------------------------------------------------
+
+
+def reading(call: Call, limit_bytes: int = 100) -> App:
+    """`call`, which reads its requests' bodies by itself."""
+    return serve(call, max_body_bytes=5, check=lambda _: limit_bytes)
+
+
+@asynccontextmanager
+async def echo(request: Request) -> AsyncIterator[Reply]:
+    """Answers with the pieces of the body."""
+    assert request.body == b""
+    assert request.pieces is not None
+    pieces = [piece.decode() async for piece in request.pieces]
+    yield Reply(200, JSON, once(json.dumps(pieces).encode()))
+
+
+async def test_a_call_may_read_the_body_as_it_comes() -> None:
+    """Piece by piece, past the limit of those that are held."""
+    async with exchange(reading(echo), parts=[b"123", b"", b"456", b"789"]) as client:
+        await client.over()
+    assert (client.status, json.loads(client.answer)) == (200, ["123", "456", "789"])
+
+
+async def test_a_call_has_the_first_piece_before_the_last_is_sent() -> None:
+    """Nothing on the way collects them."""
+    seen: asyncio.Queue[bytes] = asyncio.Queue()
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        assert request.pieces is not None
+        async for piece in request.pieces:
+            seen.put_nowait(piece)
+        yield Reply(200, JSON, once(b"{}"))
+
+    async with exchange(reading(call), parts=None) as client:
+        client.body(b"1", more=True)
+        assert await seen.get() == b"1"
+        assert client.sent == []
+        client.body(b"2")
+        await client.over()
+    assert seen.get_nowait() == b"2"
+
+
+async def test_a_client_that_leaves_in_its_body_cancels_the_call_that_reads_it() -> None:
+    """Nothing is answered."""
+    ended = asyncio.Event()
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        assert request.pieces is not None
+        try:
+            async for _ in request.pieces:
+                pass
+        except asyncio.CancelledError:
+            ended.set()
+            raise
+        yield Reply(200, JSON, once(b"{}"))
+
+    async with exchange(reading(call), parts=None) as client:
+        client.body(b"half", more=True)
+        client.leave()
+        assert await client.over() == []
+    assert ended.is_set()
+
+
+async def test_a_client_that_leaves_after_its_body_cancels_the_call_that_has_read_it() -> None:
+    """As it does any other."""
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        assert request.pieces is not None
+        async for _ in request.pieces:
+            pass
+        read_all.set()
+        await asyncio.Event().wait()
+        yield Reply(200, JSON, once(b"{}"))
+
+    read_all = asyncio.Event()
+    async with exchange(reading(call)) as client:
+        await read_all.wait()
+        client.leave()
+        assert await client.over() == []
+
+
+async def test_a_call_that_refuses_a_body_answers_before_its_end() -> None:
+    """The rest is not waited for."""
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        assert request.pieces is not None
+        async for _ in request.pieces:
+            raise Forbidden("no")
+        yield Reply(200, JSON, once(b"{}"))
+
+    async with exchange(reading(call), parts=None) as client:
+        client.body(b"half", more=True)
+        await client.over()
+    assert client.status == 403
+
+
+@pytest.mark.parametrize("length", ["101", "9" * 5000, "3"])
+async def test_a_body_that_a_call_reads_has_a_limit_too(length: str) -> None:
+    """By what it announces, and by what comes."""
+    async with exchange(reading(echo), headers=(("content-length", length),), parts=None) as client:
+        if length == "3":
+            client.body(b"x" * 101, more=True)
+        await client.over()
+    assert client.status == 413
+
+
 # --- other scopes -------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""`handler.platforms.batch_lines` and `batch_source`: the bytes of a file as requests, answers as lines."""
+"""`handler.batch_lines` and `batch_source`: the bytes of a file as requests, answers as lines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handler import batch_lines, batch_source
+from handler.batch_lines import Item, Line, Progress, Splitter, answered, parse, refused
+from handler.batch_source import Plan, Source
 from handler.errors import NotFound
-from handler.platforms import batch_lines, batch_source
-from handler.platforms.batch_lines import Item, Line, Progress, Splitter, answered, parse, refused
-from handler.platforms.batch_source import Plan, Source
 
 URL = "/v1/chat/completions"
 GOOD: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": URL, "body": {"messages": []}}

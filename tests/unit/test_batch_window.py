@@ -1,4 +1,4 @@
-"""`handler.platforms.batch_window`: many lines at a time, their outcomes in the order of the file."""
+"""`handler.batch_window`: many lines at a time, their outcomes in the order of the file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from handler.batch_lines import Item, Line, Outcome, Progress
+from handler.batch_window import Pace, Part, Window
 from handler.errors import BadRequest, EngineDead, UpstreamFailed
 from handler.messages import Request
-from handler.platforms.batch_lines import Item, Line, Outcome, Progress
-from handler.platforms.batch_window import Pace, Part, Window
 
 GONE = BadRequest("no", code="batch_cancelled")
 

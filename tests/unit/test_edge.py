@@ -792,7 +792,7 @@ async def test_a_preflight_is_answered_without_the_call() -> None:
     assert (status, body) == (204, b"")
     assert cors(headers) == {
         "access-control-allow-origin": PAGE,
-        "access-control-allow-methods": "GET, POST, OPTIONS",
+        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
         "access-control-allow-headers": "authorization,content-type,x-stainless-lang",
         "access-control-max-age": "600",
         **SIMPLE,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
 import pytest
 
+from gateway.admission import Admission
 from gateway.keys import Keys
 from handler import early, sse
-from handler.admission import Admission
 from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
-from handler.messages import Headers, Reply, Request, read
-from handler.waiting import Room
+from handler.messages import Headers, Request, read
 from tests import gateways
+from tests.pools import ScriptedPool
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
 KEY: Headers = (("authorization", "Bearer secret"),)
@@ -278,22 +276,6 @@ async def test_upstream_failure_before_the_answer_is_a_502() -> None:
     assert (status, error(body)) == (502, ("server_error", None, "upstream_failed"))
 
 
-class _Starting:
-    """An upstream whose worker never comes."""
-
-    ready = False
-    retry_after_s = 1.0
-    cold_start_s = 1.0
-
-    async def wait_ready(self) -> None:
-        """As `Upstream` says."""
-        await asyncio.Event().wait()
-
-    def call(self, request: Request) -> AbstractAsyncContextManager[Reply]:
-        """As `Upstream` says."""
-        raise AssertionError(request)
-
-
 @pytest.mark.parametrize(
     ("path", "headers", "body", "expected"),
     [
@@ -310,8 +292,8 @@ async def test_what_is_known_before_a_worker_is_checked_in_order(
 ) -> None:
     """Key, route, body, name of the model; the rest waits for the worker."""
     admission = Admission(
-        _Starting(),
-        room=Room(limit=1),
+        ScriptedPool(ScriptedApp({})),
+        limit=1,
         queue_timeout_s=0.001,
         keep_alive_s=0,
         check=partial(early.check, model="mine"),

@@ -19,6 +19,8 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"__main__", "healthcheck"},
     {"freezable", "platforms", "warm"},
     {"engine"},
+    {"batch_ask", "batch_object", "batch_source", "batch_window"},
+    {"batch_lines"},
     {"edge", "server"},
     {"asgi"},
     {"admission", "slots", "traces"},

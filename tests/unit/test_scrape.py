@@ -217,8 +217,7 @@ async def test_tokens_and_admissions_are_counted_by_endpoint() -> None:
     own = metrics.endpoint("a")
     metrics.used(Entry("key_1", "a", "m", 10, 5, cost_nano=2_500_000_000))
     own.admitted("at_once")
-    own.admitted("waited")
-    own.held_s.observe(2.0)
+    own.admitted("waited", 2.0)
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_prompt_tokens_total", endpoint="a", model="m")] == 10
     assert found[of("firsttoken_gateway_completion_tokens_total", endpoint="a", model="m")] == 5

@@ -9,18 +9,17 @@ import pytest
 
 from gateway.scaling import Scaling
 from gateway.upstreams.successive import Successive
-from handler.asgi import call_app
 from handler.errors import NotAdmitted
 from handler.messages import Request, read
+from tests.owned_pool import OwnedPool
 from tests.scripted_app import Pause, ScriptedApp, answer
-from tests.scripted_pool import ScriptedPool
 
 ASK = Request("POST", "/v1/x")
 
 
-def pool(app: ScriptedApp, capacity: int = 1) -> ScriptedPool:
+def pool(app: ScriptedApp, capacity: int = 1) -> OwnedPool:
     """A pool in front of `app`."""
-    return ScriptedPool(call_app(app), capacity=capacity, scaling=Scaling(1, 3, 60.0))
+    return OwnedPool(app, places=capacity, scaling=Scaling(1, 3, 60.0))
 
 
 def says(text: str, *gates: str) -> ScriptedApp:
@@ -63,14 +62,14 @@ async def test_the_new_pool_hears_how_many_wait_and_they_hear_of_its_room() -> N
     async with Successive(old) as pools:
         pools.listen(lambda: heard.append(pools.free))
         pools.want(3, 1.0)
-        assert old.waiting == 3
+        assert old.wanted == [(3, 1.0)]
         await pools.follow(new)
-        assert (old.waiting, new.waiting) == (0, 3)
-        new.grow(2)
+        assert (old.wanted[-1], new.wanted) == ((0, 0.0), [(3, 1.0)])
+        new.give(2)
         assert heard == [0, 2]
-        old.grow(5)  # nobody asks it any more
+        old.give(5)  # nobody asks it any more
         assert heard == [0, 2]
-        assert (pools.free, pools.capacity, pools.cold_start_s, pools.retry_after_s) == (2, 2, 1.5, 1.0)
+        assert (pools.free, pools.capacity, pools.cold_start_s, pools.retry_after_s) == (2, 2, 4.25, 7)
 
 
 async def test_an_old_pool_does_not_wait_for_ever() -> None:

@@ -71,19 +71,6 @@ async def test_no_more_bytes_wait_than_may() -> None:
     await asyncio.gather(*waiting)
 
 
-async def test_others_count_too() -> None:
-    """Wherever they wait."""
-    room = Room(limit=2, others=lambda: 1)
-    on = Turn()
-    on.room = room
-    first = on.waits()
-    await turns()
-    with pytest.raises(NotAdmitted, match="2 requests already wait"):
-        await on.waits()
-    on.come.set()
-    await first
-
-
 async def test_who_was_admitted_before_has_a_place() -> None:
     """Whatever the bound."""
     on = Turn()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from handler.platforms.batch_lines import (
+from handler.batch_lines import (
     ENVELOPE_BYTES,
     REQUESTS_MAX,
     Item,

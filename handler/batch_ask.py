@@ -6,14 +6,16 @@ import asyncio
 import json
 import math
 
+from handler.batch_lines import Item, Outcome, answered
 from handler.errors import EngineDead, RequestError
-from handler.messages import Call, Request, read
-from handler.platforms.batch_lines import Item, Outcome, answered
+from handler.messages import Call, Headers, Request, first, read
 
 TRIES = 3
 """How often a line is asked whose answers blame the server."""
 BUSY = frozenset({429, 503})
 """What says that there is no room now: such a line is asked again for as long as it takes."""
+LATE = 504
+"""With a `Retry-After`, that its turn did not come: as above. Without one its answer took too long."""
 BUSY_MAX_S = 30.0
 
 
@@ -32,7 +34,7 @@ class Asker:
         tries, pause_s = 0, self._pause_s
         while True:
             status, body, retry_after_s = await self._answer(item.request)
-            if status in BUSY:
+            if status in BUSY or (status == LATE and retry_after_s):
                 await asyncio.sleep(min(max(retry_after_s, self._pause_s), BUSY_MAX_S))
                 continue
             tries += 1
@@ -47,9 +49,13 @@ class Asker:
     async def _answer(self, request: Request) -> tuple[int, bytes, float]:
         try:
             async with self._call(request) as reply:
-                given = reply.header("retry-after") or ""
-                return reply.status, await read(reply), float(given) if given.isdecimal() else 0.0
+                return reply.status, await read(reply), _retry_after_s(reply.headers)
         except EngineDead:
             raise
         except RequestError as error:
-            return error.status, json.dumps(error.body()).encode(), 0.0
+            return error.status, json.dumps(error.body()).encode(), _retry_after_s(error.headers)
+
+
+def _retry_after_s(headers: Headers) -> float:
+    given = first(headers, "retry-after") or ""
+    return float(given) if given.isdecimal() else 0.0

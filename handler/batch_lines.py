@@ -97,7 +97,7 @@ class Splitter:
 class Item:
     """One request of a batch, or what is wrong with it; `raw` of its line is not held any more.
 
-    `key` is the same whoever runs the batch.
+    `key` is the same whoever runs the batch; `model` is what its body says.
     """
 
     line: Line
@@ -105,6 +105,7 @@ class Item:
     custom_id: str | None
     request: Request | None = field(repr=False)
     fault: RequestError | None = None
+    model: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -125,7 +126,7 @@ def head_of(line: Line) -> tuple[str | None, str]:
     except RequestError:
         return None, ""
     try:
-        return custom_id, _route(given)
+        return custom_id, route(given)
     except RequestError:
         return custom_id, ""
 
@@ -149,7 +150,10 @@ def parse(line: Line, batch: str, *, duplicate: bool, max_body_bytes: int) -> It
             raise BodyTooLarge(max_body_bytes)
     except RequestError as fault:
         return Item(replace(line, raw=None), key, custom_id, None, fault)
-    return Item(replace(line, raw=None), key, custom_id, request)
+    model = given["body"].get("model")
+    return Item(
+        replace(line, raw=None), key, custom_id, request, model=model if isinstance(model, str) else None
+    )
 
 
 def _custom_id(given: Mapping[str, Any]) -> str:
@@ -175,7 +179,8 @@ def _load(line: Line, max_body_bytes: int = 0) -> Mapping[str, Any]:
     return given
 
 
-def _route(given: Mapping[str, Any]) -> str:
+def route(given: Mapping[str, Any]) -> str:
+    """The route that a line asks. Raises `RequestError` for what no line can ask."""
     method, url = given.get("method"), given.get("url")
     if method != "POST":
         raise BadRequest("'method' has to be \"POST\".", param="method", code="invalid_method")
@@ -192,7 +197,7 @@ def _route(given: Mapping[str, Any]) -> str:
 
 
 def _request(given: Mapping[str, Any]) -> Request:
-    url, body = _route(given), given.get("body")
+    url, body = route(given), given.get("body")
     if not isinstance(body, dict):
         raise BadRequest("'body' has to be a JSON object.", param="body", code="missing_required_parameter")
     # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from handler.batch_lines import OVERHEAD_BYTES, Item, Outcome, Progress, refused
 from handler.errors import DeadlineExceeded, RequestError
-from handler.platforms.batch_lines import OVERHEAD_BYTES, Item, Outcome, Progress, refused
 
 TIMED_OUT = "request_timeout"
 """OpenAI's code for a line whose answer took too long."""
@@ -111,6 +111,11 @@ class Window:
         self._head_is_late = False
         self.written = 0
         """How many parts were written."""
+
+    def allow(self, most: int) -> None:
+        """Have so many lines in work at a time from now on."""
+        self._pace = replace(self._pace, most=most)
+        self._news.set()
 
     def refuse(self, why: RequestError) -> None:
         """Ask no more: what runs is ended, and the rest of the file is told `why`."""

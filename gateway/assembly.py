@@ -1,0 +1,176 @@
+"""What answers in a gateway, put together: endpoints, jobs, files, batches, accounts, over one database."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from gateway import batch_table
+from gateway.admin import Admin
+from gateway.app import Doorkeeper, Gateway, Part
+from gateway.batch_run import Means
+from gateway.batch_runs import BatchRuns
+from gateway.batches import Batches
+from gateway.clients import Clients
+from gateway.control import Control
+from gateway.endpoints import Changes, Endpoints
+from gateway.endpoints_file import Description, describe
+from gateway.file_store import FileStore
+from gateway.files import Files
+from gateway.jobs import Jobs
+from gateway.jobs.account import Account
+from gateway.jobs.routes import JobRoutes, worker_counts
+from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.key_table import Following
+from gateway.keys import Keys
+from gateway.limits import Limits
+from gateway.metering import Metering
+from gateway.metrics import Metrics
+from gateway.page import Page
+from gateway.page.session import Session
+from gateway.parts import OpenAI, Operations
+from gateway.scrape import Target
+from gateway.settings import GatewaySettings
+from gateway.site import Site
+from gateway.store import Store
+from gateway.upstreams.events import Event
+from gateway.usage import Prices
+from handler.errors import BadSettings
+
+if TYPE_CHECKING:
+    from handler.otel import Traces
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What stands before anything answers. `tell` hears what happens to which endpoint's workers."""
+
+    settings: GatewaySettings
+    environ: Mapping[str, str]
+    worker: Sequence[str]
+    store: Store
+    keys: Keys
+    following: Following
+    traces: Traces | None
+    tell: Callable[[str, Event], None]
+
+
+class Assembly:
+    """The parts of a gateway on `base`, with the endpoints that are described. Used as `async with`."""
+
+    def __init__(self, base: Base, description: Description) -> None:
+        settings, store, keys = base.settings, base.store, base.keys
+        self._traces = base.traces
+        self._metrics, self._limits = Metrics(), Limits()
+        self._metering = Metering(store, keys, self._limits, tell=self._metrics.used)
+        site = Site(
+            base.worker,
+            base.environ,
+            logs=settings.data_dir / "logs",
+            metrics=self._metrics,
+            traces=base.traces,
+            clients=Clients(keys, self._limits, self._metering),
+            tell=base.tell,
+        )
+        self.endpoints = endpoints = Endpoints(
+            description.endpoints, site.serve, partial(_again, base.environ)
+        )
+        self._metrics.watch(
+            lambda: [endpoint.status() for endpoint in endpoints.values()], partial(_targets, endpoints)
+        )
+        account = Account(keys, self._limits, partial(_terms, endpoints))
+        webhooks = Allowed.of(settings.webhook_hosts)
+        self._jobs = Jobs(
+            store,
+            endpoints,
+            costs=account,
+            limit=settings.jobs_limit,
+            webhooks=Webhooks(store, webhooks),
+            drain_s=settings.drain_timeout_s,
+        )
+        endpoints.listen(partial(_wake, self._jobs))
+        files = FileStore(
+            store,
+            settings.data_dir / "files",
+            max_file_bytes=settings.max_file_bytes,
+            max_stored_bytes=settings.max_stored_bytes,
+        )
+        self._batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
+        self._control = Control(endpoints, self._jobs.counts)
+        self._parts: list[Part] = [
+            Files(files, endpoints, keys, batch_table.check_delete),
+            Batches(self._batches, endpoints, keys),
+            JobRoutes(self._jobs, endpoints, account, webhooks, partial(_workers, endpoints)),
+            OpenAI(endpoints),
+            Admin(store, base.following),
+            self._control,
+            Operations(keys, self._metrics, endpoints, open_metrics=_is_loopback(settings.host)),
+            Session(keys, endpoints),
+            Page.open(),
+        ]
+        self._stack = AsyncExitStack()
+
+    def gateway(self, keys: Doorkeeper) -> Gateway:
+        """All of it, for those whom `keys` lets in."""
+        return Gateway(self._parts, keys, self._metrics, self._limits, self._traces)
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            for part in (self._metering, self.endpoints, self._jobs, self._batches):
+                await stack.enter_async_context(part)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def stop(self) -> None:
+        """Begin nothing more, and have workers drain."""
+        self._control.stop()
+        self._jobs.stop_taking()
+        self._batches.stop()
+        self.endpoints.stop_taking()
+
+
+def _again(environ: Mapping[str, str]) -> Description:
+    settings, description = describe(environ)
+    if settings.endpoints_file is None:
+        raise BadSettings(["no ENDPOINTS_FILE is set: what the environment says holds until the next start"])
+    return description
+
+
+def _wake(jobs: Jobs, changes: Changes) -> None:
+    """Begin what was left for endpoints that are there again."""
+    for endpoint_id in changes.added:
+        jobs.wake(endpoint_id)
+
+
+def _terms(endpoints: Endpoints, endpoint_id: str) -> tuple[str, Prices]:
+    """The model of an endpoint, and what it costs."""
+    settings = endpoints.described(endpoint_id)
+    return settings.model_id, Prices(settings.price_input, settings.price_output)
+
+
+def _workers(endpoints: Endpoints, endpoint_id: str) -> Mapping[str, int]:
+    """The workers of an endpoint, as RunPod counts them."""
+    return worker_counts((view.state, view.in_flight) for view in endpoints[endpoint_id].workers.views)
+
+
+def _targets(endpoints: Endpoints) -> list[Target]:
+    """The workers that say how they are."""
+    return [
+        Target(endpoint_id, worker_id, call)
+        for endpoint_id, endpoint in endpoints.items()
+        for worker_id, call in endpoint.workers.askable.items()
+    ]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

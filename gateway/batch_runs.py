@@ -1,0 +1,140 @@
+"""Every batch that is not over, each run to its end; a gateway that starts goes on with those of the last.
+
+Of a key and an endpoint one batch is asked at a time, the oldest first, and few at a time in all: what they
+hold in memory is bounded. All are checked at once, so that a client hears of a bad line soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from sqlalchemy import Connection
+
+from gateway import batch_table as table
+from gateway.batch_run import BatchRun, Means
+from gateway.batch_table import Row
+from handler import batch_object
+from handler.batch_object import Batch
+from handler.errors import Conflict
+
+log = logging.getLogger("gateway")
+
+ASKED_MAX = 4
+"""How many batches are asked at a time, of all keys and endpoints."""
+SWEEP_S = 600.0
+"""How often expired files are looked for."""
+AGAIN_S, AGAIN_MAX_S = 1.0, 60.0
+"""When a batch is tried again that could not be gone on with: at first, and at most."""
+
+
+class BatchRuns:
+    """Runs what `means` has, for as long as it is entered."""
+
+    def __init__(self, means: Means) -> None:
+        self.means = means
+        self._runs: dict[str, BatchRun] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+        self._all_turns = asyncio.Semaphore(ASKED_MAX)
+        self._stopping = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        rows = await self.means.store.read(table.unfinished)
+        writing = [file_id for row in rows for file_id in (row.output_file_id, row.error_file_id)]
+        await self.means.files.open(writing)
+        for row in rows:
+            self._start(row)
+        self._keep(self._sweep())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def stop(self) -> None:
+        """Ask no more lines; what has ended is written down."""
+        self._stopping.set()
+        for run in self._runs.values():
+            run.stop()
+
+    async def submit(self, row: Row, check: Callable[[Connection], None]) -> Batch:
+        """Write `row` down and run it, unless `check` raises."""
+
+        def put(connection: Connection) -> None:
+            check(connection)
+            table.put(connection, row)
+
+        await self.means.store.write(put)
+        self._start(row)
+        return row.object
+
+    async def cancel(self, batch_id: str) -> Batch:
+        """Have a batch be cancelled. Raises `Conflict` if it is past that."""
+        now = self.means.now
+
+        def how(batch: Batch) -> Batch:
+            if batch["status"] not in {"validating", "in_progress", "cancelling"}:
+                raise Conflict(f"Cannot cancel a batch with status '{batch['status']}'.")
+            return batch_object.moved(batch, "cancelling", now)
+
+        batch = await self.means.store.write(partial(table.change, batch_id=batch_id, how=how))
+        if run := self._runs.get(batch_id):
+            run.cancel()
+        return batch
+
+    def _start(self, row: Row) -> None:
+        self._keep(self._run(row))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, row: Row) -> None:
+        again_s = AGAIN_S
+        while not self._stopping.is_set():
+            run = self._runs[row.id] = BatchRun(self.means, row, self._turn(row))
+            try:
+                await run.run()
+            except Exception:  # of one batch: the others go on
+                log.exception(
+                    "a batch could not be gone on with", extra={"batch": row.id, "again_s": again_s}
+                )
+            else:
+                return
+            finally:
+                del self._runs[row.id]
+            await self._pause(again_s)
+            again_s = min(2 * again_s, AGAIN_MAX_S)
+            row = await self.means.store.read(partial(table.one, batch_id=row.id))
+
+    @asynccontextmanager
+    async def _turn(self, row: Row) -> AsyncIterator[None]:
+        one = self._turns.setdefault((row.key_id, row.endpoint_id), asyncio.Lock())
+        async with one, self._all_turns:
+            yield
+
+    async def _sweep(self) -> None:
+        """Delete what has expired, now and again."""
+        files = self.means.files
+        while not self._stopping.is_set():
+            try:
+                expired, used = await files.expired(), await self.means.store.read(table.inputs)
+                await files.delete([file_id for file_id in expired if file_id not in used])
+            except Exception:  # it will do the next time
+                log.exception("expired files could not be deleted")
+            await self._pause(SWEEP_S)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()

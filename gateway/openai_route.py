@@ -1,0 +1,50 @@
+"""Routes of OpenAI's API that the gateway answers by itself, under an endpoint's URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+from gateway.keys import Keys
+from handler.errors import BadRequest
+from handler.messages import Request
+
+_ROUTE = re.compile(r"/v2/([^/]+)/openai/v1/([^/]+)(?:/([^/]+))?(?:/([^/]+))?/?")
+
+
+def parts(path: str, collection: str) -> tuple[str, str | None, str | None] | None:
+    """The endpoint, the id and what comes behind it, if `path` is that of `collection` or below it."""
+    found = _ROUTE.fullmatch(path)
+    return (found[1], found[3], found[4]) if found and found[2] == collection else None
+
+
+def owner(keys: Keys, request: Request) -> str | None:
+    """Whose things `request` may see: those of its key, or None for all."""
+    key = keys.of(request.visit.caller)
+    return None if key.admin else key.id
+
+
+def query(request: Request) -> dict[str, str]:
+    """The parameters of the URL, of each the last."""
+    return {name: values[-1] for name, values in parse_qs(request.query, keep_blank_values=True).items()}
+
+
+def limit(given: Mapping[str, str], *, most: int, otherwise: int) -> int:
+    """The parameter `limit`. Raises `BadRequest`."""
+    text = given.get("limit", str(otherwise))
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6 and 1 <= int(text) <= most):
+        raise BadRequest(f"Invalid 'limit': it has to be a number from 1 to {most}.", param="limit")
+    return int(text)
+
+
+def page(objects: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """A page of a list, from whose last object a client asks on."""
+    return {
+        "object": "list",
+        "data": objects,
+        "first_id": objects[0]["id"] if objects else None,
+        "last_id": objects[-1]["id"] if objects else None,
+        "has_more": has_more,
+    }

@@ -1,0 +1,165 @@
+"""Webhooks over real sockets: sent until they are answered with 200, and no more than RunPod does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from aiohttp.abc import AbstractResolver
+from sqlalchemy import func, select
+
+from gateway.jobs import webhooks
+from gateway.jobs.webhooks import WEBHOOKS, Allowed, Webhooks
+from gateway.store import Store
+from tests.job_endpoints import Names
+
+BODY = b'{"id":"x","status":"COMPLETED"}'
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """A database of its own."""
+    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    yield store
+    store.close()
+
+
+class Hooks:
+    """A server that webhooks are sent to: it answers with the next of `statuses`, 200 after them."""
+
+    def __init__(self, *statuses: int) -> None:
+        self._statuses = list(statuses)
+        self.got: list[tuple[str, bytes]] = []
+        self.headers: list[dict[str, str]] = []
+        self.hang = False
+        self._news = asyncio.Condition()
+        self.port = 0
+
+    async def came(self, count: int) -> None:
+        """Return once so many have come."""
+        async with self._news:
+            await self._news.wait_for(lambda: len(self.got) >= count)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        async with self._news:
+            self.got.append((request.path, body))
+            self.headers.append({name.lower(): value for name, value in request.headers.items()})
+            self._news.notify_all()
+        if self.hang:
+            await asyncio.Event().wait()
+        status = self._statuses.pop(0) if self._statuses else 200
+        return web.Response(status=status, headers={"location": "/elsewhere"} if status == 302 else {})
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[Hooks]:
+        """On a port of the loopback, for as long as the block runs."""
+        app = web.Application(client_max_size=1 << 28)
+        app.add_routes([web.route("*", "/{path:.*}", self._answer)])
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+
+async def put(store: Store, url: str) -> None:
+    """A job with a webhook has ended."""
+    await store.write(lambda connection: webhooks.add(connection, url, BODY, 0.0))
+
+
+async def left(store: Store) -> int:
+    """How many are still to be sent."""
+    return (
+        await store.read(lambda connection: connection.scalar(select(func.count()).select_from(WEBHOOKS)))
+        or 0
+    )
+
+
+@asynccontextmanager
+async def sending(
+    store: Store, *allowed: str, resolver: AbstractResolver | None = None, timeout_s: float = 60.0
+) -> AsyncIterator[Webhooks]:
+    """Webhooks, tried again at once."""
+    hooks = Webhooks(store, Allowed.of(allowed), resolver=resolver, again_s=0, timeout_s=timeout_s)
+    hooks.start()
+    try:
+        yield hooks
+    finally:
+        await hooks.close()
+
+
+async def until_none_left(store: Store) -> None:
+    """Return once nothing is to be sent: the note of it comes after the answer."""
+    while True:
+        if not await left(store):
+            return
+
+
+async def test_a_webhook_is_sent_once_and_without_secrets(store: Store) -> None:
+    """What an earlier gateway has left too."""
+    async with Hooks().listening() as hooks:
+        await put(store, f"http://127.0.0.1:{hooks.port}/a?b=c")
+        async with sending(store, "127.0.0.1") as sender:
+            await hooks.came(1)
+            await until_none_left(store)
+            await put(store, f"http://127.0.0.1:{hooks.port}/b")
+            sender.wake()
+            await hooks.came(2)
+            await until_none_left(store)
+    assert hooks.got == [("/a", BODY), ("/b", BODY)]
+    assert set(hooks.headers[0]) == {
+        *("host", "user-agent", "content-type", "content-length", "accept", "accept-encoding", "connection")
+    } - ({"connection"} - set(hooks.headers[0]))
+
+
+@pytest.mark.parametrize("status", [500, 404, 204, 302])
+async def test_what_is_not_answered_with_200_is_sent_twice_more(store: Store, status: int) -> None:
+    """As RunPod does; a redirect is not followed."""
+    async with Hooks(*[status] * 9).listening() as hooks:
+        await put(store, f"http://127.0.0.1:{hooks.port}/a")
+        async with sending(store, "127.0.0.1"):
+            await hooks.came(3)
+            await until_none_left(store)
+    assert hooks.got == [("/a", BODY)] * 3
+
+
+async def test_a_webhook_that_hangs_is_given_up(store: Store) -> None:
+    """It does not hold up the others for ever."""
+    async with Hooks().listening() as hooks:
+        hooks.hang = True
+        await put(store, f"http://127.0.0.1:{hooks.port}/a")
+        async with sending(store, "127.0.0.1", timeout_s=0.01):
+            await until_none_left(store)
+
+
+async def test_a_webhook_to_this_machine_is_not_sent(store: Store) -> None:
+    """Not by its address, by a name that leads here, or by another spelling of one."""
+    async with Hooks().listening() as hooks:
+        names = Names(**{"rebound.example": ["127.0.0.1"], "2130706433": ["127.0.0.1"]})
+        for host in ("127.0.0.1", "rebound.example", "2130706433"):
+            await put(store, f"http://{host}:{hooks.port}/a")
+        async with sending(store, resolver=names):
+            await until_none_left(store)
+    assert hooks.got == []
+
+
+async def test_a_webhook_that_was_not_sent_is_the_next_gateways(store: Store) -> None:
+    """However often one ends while it is being sent."""
+    async with Hooks().listening() as hooks:
+        hooks.hang = True
+        await put(store, f"http://127.0.0.1:{hooks.port}/a")
+        async with sending(store, "127.0.0.1"):
+            await hooks.came(1)
+        hooks.hang = False
+        async with sending(store, "127.0.0.1"):
+            await until_none_left(store)
+    assert len(hooks.got) == 2
