@@ -55,6 +55,8 @@ class Means:
     keys: Keys
     endpoints: Mapping[str, Endpoint]
     max_body_bytes: int
+    tell: Callable[[Entry], None] = lambda _: None
+    """Hears what was counted."""
 
     @property
     def now(self) -> float:
@@ -250,6 +252,8 @@ class BatchRun:
             )
 
         batch = await self._means.store.write(commit)
+        if used.requests:
+            self._means.tell(used)
         self._progress = after
         if batch["cancelling_at"]:
             self.cancel()
