@@ -9,7 +9,7 @@ PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
-        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
+        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,10 @@ bench-overhead: ## Time to first token and tokens/s beside vLLM's own server
 bench-lambda: ## What Lambda's way costs a stream, beside plain HTTP to the same worker
 	@$(INSTALL) $(ENGINE) aws dev
 	@$(PY) -m bench.lambda_path
+
+bench-gateway: ## What the way through the gateway costs, beside the same worker asked straight
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) -m bench.gateway_path
 
 bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token at none
 	@$(INSTALL) $(ENGINE) dev runpod

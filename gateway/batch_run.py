@@ -56,6 +56,8 @@ class Means:
     keys: Keys
     endpoints: Mapping[str, Endpoint]
     max_body_bytes: int
+    tell: Callable[[Entry], None] = lambda _: None
+    """Hears what was counted."""
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_MAX), repr=False)
 
     @property
@@ -251,6 +253,8 @@ class BatchRun:
             )
 
         batch = await self._means.store.write(commit)
+        if used.requests:
+            self._means.tell(used)
         self._progress = after
         if batch["cancelling_at"]:
             self.cancel()
