@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 _PARALLEL = {
@@ -48,7 +48,7 @@ def _in_words(text: str, options: tuple[str, ...]) -> list[str]:
     except ValueError:
         return []
     found = []
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
+    for word, following in pairwise([*words, ""]):
         option, joined, value = word.partition("=")
         if option.replace("_", "-") in options:
             found.append(value if joined else following)

@@ -124,7 +124,7 @@ class JobRoutes:
     async def _own(self, request: Request, endpoint_id: str, job_id: str) -> Job:
         job = await self.jobs.find(job_id)
         caller = request.visit.caller
-        if job is None or job.endpoint_id != endpoint_id or job.kind == "batch":
+        if job is None or job.endpoint_id != endpoint_id:
             raise NoSuchJob(job_id)
         if job.key_id != caller and not self.account.sees_all(caller):
             raise NoSuchJob(job_id)
@@ -186,7 +186,7 @@ class JobRoutes:
         return json_reply(200, {"id": again.id, "status": again.state.shown})
 
     async def _purge(self, endpoint_id: str, request: Request) -> Reply:
-        where = (JOBS.c.endpoint_id == endpoint_id) & JOBS.c.kind.in_(table.CLIENTS)
+        where = JOBS.c.endpoint_id == endpoint_id
         if not self.account.sees_all(request.visit.caller):
             where &= JOBS.c.key_id == request.visit.caller
         removed = await self.jobs.cancel(where, table.WAITING)

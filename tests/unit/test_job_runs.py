@@ -199,18 +199,6 @@ async def test_workers_that_cant_start_fail_jobs_with_the_reason(
     assert (last.state, len(endpoint.asked)) == (State.COMPLETED, 6)  # 3 for the first, 1 for each other
 
 
-async def test_a_batch_waits_for_workers_that_cant_start(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has a day."""
-    monkeypatch.setattr(runner, "_retry_after_s", lambda _: 0.001)
-    endpoint = ScriptedEndpoint(ScriptedApp({CHAT: whole()}))
-    endpoint.failing = [NotAdmitted("no", retry_after_s=60, code="worker_start_failed")] * 5
-    async with running(store, endpoint) as jobs:
-        job = await jobs.wait(await jobs.submit(chat(kind="batch", batch_id="b", line=1)), 60)
-    assert job.state is State.COMPLETED
-
-
 async def test_a_job_that_runs_for_too_long_times_out(store: Store) -> None:
     """Its executionTimeout counts from when a worker has it, and the worker stops."""
     app = ScriptedApp({CHAT: Script((Pause("here"),))})

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from handler.errors import BadSettings
-from handler.parallel import devices_per_engine
 from handler.platforms.ray_settings import BUSY, LOOK_BACK_S, SLOTS, RaySettings
 
 FILE = Path(__file__).parents[2] / "deploy/ray/serve.yaml"
@@ -89,15 +88,3 @@ def test_the_file_for_serve_deploy_holds_settings() -> None:
     args = dict(re.findall(r"^ {6}([A-Z_]+): \"?([^\s\"]+)", FILE.read_text(), re.MULTILINE))
     settings = RaySettings.from_environ(args, gpus=True)
     assert (settings.min_workers, settings.max_workers, settings.idle_timeout_s) == (0, 4, 300)
-
-
-def test_devices_of_an_engine(tmp_path: Path) -> None:
-    """The product of what vLLM is told, a name of the environment before words and a file."""
-    config = tmp_path / "flags.yaml"
-    config.write_text("tensor-parallel-size: 8\n")
-    assert devices_per_engine({}) == 1
-    assert devices_per_engine({"VLLM_CONFIG_FILE": str(config)}) == 8
-    words = {"VLLM_CONFIG_FILE": str(config), "VLLM_EXTRA_ARGS": "-tp 4 --pipeline-parallel-size=2"}
-    assert devices_per_engine(words) == 8
-    assert devices_per_engine({**words, "TENSOR_PARALLEL_SIZE": "2"}) == 4
-    assert devices_per_engine({"TENSOR_PARALLEL_SIZE": "many"}) == 1
