@@ -14,12 +14,13 @@ import pytest
 
 from gateway.admission import Admission
 from gateway.scaling import Scaling
-from gateway.upstreams import WorkerLost, WorkerView
+from gateway.upstreams import WorkerLost, WorkerView, pool
 from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import TRIES, Keep
+from handler import machine
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
 from tests import scripted_zygote
@@ -343,9 +344,11 @@ async def test_a_parent_that_ends_says_why(tmp_path: Path) -> None:
     """Its output is all that there is of the worker which it has not forked."""
     broken = ("sh", "-c", "echo no module named torch >&2; exit 1")
     keep = Keep(at_once=False, start_timeout_s=NEVER, drain_timeout_s=NEVER)
-    async with LocalPool(lambda folder: WarmParent(broken, folder / "parent.sock"), os.environ, keep) as pool:
+    async with LocalPool(
+        lambda folder: WarmParent(broken, folder / "parent.sock"), os.environ, keep
+    ) as broken_one:
         with pytest.raises(NotAdmitted) as refused:
-            await until_ready(pool)
+            await until_ready(broken_one)
     assert (
         "the warm parent exited with code 1.\nIts output ends with:\nno module named torch"
         in refused.value.message
@@ -466,6 +469,7 @@ async def test_a_parent_that_hangs_is_replaced(tmp_path: Path) -> None:
         assert isinstance(failed, StartFailed)
         assert failed.reason == "it was not ready within 3 s"
         await on.until(Ready, 2)
+        assert on.count(StartFailed) == 1
         assert int(_parent(on.views("ready")[1].pid)) != parent
         assert on.count(Ended) == 0
 
@@ -474,7 +478,8 @@ async def test_no_worker_is_started_into_memory_that_is_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one takes that is there, the next must find; the first is nobody's measure."""
-    monkeypatch.setattr("handler.machine.free_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(pool, "MEMORY_RETRY_S", 0.05)
     async with stage(tmp_path, (ONE_SLOT, {}), (ONE_SLOT, {})) as on:
         await started(on, 1)
         on.pool.want(9, NEVER)
