@@ -264,7 +264,7 @@ class Actor:
 async def work(environ: Mapping[str, str]) -> None:
     """Be a worker until SIGTERM, or until the gateway is gone."""
     assert environ["PLATFORM"] == ("http" if "UDS" in environ else "runpod")
-    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
+    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"], limit=1 << 24)
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())
     scripts = {
