@@ -252,17 +252,22 @@ async def test_a_job_that_waits_is_cancelled_and_never_asked(store: Store) -> No
 
 
 async def test_a_job_whose_ttl_is_over_is_gone(store: Store) -> None:
-    """It is not found, stops in the worker, and whoever waits for it hears of it."""
-    app, clock = ScriptedApp({CHAT: Script((Pause("here"),))}), Clock()
+    """It is not found, stops in the worker, whoever waits for it hears of it, and nothing is left of it."""
+    script = Script((Say("data: 1\n\n"), Pause("here")), headers=EVENT_STREAM)
+    app, clock = ScriptedApp({CHAT: [frames("a"), script]}), Clock()
     async with running(store, ScriptedEndpoint(app), clock=clock) as jobs:
-        job = await jobs.submit(chat(ttl_s=10))
+        ended = await jobs.wait(await jobs.submit(chat(streams=True)), 60)
+        await jobs.stream(ended, 60)
+        job = await jobs.submit(chat(streams=True, ttl_s=10))
+        await jobs.stream(job, 60)
         waiting = asyncio.ensure_future(jobs.wait(job, 60))
-        await app.gate("here").reached.wait()
-        clock.now += 10
+        clock.now += 1800
         assert await jobs.find(job.id) is None
         await waiting  # the sweep is a second away at most
-        await app.seen[0].over.wait()
-    assert app.seen[0].ended == "disconnected"
+        await app.seen[1].over.wait()
+    assert app.seen[1].ended == "disconnected"
+    assert store.read_now(lambda connection: connection.execute(JOBS.select()).all()) == []
+    assert jobs._desk._told == {}
 
 
 async def test_as_many_jobs_are_asked_for_as_are_worked_on(store: Store) -> None:
