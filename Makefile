@@ -8,8 +8,8 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-criu test-image judge-vllm judge-openai \
-        bench-overhead bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
+.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
+        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q tests/batch_memory.py
 
+test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q -s tests/gateway_memory.py
+
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m tests.criu
@@ -76,6 +80,10 @@ bench-lambda: ## What Lambda's way costs a stream, beside plain HTTP to the same
 	@$(INSTALL) $(ENGINE) aws dev
 	@$(PY) -m bench.lambda_path
 
+bench-gateway: ## What the way through the gateway costs, beside the same worker asked straight
+	@$(INSTALL) $(ENGINE) dev
+	@$(PY) -m bench.gateway_path
+
 bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token at none
 	@$(INSTALL) $(ENGINE) dev runpod
 	@$(PY) -m bench.stream
@@ -92,6 +100,11 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@[ -e /dev/nvidiactl ] || { echo 'bench-coldstart-gpu: no GPU here, /dev/nvidiactl is missing' >&2; exit 75; }
 	@$(INSTALL) gpu dev
 	@$(PY) -m bench.coldstart_gpu
+
+screenshots: ## Pictures of the page for the docs, of a gateway with the default model; takes a minute
+	@$(INSTALL) $(ENGINE) dev --with-chromium
+	@folder=$$($(PY) -m builder fetch "$(MODEL)") && \
+	MODEL_NAME=$$folder SERVED_MODEL_NAME=$(MODEL) $(PY) -m scripts.screenshots
 
 clean: ## Remove .venv, .venv-aws and what tools left; models in the user's cache folder stay
 	@rm -rf .venv .venv-aws build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -36,7 +36,10 @@ class BadAnswer(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to send where: `warm_up` first and unmeasured, then `bodies`, by `streams` connections."""
+    """What to send where: `warm_up` first and unmeasured, then `bodies`, by `streams` connections.
+
+    They go to the unix socket `uds` if there is one, else to `host` and `port`.
+    """
 
     host: str
     port: int
@@ -45,6 +48,7 @@ class Job:
     streams: int
     warm_up: Sequence[str]
     bodies: Sequence[str]
+    uds: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +183,13 @@ async def _connected(job: Job) -> AsyncIterator[Sequence[Stream]]:
         "content-type: application/json\r\naccept: text/event-stream\r\n"
     ).encode()
     streams: list[Stream] = []
+    loop = asyncio.get_running_loop()
     try:
         for _ in range(job.streams):
-            _, stream = await asyncio.get_running_loop().create_connection(
-                lambda: Stream(head), job.host, job.port
-            )
+            if job.uds is None:
+                _, stream = await loop.create_connection(lambda: Stream(head), job.host, job.port)
+            else:
+                _, stream = await loop.create_unix_connection(lambda: Stream(head), job.uds)
             streams.append(stream)
         yield streams
     finally:

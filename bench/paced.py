@@ -3,6 +3,7 @@
     worker      our platforms around it, as `PLATFORM` says
     per-token   RunPod's SDK with a handler that yields each frame by itself
     gateway-worker, gateway-per-token   a gateway whose worker it is, asked through jobs
+    local-worker                        a gateway whose worker it is, asked through a socket
 
 `PACE_TOKENS_PER_S` is the rate, `PACE_LINK_MS` the delay of the line to RunPod's side, each way.
 """
@@ -150,7 +151,8 @@ def per_token(per_s: float, environ: MutableMapping[str, str]) -> None:
 
 if __name__ == "__main__":
     mode = sys.argv[1]
-    if mode.startswith("gateway-"):
-        command = (sys.executable, "-m", "bench.paced", mode.removeprefix("gateway-"))
-        sys.exit(gateway_main(["serve", "--upstream", "runpod"], command))
+    for prefix, upstream in (("gateway-", "runpod"), ("local-", "local")):
+        if mode.startswith(prefix):
+            command = (sys.executable, "-m", "bench.paced", mode.removeprefix(prefix))
+            sys.exit(gateway_main(["serve", "--upstream", upstream], command))
     end(exit_code(lambda: work(mode, os.environ)))

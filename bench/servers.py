@@ -138,6 +138,11 @@ def tree_cpu_s(pid: int) -> float:
     return sum(sum(map(int, _stat(process)[11:15])) for process in tree(pid)) / _TICKS_PER_S
 
 
+def cpu_s(pid: int) -> float:
+    """What `pid` itself has taken of the CPU."""
+    return sum(map(int, _stat(pid)[11:13])) / _TICKS_PER_S
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of proc_pid_stat(5) from `state` on, or none if there is no such process."""
     try:

@@ -27,6 +27,7 @@ from typing import Any
 
 import aiohttp
 
+from bench.load import BadAnswer
 from bench.overhead import describe_machine, describe_versions
 from bench.servers import NOT_OURS_TO_GIVE
 from judge.servers import KEY, Server, free_port, start
@@ -266,7 +267,7 @@ def carry_out(measure: Measure, options: argparse.Namespace) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="firsttoken-bench-") as logs:
             print(json.dumps(asyncio.run(measure(options, environ, Path(logs)))))
-    except RuntimeError as error:
+    except (RuntimeError, BadAnswer) as error:
         print(f"the benchmark ended early: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

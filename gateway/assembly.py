@@ -79,10 +79,7 @@ class Assembly:
         self.endpoints = endpoints = Endpoints(
             description.endpoints, site.serve, partial(_again, base.environ)
         )
-        self._metrics.watch(
-            lambda: [endpoint.status() for endpoint in endpoints.values()], partial(_targets, endpoints)
-        )
-        account = Account(keys, self._limits, partial(_terms, endpoints))
+        account = Account(keys, self._limits, partial(_terms, endpoints), self._metrics.used)
         webhooks = Allowed.of(settings.webhook_hosts)
         self._jobs = Jobs(
             store,
@@ -99,8 +96,10 @@ class Assembly:
             max_file_bytes=settings.max_file_bytes,
             max_stored_bytes=settings.max_stored_bytes,
         )
-        self._batches = BatchRuns(Means(store, files, keys, endpoints, settings.max_body_bytes))
+        means = Means(store, files, keys, endpoints, settings.max_body_bytes, self._metrics.used)
+        self._batches = BatchRuns(means)
         self._control = Control(endpoints, self._jobs.counts)
+        self._metrics.watch(self._control.statuses, partial(_targets, endpoints))
         self._parts: list[Part] = [
             Files(files, endpoints, keys, batch_table.check_delete),
             Batches(self._batches, endpoints, keys),

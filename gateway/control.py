@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
+from typing import Any
 from urllib.parse import parse_qs
 
 from gateway import worker_logs
@@ -67,13 +68,17 @@ class Control:
             raise MethodNotAllowed(request.method, request.path, [method])
         return call
 
-    @asynccontextmanager
-    async def _status(self, _: Request) -> AsyncIterator[Reply]:
-        shown = [
+    async def statuses(self) -> list[Mapping[str, Any]]:
+        """How each endpoint is."""
+        return [
             {**endpoint.status(), "jobs": await self._jobs(endpoint_id)}
             for endpoint_id, endpoint in [*self._endpoints.items()]
         ]
-        yield json_reply(200, {"version": version(), "started_at": self._started_at, "endpoints": shown})
+
+    @asynccontextmanager
+    async def _status(self, _: Request) -> AsyncIterator[Reply]:
+        shown = {"version": version(), "started_at": self._started_at, "endpoints": await self.statuses()}
+        yield json_reply(200, shown)
 
     @asynccontextmanager
     async def _reload(self, _: Request) -> AsyncIterator[Reply]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Counts
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from gateway.scrape import SCRAPE_TIMEOUT_S, Target, render, scrape
 from gateway.upstreams import WORKER_STATES
@@ -25,7 +24,7 @@ from handler import sse
 from handler.messages import Reply
 from handler.phases import own_s
 
-__all__ = ["ADMISSIONS", "CONTENT_TYPE", "EndpointMetrics", "Metrics", "Row"]
+__all__ = ["ADMISSIONS", "CONTENT_TYPE", "EndpointMetrics", "Metrics", "Row", "Statuses"]
 
 PREFIX = "firsttoken_gateway_"
 
@@ -45,6 +44,10 @@ _DURATION_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _HELD_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _START_S = (0.5, 1, 2.5, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600)
 _JOB_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+Statuses = Callable[[], Awaitable[Iterable[Mapping[str, Any]]]]
+"""The endpoints' entries in `/admin/status`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.statuses: Callable[[], Iterable[Mapping[str, Any]]] = tuple
+        self._statuses: Statuses = _none
         self._targets: Callable[[], Iterable[Target]] = tuple
         self._endpoints: dict[str, EndpointMetrics] = {}
         self.rows: list[Row] = [*STATE]
@@ -173,15 +176,14 @@ class Metrics:
             "what",
         )
         ProcessCollector(registry=self._registry)
-        self._registry.register(_State(self))
 
     def watch(
         self,
-        statuses: Callable[[], Iterable[Mapping[str, Any]]],
+        statuses: Statuses,
         targets: Callable[[], Iterable[Target]] = tuple,
     ) -> None:
         """Have `statuses` say how the endpoints are (`Endpoint.status`), and `targets` whom else to ask."""
-        self.statuses, self._targets = statuses, targets
+        self._statuses, self._targets = statuses, targets
 
     def endpoint(self, endpoint_id: str) -> EndpointMetrics:
         """Those of one endpoint; `""` for what belongs to none."""
@@ -208,7 +210,8 @@ class Metrics:
         said = await scrape(self._targets())
         for one in said:
             self.scrapes.labels(one.target.endpoint, one.outcome).inc()
-        return await render(self._registry.collect(), said)
+        state = _state(await self._statuses())
+        return await render((*self._registry.collect(), *state), said)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         self.rows.append(Row(f"{PREFIX}{name}_total", "counter", labels, help))
@@ -297,28 +300,22 @@ class EndpointMetrics:
             yield chunk
 
 
-class _State(Collector):
-    """How the endpoints are, at the moment when somebody asks."""
+def _state(statuses: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
+    """How the endpoints are now."""
+    waiting, capacity, workers, jobs = families = [
+        GaugeMetricFamily(row.name, row.help, labels=row.labels) for row in STATE
+    ]
+    for status in statuses:
+        of = status["id"]
+        waiting.add_metric([of], status.get("waiting", 0))
+        capacity.add_metric([of], status.get("capacity", 0))
+        states = Counts(worker["state"] for worker in status.get("workers", ()))
+        for state in LIVING:
+            workers.add_metric([of, state], states[state])
+        for state, count in status.get("jobs", {}).items():
+            jobs.add_metric([of, state], count)
+    return families
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
 
-    def describe(self) -> Iterable[Metric]:
-        """The families, without asking."""
-        return [GaugeMetricFamily(row.name, row.help, labels=row.labels) for row in STATE]
-
-    def collect(self) -> Iterable[Metric]:
-        """The families with what is now."""
-        waiting, capacity, workers, jobs = families = [
-            GaugeMetricFamily(row.name, row.help, labels=row.labels) for row in STATE
-        ]
-        for status in self._metrics.statuses():
-            of = status["id"]
-            waiting.add_metric([of], status.get("waiting", 0))
-            capacity.add_metric([of], status.get("capacity", 0))
-            states = Counts(worker["state"] for worker in status.get("workers", ()))
-            for state in LIVING:
-                workers.add_metric([of, state], states[state])
-            for state, count in status.get("jobs", {}).items():
-                jobs.add_metric([of, state], count)
-        return families
+async def _none() -> Sequence[Mapping[str, Any]]:
+    return ()

@@ -166,7 +166,8 @@ TABLE: Table = (
         "queue_limit",
         whole(0, 100_000),
         "256",
-        "How many requests may wait for a worker; one more is a 503 with `Retry-After`.",
+        "How many requests may wait for a worker, and as many of batches; one more is a 503 with "
+        "`Retry-After`.",
     ),
     Setting(
         "QUEUE_TIMEOUT_S",

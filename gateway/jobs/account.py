@@ -19,11 +19,15 @@ from handler.usage import Usage
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Asks and tells `keys` and `limits`. `terms` are the model and the prices of an endpoint, by its id."""
+    """Asks and tells `keys` and `limits`. `terms` are the model and the prices of an endpoint, by its id.
+
+    `tell` hears what was counted.
+    """
 
     keys: Keys
     limits: Limits
     terms: Callable[[str], tuple[str, Prices]]
+    tell: Callable[[Entry], None] = lambda _: None
 
     def sees_all(self, key_id: str) -> bool:
         """Whether the key may see other keys' jobs."""
@@ -42,11 +46,14 @@ class Account:
 
     def count(self, connection: Connection, job: Job, used: Usage) -> None:
         """Write down what an attempt at `job` has used."""
+        usage.add(connection, self._entry(job, used))
+
+    def _entry(self, job: Job, used: Usage) -> Entry:
         model_id, prices = self.terms(job.endpoint_id)
         tokens = (used.prompt_tokens, used.completion_tokens)
-        entry = Entry(job.key_id, job.endpoint_id, used.model or model_id, *tokens, prices.cost_nano(*tokens))
-        usage.add(connection, entry)
+        return Entry(job.key_id, job.endpoint_id, used.model or model_id, *tokens, prices.cost_nano(*tokens))
 
     def spend(self, job: Job, used: Usage) -> None:
         """It is written down: its key's limit hears of it."""
+        self.tell(self._entry(job, used))
         self.limits.spend(self.keys.of(job.key_id), used.prompt_tokens + used.completion_tokens)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.metrics import Metrics
+from gateway.metrics import Metrics, Statuses
 from gateway.scrape import Target, render, scrape
 from gateway.upstreams.events import Ended, Ready, StartFailed
 from gateway.usage import Entry
@@ -72,6 +73,15 @@ async def gone(_: Request) -> AsyncIterator[Reply]:
     yield Reply(200, (), broken())
 
 
+def saying_of(statuses: Sequence[Mapping[str, Any]] = ()) -> Statuses:
+    """Whoever knows `statuses`."""
+
+    async def known() -> Sequence[Mapping[str, Any]]:
+        return statuses
+
+    return known
+
+
 def series(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every series of an exposition by name and labels; fails if one, or a family, is there twice."""
     families = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -94,7 +104,7 @@ def of(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 async def test_two_workers_stand_beside_the_gateway() -> None:
     """Each family once, each series with whose it is; the gateway's own has neither label."""
     metrics = Metrics()
-    metrics.watch(tuple, lambda: [Target("a", "w1", saying(WORKER)), Target("b", "w1", saying(WORKER))])
+    metrics.watch(saying_of(), lambda: [Target("a", "w1", saying(WORKER)), Target("b", "w1", saying(WORKER))])
     found = series((await metrics.exposition()).decode())
     for endpoint in ("a", "b"):
         labels = {"endpoint": endpoint, "worker": "w1"}
@@ -161,7 +171,7 @@ async def test_state_is_what_the_endpoints_say_now() -> None:
         "jobs": {"IN_QUEUE": 5},
     }
     statuses = [status]
-    metrics.watch(lambda: statuses)
+    metrics.watch(saying_of(statuses))
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_queue_depth", endpoint="a")] == 3
     assert found[of("firsttoken_gateway_capacity", endpoint="a")] == 16
