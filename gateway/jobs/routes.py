@@ -141,11 +141,11 @@ class JobRoutes:
         return await self._told(job)
 
     async def _submit(self, request: Request, endpoint_id: str, kind: str) -> Job:
-        new = _parse(request, endpoint_id, kind, self.allowed)
+        new, job_input = _parse(request, endpoint_id, kind, self.allowed)
 
         def admit() -> None:
             try:
-                inside = shapes.parse(json.loads(new.body))
+                inside = shapes.parse(job_input)
             except BadEvent:  # told as what came of the job, as on RunPod
                 inside = None
             self.account.admit(new.key_id, endpoint_id, inside)
@@ -232,8 +232,8 @@ def _check_size(request: Request, operation: str) -> None:
         raise BodyTooLarge(most)
 
 
-def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> NewJob:
-    """The job that `request` submits. Raises `BadRequest`."""
+def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> tuple[NewJob, Any]:
+    """The job that `request` submits, and its `input`. Raises `BadRequest`."""
     try:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
@@ -260,11 +260,12 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
         digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
     )
     timeout_s, ttl_s = (_policy(policy, name) for name in ("executionTimeout", "ttl"))
-    return replace(
+    new = replace(
         new,
         execution_timeout_s=new.execution_timeout_s if timeout_s is None else timeout_s,
         ttl_s=new.ttl_s if ttl_s is None else ttl_s,
     )
+    return new, body["input"]
 
 
 def _policy(policy: Mapping[str, Any], name: str) -> float | None:

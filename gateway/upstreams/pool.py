@@ -351,6 +351,7 @@ class WorkerPool(ABC):
                 self._fail(f"worker-{self.starts}", Exit(75, why), permanent=True)
                 return math.inf
             if self._lacks_memory():
+                self._again_at_s = now_s + MEMORY_RETRY_S
                 return MEMORY_RETRY_S
             devices = self._devices.take(self._devices_each, self)
             if devices is None:

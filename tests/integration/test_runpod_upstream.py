@@ -19,6 +19,7 @@ import pytest
 
 from gateway.admission import Admission
 from gateway.metrics import Metrics
+from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Ended, Event
@@ -26,6 +27,7 @@ from gateway.upstreams.job import HIGH_WATER_BYTES
 from gateway.upstreams.launch import Fresh
 from gateway.upstreams.line import Line
 from gateway.upstreams.pool import Keep
+from gateway.upstreams.process import SLOTS_GUESS
 from gateway.upstreams.runpod import RunpodPool
 from handler import sse
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
@@ -100,6 +102,7 @@ async def stage(
     execution_timeout_s: float = NEVER,
     lease_s: float = NEVER,
     hold_s: float = 20.0,
+    scaling: Scaling = Scaling(),  # noqa: B008 - frozen
 ) -> AsyncIterator[Stage]:
     """An upstream whose nth worker plays the nth of `plays`."""
     async with AsyncExitStack() as stack:
@@ -125,6 +128,7 @@ async def stage(
                 at_once=False,
                 start_timeout_s=60,
                 drain_timeout_s=30,
+                scaling=scaling,
                 tell=tell,
                 back_off=lambda _: NEVER,
             ),
@@ -593,6 +597,46 @@ async def test_stopping_answers_the_polls_and_turns_away_the_line(tmp_path: Path
         assert await poll == []
         with pytest.raises(NotAdmitted):
             await on.ask()
+
+
+async def test_jobs_are_shared_between_workers(tmp_path: Path) -> None:
+    """A job goes to whoever holds least of those that ask; who is retired gets none, and is waited for."""
+    scaling = Scaling(min_workers=2, max_workers=2)
+    async with (
+        stage(tmp_path, (TAKES_JOBS, {}), (TAKES_JOBS, {}), scaling=scaling) as on,
+        AsyncExitStack() as clients,
+    ):
+        sdks = [await clients.enter_async_context(speaking_for(await on.director.worker())) for _ in range(2)]
+        while on.upstream.capacity < 2 * SLOTS_GUESS:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(0)
+        asking = [on.ask(numbered(0))]
+        held = await sdks[0].take_batch(8)
+        polls = [asyncio.create_task(sdk.take_batch(8)) for sdk in sdks]
+        while len([lease for lease in on.upstream._plane.leases.values() if lease.asking]) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert on.upstream.free == 16
+        asking.append(on.ask(numbered(1)))
+        assert [job["input"]["openai_input"]["n"] for job in await polls[1]] == [1]  # the other holds one
+        on.upstream.rescale(Scaling(max_workers=1, idle_timeout_s=0.0))
+        while not (going := [view for view in on.upstream.workers if view.state == "retiring"]):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        left = [sdk.worker_id for sdk in sdks].index(going[0].id)
+        stays = 1 - left
+        polls[1] = asyncio.create_task(sdks[1].take_batch(8))
+        asking.append(on.ask(numbered(2)))
+        assert [job["input"]["openai_input"]["n"] for job in await polls[stays]] == [2]
+        for number, sdk in ((0, sdks[0]), (1, sdks[1]), (2, sdks[stays])):
+            (job,) = [
+                job
+                for job in on.upstream._line._handed.values()
+                if job.input["openai_input"] == {"n": number}
+            ]
+            await sdk.done(job.id, {"output": [number]})
+        assert [await asked for asked in asking] == [b"0", b"1", b"2"]
+        assert held
+        assert await polls[left] == []
+        ended = await on.ended()
+        assert ended.expected
 
 
 # --- with the real SDK ------------------------------------------------------------------------
