@@ -22,6 +22,7 @@ from sqlalchemy import (
     Row,
     String,
     Table,
+    bindparam,
     func,
     insert,
     select,
@@ -39,7 +40,7 @@ from handler.table import ENDPOINT_ID
 log = logging.getLogger("gateway")
 
 POLL_S = 0.5
-"""How often a gateway looks whether the keys have changed (docs/decisions/0013-keys.md)."""
+"""How often a gateway looks whether the keys have changed (docs/decisions/0014-keys-and-usage.md)."""
 
 _LIVE = text("revoked_at IS NULL")
 TABLE = Table(
@@ -208,8 +209,8 @@ class Following:
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:
-    for key_id, at_s in used_s.items():
-        connection.execute(update(TABLE).where(TABLE.c.id == key_id).values(last_used_at=at_s))
+    used = update(TABLE).where(TABLE.c.id == bindparam("key_id")).values(last_used_at=bindparam("at_s"))
+    connection.execute(used, [{"key_id": key_id, "at_s": at_s} for key_id, at_s in used_s.items()])
 
 
 def _revision(connection: Connection) -> int:

@@ -44,7 +44,7 @@ class Bucket:
 
 
 class Limits:
-    """The buckets of all keys. What jobs and batches use of a key comes out of the same."""
+    """The buckets of all keys. What jobs use of a key comes out of the same."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

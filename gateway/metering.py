@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -28,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.keys import Key, Keys
 from gateway.limits import Limits
 from gateway.store import Store, metadata
-from gateway.usage import Entry, Prices, add
+from gateway.usage import Entry, Prices, add, sums
 from handler.messages import Call, Reply, Request
 from handler.usage import Meter, with_usage
 
@@ -49,6 +50,7 @@ _OPEN = Table(
     Column("completion_tokens", BigInteger, nullable=False),
     Column("cost_nano", BigInteger, nullable=False),
 )
+_CLOSE = delete(_OPEN).where(_OPEN.c.id == bindparam("open_id"))
 
 
 @dataclass(eq=False, slots=True)
@@ -99,6 +101,9 @@ class Metering:
         self._instance = instance or secrets.token_hex(8)
         self._open: set[_Open] = set()
         self._failed: deque[tuple[_Open, Entry]] = deque()
+        self._turn = threading.Lock()
+        self._next: list[tuple[_Open, Entry]] | None = None
+        self._counting: Future[None]
         self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -194,14 +199,27 @@ class Metering:
         return self._count(one, entry)
 
     def _count(self, one: _Open, entry: Entry) -> Future[None]:
-        def over(done: Future[None]) -> None:
-            if (error := done.exception()) is not None:
-                log.error("usage could not be counted yet", extra={"reason": str(error)})
-                self._failed.append((one, entry))
+        """Put it on its account, in one write with all that ends until that write's turn has come."""
+        with self._turn:
+            if self._next is None:
+                self._next = []
+                self._counting = self._store.begin_write(partial(self._write, ended=self._next))
+                self._counting.add_done_callback(partial(self._over, ended=self._next))
+            self._next.append((one, entry))
+            return self._counting
 
-        counting = self._store.begin_write(partial(_count, one_id=one.id if one.kept else None, entry=entry))
-        counting.add_done_callback(over)
-        return counting
+    def _write(self, connection: Connection, ended: Sequence[tuple[_Open, Entry]]) -> None:
+        with self._turn:
+            self._next = None  # who ends now has the next write
+        if kept := [{"open_id": one.id} for one, _ in ended if one.kept]:
+            connection.execute(_CLOSE, kept)
+        for entry in sums(entry for _, entry in ended):
+            add(connection, entry)
+
+    def _over(self, done: Future[None], ended: Sequence[tuple[_Open, Entry]]) -> None:
+        if (error := done.exception()) is not None:
+            log.error("usage could not be counted yet", extra={"reason": str(error)})
+            self._failed.extend(ended)
 
     def _spend(self, one: _Open, entry: Entry) -> None:
         tokens = entry.prompt_tokens + entry.completion_tokens
@@ -209,17 +227,9 @@ class Metering:
         one.spent_tokens = tokens
 
 
-def _count(connection: Connection, one_id: str | None, entry: Entry) -> None:
-    if one_id is not None:
-        connection.execute(delete(_OPEN).where(_OPEN.c.id == one_id))
-    add(connection, entry)
-
-
 def _keep(connection: Connection, rows: Sequence[dict[str, object]]) -> None:
     # Both ways at once: whether the row of a write that failed is there does not matter.
-    connection.execute(
-        delete(_OPEN).where(_OPEN.c.id == bindparam("open_id")), [{"open_id": row["id"]} for row in rows]
-    )
+    connection.execute(_CLOSE, [{"open_id": row["id"]} for row in rows])
     connection.execute(insert(_OPEN), rows)
 
 

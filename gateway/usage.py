@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 from sqlalchemy import (
@@ -13,7 +14,7 @@ from sqlalchemy import (
     Integer,
     String,
     Table,
-    and_,
+    bindparam,
     insert,
     update,
 )
@@ -33,8 +34,13 @@ USAGE = Table(
     Column("completion_tokens", BigInteger, nullable=False),
     Column("cost_nano", BigInteger, nullable=False),
 )
-_KEY = (USAGE.c.day, USAGE.c.key_id, USAGE.c.endpoint, USAGE.c.model)
-_COUNTS = (USAGE.c.requests, USAGE.c.prompt_tokens, USAGE.c.completion_tokens, USAGE.c.cost_nano)
+_ACCOUNT = ("day", "key_id", "endpoint", "model")
+_COUNTS = ("requests", "prompt_tokens", "completion_tokens", "cost_nano")
+_MORE = (  # built once: to build one takes as long as to run it
+    update(USAGE)
+    .where(*(USAGE.c[name] == bindparam(f"of_{name}") for name in _ACCOUNT))
+    .values({name: USAGE.c[name] + bindparam(f"more_{name}") for name in _COUNTS})
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +68,40 @@ class Entry:
     cost_nano: int = 0
     requests: int = 1
 
+    def plus(self, other: Entry) -> Entry:
+        """Both, on the account of this one."""
+        return replace(
+            self,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cost_nano=self.cost_nano + other.cost_nano,
+            requests=self.requests + other.requests,
+        )
+
 
 def add(connection: Connection, entry: Entry, day: date | None = None) -> None:
     """Count `entry`, on today's account (UTC) or that of `day`, in the caller's own transaction."""
-    key = {
-        "day": day or datetime.now(UTC).date(),
-        "key_id": entry.key_id,
-        "endpoint": entry.endpoint_id,
-        "model": entry.model[:256],
+    account = (day or datetime.now(UTC).date(), entry.key_id, entry.endpoint_id, entry.model[:256])
+    counts = (entry.requests, entry.prompt_tokens, entry.completion_tokens, entry.cost_nano)
+    more = {
+        **{f"of_{name}": value for name, value in zip(_ACCOUNT, account, strict=True)},
+        **{f"more_{name}": number for name, number in zip(_COUNTS, counts, strict=True)},
     }
-    counts = {
-        "requests": entry.requests,
-        "prompt_tokens": entry.prompt_tokens,
-        "completion_tokens": entry.completion_tokens,
-        "cost_nano": entry.cost_nano,
-    }
-    there = and_(*(column == key[column.name] for column in _KEY))
-    more = update(USAGE).where(there).values({column: column + counts[column.name] for column in _COUNTS})
-    if connection.execute(more).rowcount:
+    if connection.execute(_MORE, more).rowcount:
         return
     try:
         with connection.begin_nested():
-            connection.execute(insert(USAGE).values(**key, **counts))
+            new = zip((*_ACCOUNT, *_COUNTS), (*account, *counts), strict=True)
+            connection.execute(insert(USAGE), dict(new))
     except IntegrityError:  # another gateway has begun the same account meanwhile
-        connection.execute(more)
+        connection.execute(_MORE, more)
+
+
+def sums(entries: Iterable[Entry]) -> list[Entry]:
+    """One entry for each account, with all that `entries` put on it."""
+    found: dict[tuple[str, str, str], Entry] = {}
+    for entry in entries:
+        account = (entry.key_id, entry.endpoint_id, entry.model)
+        before = found.get(account)
+        found[account] = entry if before is None else before.plus(entry)
+    return list(found.values())

@@ -173,7 +173,9 @@ class Meter:
         for place in (value, value.get("response"), value.get("message")):
             if not isinstance(place, dict):
                 continue
-            self._model = self._model or str(place.get("model") or "")
+            # Half a character, which JSON can name, could be written down nowhere.
+            name = str(place.get("model") or "").encode(errors="replace").decode()
+            self._model = self._model or name
             if isinstance(usage := place.get("usage"), dict):
                 self._prompt = _first(usage, _PROMPT, self._prompt)
                 self._completion = _first(usage, _COMPLETION, self._completion)

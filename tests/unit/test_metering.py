@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import OperationalError
 
@@ -233,3 +237,110 @@ async def test_tokens_come_out_of_the_keys_limit_while_they_are_made(store: Stor
             stream.frames.put_nowait(frame)
         await read(reply)
     assert left() == "977"
+
+
+@dataclass
+class Life:
+    """One stream of a test, and what its key owes for it by now."""
+
+    stream: Gates
+    stack: AsyncExitStack
+    reply: Reply
+    said: int = 0
+    kept: int = 0
+
+
+class Lives:
+    """Streams of one gateway after another, and beside them what the account has to say."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._metering = gateway(store)
+        self._lives: list[Life] = []
+        self.requests = self.prompt = self.completion = 0
+
+    async def begin(self) -> None:
+        """A stream begins."""
+        stack = AsyncExitStack()
+        stream = Gates()
+        call = metered(self._metering, stream.call)
+        self._lives.append(Life(stream, stack, await stack.enter_async_context(call(request(stream=True)))))
+
+    async def say(self, number: int) -> None:
+        """One of them makes a token."""
+        if life := self._one(number):
+            life.stream.frames.put_nowait(chunk("a"))
+            await anext(life.reply.frames)
+            life.said += 1
+
+    async def end(self, number: int) -> None:
+        """One of them ends by itself."""
+        if life := self._one(number):
+            for frame in (USAGE_CHUNK, sse.DONE):
+                life.stream.frames.put_nowait(frame)
+            assert await anext(life.reply.frames) == sse.DONE
+            await self._leave(life, prompt=20, completion=3)
+
+    async def leave(self, number: int) -> None:
+        """The client of one of them leaves."""
+        if life := self._one(number):
+            await self._leave(life, completion=life.said)
+
+    async def checkpoint(self, _: int = 0) -> None:
+        """A second passes."""
+        await self._metering.checkpoint()
+        for life in self._lives:
+            life.kept = life.said
+
+    async def kill(self, _: int = 0) -> None:
+        """The gateway is killed, and the next one starts."""
+        for life in self._lives:
+            self._owe(completion=life.kept)
+        self._metering._open.clear()  # the dead write nothing
+        while self._lives:
+            await self._lives.pop().stack.aclose()
+        self._metering = gateway(self._store)
+        async with self._metering:
+            pass
+
+    def _one(self, number: int) -> Life | None:
+        return self._lives[number % len(self._lives)] if self._lives else None
+
+    async def _leave(self, life: Life, *, completion: int, prompt: int = 0) -> None:
+        self._lives.remove(life)
+        await life.stack.aclose()
+        self._owe(completion=completion, prompt=prompt)
+
+    def _owe(self, *, completion: int, prompt: int = 0) -> None:
+        self.requests += completion > 0
+        self.completion += completion
+        self.prompt += prompt
+
+
+STEPS = ("begin", "begin", "say", "say", "say", "checkpoint", "checkpoint", "end", "leave", "kill")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(STEPS), st.integers(0, 9)),
+        min_size=25,
+        max_size=60,
+    )
+)
+async def test_whatever_happens_in_which_order_everything_is_counted_once(
+    steps: list[tuple[str, int]],
+) -> None:
+    """Streams that end, are left or are cut by the death of their gateway, between any two checkpoints."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Store.open(f"sqlite:///{folder}/gateway.db")) as store,
+    ):
+        lives = Lives(store)
+        for name, number in steps:
+            await (lives.begin() if name == "begin" else getattr(lives, name)(number))
+        await lives.kill()
+        found = await store.write(counted)
+        requests, prompt, completion = (sum(row[column] for row in found) for column in (3, 4, 5))
+        assert (requests, prompt, completion) == (lives.requests, lives.prompt, lives.completion)
+        assert await store.write(open_rows) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.settings import TABLE as GATEWAY_TABLE
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, KeptSettings
 from handler import platforms
 from handler.errors import BadSettings
 from handler.settings import DEFAULT_MODEL, TABLE, Settings, public_name, readable, render_markdown
@@ -559,6 +559,45 @@ def test_queue_timeout_is_below_the_clients() -> None:
     """The gateway answers before openai's clients give up after 600 s."""
     assert gateway_faults({"QUEUE_TIMEOUT_S": "600"}) == (
         "QUEUE_TIMEOUT_S='600' is not allowed; allowed: seconds from 1 to 599",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "nano"), [("0", 0), ("0.15", 150_000_000), ("1000000", 10**15), ("0.000000001", 1)]
+)
+def test_prices_are_whole_billionths(text: str, nano: int) -> None:
+    """So sums of what they make are exact."""
+    settings = GatewaySettings.from_environ({"PRICE_INPUT": text, "PRICE_OUTPUT": text})
+    assert (settings.price_input, settings.price_output) == (nano, nano)
+
+
+@pytest.mark.parametrize("text", ["-1", "free", "nan", "inf", "1000001", "0.0000000001"])
+def test_what_is_no_price(text: str) -> None:
+    """No more decimals than are kept."""
+    assert gateway_faults({"PRICE_OUTPUT": text}) == (
+        f"PRICE_OUTPUT={text!r} is not allowed; allowed: a number from 0 to 1000000, with at most 9 decimals",
+    )
+
+
+def test_the_data_folder_is_the_users_own() -> None:
+    """Where the desktop's standard has it, unless another is set; relative ones are of this place."""
+    for environ, folder in (
+        ({"HOME": "/home/me", "XDG_DATA_HOME": "/data/me"}, "/data/me/firsttoken"),
+        ({"HOME": "/home/me", "DATA_DIR": "/srv/gateway"}, "/srv/gateway"),
+        ({"HOME": "/home/me", "DATA_DIR": "here"}, str(Path("here").absolute())),
+    ):
+        settings = KeptSettings.from_environ(environ)
+        assert settings.data_dir == Path(folder)
+        assert settings.database_url == f"sqlite:///{folder}/gateway.db"
+    settings = KeptSettings.from_environ({"DATABASE_URL": "postgresql://u:secret@host/db", "PORT": "no port"})
+    assert settings.database_url == "postgresql://u:secret@host/db"
+    assert "secret" not in repr(settings)
+
+
+def test_the_address_of_a_database_is_not_shown() -> None:
+    """It may hold a password."""
+    assert gateway_faults({"DATABASE_URL": "u:secret@host"}) == (
+        "DATABASE_URL (not shown) is not allowed; allowed: an SQLAlchemy URL, such as sqlite:////srv/gateway.db",
     )
 
 

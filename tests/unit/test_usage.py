@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from handler import sse
 from handler.errors import RequestError
 from handler.messages import Headers, Reply, Request, once, read
-from handler.usage import Usage, metered
+from handler.usage import LARGE_BYTES, Meter, Usage, metered
 
 JSON: Headers = (("content-type", "application/json"),)
 EVENTS: Headers = (("content-type", "text/event-stream; charset=utf-8"),)
@@ -186,3 +189,102 @@ async def test_an_answer_without_json_says_nothing() -> None:
     async with metered(call, told.append)(Request("POST", "/v1/audio/transcriptions")) as reply:
         assert await read(reply) == b"Hi"
     assert told == [Usage("", 0, 0)]
+
+
+def spoken(said: str | None = None, **delta: str) -> bytes:
+    """A chunk of a chat, as vLLM makes them; without text it says who speaks."""
+    first = {"role": "assistant", "content": ""} if said is None else {"content": said}
+    return sse.event({"model": "m", "choices": [{"index": 0, "delta": {**first, **delta}}]})
+
+
+@pytest.mark.parametrize(
+    ("frames", "tokens"),
+    [
+        ([spoken()], 0),
+        ([spoken(), spoken()], 0),
+        ([spoken() + spoken() + spoken("a")], 1),
+        ([sse.KEEP_ALIVE, spoken(), sse.KEEP_ALIVE, spoken("a"), sse.KEEP_ALIVE + spoken("b")], 2),
+        ([spoken(reasoning="hm")], 1),
+        ([spoken("a"), sse.event({"error": {"code": "engine_dead"}})], 1),
+        ([sse.event({"error": {"code": "engine_dead"}})], 0),
+    ],
+)
+async def test_what_says_nothing_is_no_token(frames: list[bytes], tokens: int) -> None:
+    """Who speaks, comments, and the error by which a stream breaks."""
+    body, told = await asked(Engine(*frames), chat(stream=True))
+    assert body == b"".join(frames)
+    assert (told[0].completion_tokens, told[0].whole) == (tokens, False)
+
+
+async def test_frames_that_are_no_lf_frames_pass_as_they_are() -> None:
+    """So does half a frame at the end of what was cut."""
+    for raw in (b'data: {"a": 1}\r\n\r\n', b'data: {"a": 1}\n\ndata: {"a"'):
+        assert (await asked(Engine(raw), chat(stream=True)))[0] == raw
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        sse.DONE,
+        LAST + sse.DONE,
+        *(b"event: response.%b\n" % how + sse.event({}) for how in (b"completed", b"incomplete", b"failed")),
+        b"event: message_stop\n" + sse.event({}),
+    ],
+)
+async def test_an_answer_is_settled_before_the_frame_that_ends_it(last: bytes) -> None:
+    """By which clients know that they have all, and once; no text is taken for it."""
+    settled: list[Usage] = []
+    seen: list[tuple[bytes, int]] = []
+    text = spoken("data: [DONE]") + spoken("event: message_stop\n")
+
+    async def settle() -> None:
+        settled.append(meter.usage())
+
+    meter = Meter(hides=True, settle=settle)
+    async with Engine(text, text, last, b"data: [DONE]\n\n").call(chat(stream=True)) as reply:
+        seen = [(chunk, len(settled)) async for chunk in meter.read(reply).frames]
+    assert [number for _, number in seen] == [0, 0, 1, 1]
+    assert settled[0].whole
+
+
+@pytest.mark.parametrize("frames", [[spoken("a")], [spoken("a"), LAST]])
+async def test_an_answer_that_ends_without_such_a_frame_is_settled_at_its_end(frames: list[bytes]) -> None:
+    """It is whole if it said what it has used."""
+    settled: list[Usage] = []
+
+    async def settle() -> None:
+        settled.append(meter.usage())
+
+    meter = Meter(hides=True, settle=settle)
+    async with Engine(*frames).call(chat(stream=True)) as reply:
+        assert await read(meter.read(reply)) == spoken("a")
+    assert [usage.whole for usage in settled] == [len(frames) == 2]
+
+
+async def test_of_a_large_answer_only_the_usage_is_read() -> None:
+    """Parsing it whole would hold up every other stream."""
+    usage = b'"usage":{"prompt_tokens":7,"total_tokens":7},"x":1}'
+    raw = b'{"data":[' + b"0," * LARGE_BYTES + b"0]," + usage
+    assert (await asked(Engine(raw, headers=JSON), chat()))[1] == [Usage("", 7, 0)]
+    assert (await asked(Engine(raw.replace(b'"usage"', b'"used"'), headers=JSON), chat()))[1] == [
+        Usage("", 0, 0)
+    ]
+    assert (await asked(Engine(raw.replace(usage, b'"usage":'), headers=JSON), chat()))[1] == [
+        Usage("", 0, 0)
+    ]
+
+
+@given(
+    st.lists(st.sampled_from([spoken(), spoken("a"), sse.KEEP_ALIVE, spoken("é\n\n")]), max_size=12),
+    st.data(),
+)
+async def test_however_frames_come_together_the_client_sees_them(
+    parts: list[bytes], data: st.DataObject
+) -> None:
+    """All but the one that it did not ask for, and the count is the same."""
+    whole = [*parts, LAST, sse.DONE]
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(whole) - 1))))
+    chunks = [b"".join(whole[start:end]) for start, end in pairwise([0, *cuts, len(whole)])]
+    body, told = await asked(Engine(*chunks), chat(stream=True))
+    assert body == b"".join(parts) + sse.DONE
+    assert told == [Usage("m", 24, 6)]
