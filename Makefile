@@ -8,7 +8,8 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
+.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image test-ray \
+        judge-vllm judge-openai \
         bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
@@ -21,7 +22,7 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node --with-chromium
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with node npm chromium nginx
 	@$(MAKE) --no-print-directory lint types lint-aws
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
@@ -55,6 +56,10 @@ test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory
 test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q -s tests/gateway_memory.py
+
+test-ray: ## Two nodes of Ray on this machine, real engines, the gateway in front; needs root, takes minutes
+	@$(INSTALL) $(ENGINE) dev ray --with ip
+	@$(PY) -m pytest -q tests/ray_lane.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
@@ -102,7 +107,7 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@$(PY) -m bench.coldstart_gpu
 
 screenshots: ## Pictures of the page for the docs, of a gateway with the default model; takes a minute
-	@$(INSTALL) $(ENGINE) dev --with-chromium
+	@$(INSTALL) $(ENGINE) dev --with chromium
 	@folder=$$($(PY) -m builder fetch "$(MODEL)") && \
 	MODEL_NAME=$$folder SERVED_MODEL_NAME=$(MODEL) $(PY) -m scripts.screenshots
 

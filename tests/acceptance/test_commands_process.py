@@ -163,7 +163,7 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
         user.types("More")
         await user.sees("again")
         await user.sees("> ")
-        user.types("/save said.json")
+        user.types(f"/save {tmp_path}/said.json")
         await user.sees("> ")
         user.types("And more")
         await user.sees("for ever")
@@ -173,9 +173,9 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
         await cast.started[0].saw("disconnected", CHAT)
         user.presses("C")
         assert await user.process.wait() == 0
-    saved = json.loads((ROOT / "said.json").read_text())
-    (ROOT / "said.json").unlink()
-    assert saved == {
+    said = tmp_path / "said.json"
+    assert stat.S_IMODE(said.stat().st_mode) == 0o600
+    assert json.loads(said.read_text()) == {
         "model": "org/a",
         "messages": [
             {"role": "system", "content": "Be long."},
