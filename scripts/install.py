@@ -103,8 +103,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m scripts.install", description=__doc__.splitlines()[0])
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
-    beside = {"nargs": "+", "default": [], "choices": PROGRAMS, "metavar": "PROGRAM"}
-    parser.add_argument("--with", dest="programs", **beside, help="what some tests need, where it can be had")
+    parser.add_argument(
+        "--with",
+        dest="programs",
+        nargs="+",
+        default=[],
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help="what some tests need, where it can be had",
+    )
     options = parser.parse_args(argv)
     if not (options.extras or options.tools):
         parser.error("nothing is to be installed")
