@@ -92,6 +92,8 @@ class Gateway:
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""
+        if not request.path.startswith("/"):  # `OPTIONS *`
+            raise NoSuchRoute(request.method, request.path)
         if (key := self._key(request)) is None:
             return request
         _, top, endpoint_id, *_ = [*request.path.split("/", 3), ""]
@@ -103,7 +105,8 @@ class Gateway:
 
     def _key(self, request: Request) -> Key | None:
         """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
-        wanted = request.path.split("/", 2)[1] in {"v2", "admin"}
+        _, top, *_ = [*request.path.split("/", 2), ""]
+        wanted = top in {"v2", "admin"}
         return self.keys.check(request) if wanted else None
 
     def _find(self, request: Request) -> Call:

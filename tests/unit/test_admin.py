@@ -285,6 +285,17 @@ async def test_usage_is_answered_by_day_key_endpoint_and_model(place: Place) -> 
     ]
 
 
+async def test_no_cell_is_a_formula(place: Place) -> None:
+    """Whatever a key is called, whoever opens the table in a spreadsheet runs nothing by it."""
+    _, _, made = await place.ask("POST", "/admin/keys", {"name": "=1+2"})
+    entry = Entry(made["id"], "one", "@m", 1, 2, 0)
+    place.store.write_now(lambda connection: usage.add(connection, entry, date(2027, 1, 1)))
+    _, _, text = await place.ask("GET", "/admin/usage?group=key,model&format=csv")
+    assert text.splitlines()[1] == f"{made['id']},'=1+2,'@m,1,1,2,0.00"
+    _, _, shown = await place.ask("GET", "/admin/usage?group=key")
+    assert shown["data"][0]["key_name"] == "=1+2"
+
+
 def row(
     day: str, key_id: str, key_name: str, endpoint: str, model: str, counts: tuple[int, int, int, float]
 ) -> dict[str, object]:

@@ -112,6 +112,7 @@ async def test_model_ids_may_hold_slashes() -> None:
         ("GET", "/v2", KEY, 404, ("invalid_request_error", None, "endpoint_not_found")),
         ("POST", "/v2/local/run", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", "/v2/local/openai", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("OPTIONS", "*", (), 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/v1/nothing", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/invocations", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/v1/load_lora_adapter", KEY, 404, ("invalid_request_error", None, "unknown_url")),
