@@ -15,6 +15,7 @@ from handler.asgi import App, Message, call_app
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Request, read
 from tests import gateways
+from tests.asgi_client import exchange, turns
 from tests.pools import ScriptedPool
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
@@ -169,6 +170,29 @@ async def test_body_over_the_cap_is_413() -> None:
     scripted = ScriptedApp({})
     status, _, body = await ask(gateway(scripted), "POST", f"{BASE}/v1/completions", KEY, b"x" * 101)
     assert (status, error(body)) == (413, ("invalid_request_error", None, "request_too_large"))
+
+
+async def test_a_key_holds_no_more_than_its_share_of_what_is_not_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many connections it has: another one is a 429, until one of those has gone."""
+    monkeypatch.setattr("gateway.app.HELD_MAX_BYTES", 200)
+    chat = f"{BASE}/v1/chat/completions"
+    app = gateway(ScriptedApp({"POST /v1/chat/completions": [answer({}), answer({})]}))
+    async with (
+        exchange(app, path=chat, headers=KEY, parts=None) as first,
+        exchange(app, path=chat, headers=KEY, parts=None) as second,
+    ):
+        for one in (first, second):
+            one.body(b" " * 100, more=True)
+        await turns()
+        assert (await ask(app, "POST", chat, body=b"{}"))[0] == 429
+        first.leave()
+        await first.over()
+        assert (await ask(app, "POST", chat, body=b"{}"))[0] == 200
+        second.body()
+        await second.over()
+        assert second.status == 200, "what it has, it may finish"
 
 
 async def test_request_id_is_echoed_and_passed_on() -> None:
