@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pytest
 
 from gateway.admission import Admission
-from gateway.keys import Keys
+from gateway.keys import Key, Keys
 from handler import early, sse
 from handler.asgi import App, Message, call_app
+from handler.auth import digest
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Request, read
 from tests import gateways
@@ -246,6 +248,13 @@ async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
         (False, KEY, 200),
         (True, (), 200),
         (True, (("x-forwarded-for", "203.0.113.9"),), 401),
+        (True, (("x-forwarded-proto", "https"),), 401),
+        (True, (("host", "127.0.0.1:8000"),), 200),
+        (True, (("host", "[::1]:8000"),), 200),
+        (True, (("host", "localhost"),), 200),
+        (True, (("host", "rebound.example:8000"),), 401),
+        (True, (("host", "[::1"),), 401),
+        (True, (("host", "rebound.example"), *KEY), 200),
     ],
 )
 async def test_metrics_want_the_key_unless_on_loopback(
@@ -254,6 +263,22 @@ async def test_metrics_want_the_key_unless_on_loopback(
     """A proxy on this machine does not open them to the world."""
     status, _, _ = await ask(gateway(ScriptedApp({}), open_metrics=open_metrics), "GET", "/metrics", headers)
     assert status == expected
+
+
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        ({}, 200),
+        ({"endpoints": frozenset({"local"})}, 403),
+        ({"models": frozenset({"m"})}, 403),
+        ({"endpoints": frozenset({"local"}), "admin": True}, 200),
+    ],
+)
+async def test_metrics_are_for_keys_that_are_not_bound(bound: Mapping[str, Any], expected: int) -> None:
+    """They tell of all endpoints and models."""
+    keys = Keys(stored=[Key("key_a", "a", digest("own"), **bound)])
+    app = gateways.one(call_app(ScriptedApp({})), keys).app(max_body_bytes=100, cors_origins=())
+    assert (await ask(app, "GET", "/metrics", (("authorization", "Bearer own"),)))[0] == expected
 
 
 async def test_requests_are_counted_by_route_and_status() -> None:
