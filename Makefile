@@ -9,7 +9,7 @@ PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image test-ray \
-        judge-vllm judge-openai \
+        soak chaos judge-vllm judge-openai \
         bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
@@ -56,6 +56,14 @@ test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory
 test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q -s tests/gateway_memory.py
+
+soak: ## Waves of streams and jobs for MINUTES (10) while workers are killed and stopped, memory watched
+	@$(INSTALL) dev
+	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+chaos: ## The same for MINUTES (5), and the gateway is killed and reloaded too
+	@$(INSTALL) dev
+	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),5) --gateway $(if $(SEED),--seed $(SEED))
 
 test-ray: ## Two nodes of Ray on this machine, real engines, the gateway in front; needs root, takes minutes
 	@$(INSTALL) $(ENGINE) dev ray --with ip
