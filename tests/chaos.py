@@ -106,8 +106,8 @@ async def one_life(
             return 0, 0
         async with asyncio.timeout(WAVE_TIMEOUT_S):
             await load.finish(at)
-        with suppress(AssertionError):  # told at the end
-            await until_true(lambda: at.files() <= files + FILES_MORE_MAX)  # idle connections end after a while
+        with suppress(AssertionError):  # told at the end; idle connections are closed after a while
+            await until_true(lambda: at.files() <= files + FILES_MORE_MAX)
         more = max(0, at.files() - files), max(0, at.memory_bytes() - memory_bytes)
         if time.monotonic() >= until_s:
             check_all(load, await at.usage(admin))
