@@ -8,8 +8,8 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-criu test-image judge-vllm judge-openai \
-        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu clean
+.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
+        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ types: ## mypy, strict
 test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory watched; a minute
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q tests/batch_memory.py
+
+test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
+	@$(INSTALL) dev
+	@$(PY) -m pytest -q -s tests/gateway_memory.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
@@ -96,6 +100,11 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@[ -e /dev/nvidiactl ] || { echo 'bench-coldstart-gpu: no GPU here, /dev/nvidiactl is missing' >&2; exit 75; }
 	@$(INSTALL) gpu dev
 	@$(PY) -m bench.coldstart_gpu
+
+screenshots: ## Pictures of the page for the docs, of a gateway with the default model; takes a minute
+	@$(INSTALL) $(ENGINE) dev --with-chromium
+	@folder=$$($(PY) -m builder fetch "$(MODEL)") && \
+	MODEL_NAME=$$folder SERVED_MODEL_NAME=$(MODEL) $(PY) -m scripts.screenshots
 
 clean: ## Remove .venv, .venv-aws and what tools left; models in the user's cache folder stay
 	@rm -rf .venv .venv-aws build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

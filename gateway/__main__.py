@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import logging
 import os
 import sys
@@ -11,17 +12,14 @@ from collections.abc import Mapping, Sequence
 
 import uvloop
 
-from gateway.commands import chat, check, keys, status, usage
-from gateway.commands import logs as logs_command
+from gateway.commands import INTERRUPTED
 from gateway.endpoints_file import describe
-from gateway.running import INTERRUPTED
-from gateway.serve import serve
 from gateway.settings import UPSTREAMS
 from handler import logs
 from handler.errors import StartError
 
 WORKER = (sys.executable, "-m", "handler")
-COMMANDS = (check, status, logs_command, chat, keys, usage)
+COMMANDS = ("check", "status", "logs", "chat", "keys", "usage")
 """Those beside `serve`, each a module of `gateway.commands`."""
 
 log = logging.getLogger("gateway")
@@ -29,7 +27,8 @@ log = logging.getLogger("gateway")
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> int:
     """Run a command, or the gateway, whose workers are `worker`; returns an exit code of sysexits.h."""
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser([name for name in COMMANDS if [name] == given[:1]] or COMMANDS).parse_args(given)
     try:
         if "run" in args:
             return int(args.run(args, os.environ))
@@ -44,8 +43,8 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
         return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line with the commands `names`: only their modules are imported, which takes its time."""
     top = argparse.ArgumentParser(
         prog="python -m gateway",
         description="Serve OpenAI-compatible URLs. Settings come from the environment.",
@@ -54,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     serving = commands.add_parser("serve", help="serve; also without a command")
     serving.add_argument("--endpoints", metavar="FILE", help="the endpoints to serve (ENDPOINTS_FILE)")
     serving.add_argument("--upstream", choices=UPSTREAMS, help="how workers are asked (UPSTREAM)")
-    for command in COMMANDS:
-        command.add(commands)
+    for name in names:
+        importlib.import_module(f"gateway.commands.{name}").add(commands)
     return top
 
 
@@ -73,8 +72,9 @@ def run(environ: Mapping[str, str], worker: Sequence[str]) -> int:
     logs.to_stderr("uvicorn", "WARNING")
     for note in description.notes:
         log.warning(note)
+    serve = importlib.import_module("gateway.serve").serve  # all that a gateway is, and no command needs
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(serve(settings, description, environ, worker))
+        return int(runner.run(serve(settings, description, environ, worker)))
 
 
 if __name__ == "__main__":

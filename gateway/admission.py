@@ -38,7 +38,7 @@ class _Waiter(Turn):
     cold: bool
     """No worker was ready."""
     again: bool
-    """It was admitted before."""
+    """It has lost a worker."""
     has_place: bool = False
     """Its turn has come, and it has not asked yet."""
     over: bool = False
@@ -119,8 +119,9 @@ class Admission:
             else:
                 return
             finally:
-                self._measure(began_s, answered=answered)
-        waiter = self._line_up(request)
+                if answered:
+                    self._measure(request, began_s)
+        waiter = self._line_up(request, again=tries > 0)
         try:
             held = kept_alive(partial(self._held, waiter=waiter, tries=tries), self._keep_alive_s)
             async with held(request) as reply:
@@ -135,11 +136,7 @@ class Admission:
         async with AsyncExitStack() as stack:
             while True:
                 cold = cold or waiter.cold
-                try:
-                    await self._turn(waiter, request)
-                finally:
-                    if trace := request.visit.trace:
-                        trace.waited(waiter.began_s)
+                await self._turn(waiter, request)
                 request = replace(request, visit=replace(request.visit, admitted=True))
                 request.visit.taken()
                 began_s = self._loop.time()
@@ -149,8 +146,8 @@ class Admission:
                 except WorkerLost as lost:
                     tries += 1
                     request = _again(request, lost, tries)
-                waiter = self._line_up(request)
-            stack.callback(self._measure, began_s, answered=True)
+                waiter = self._line_up(request, again=True)
+            stack.callback(self._measure, request, began_s)
             yield with_cold_start(reply, self._pool.cold_start_s) if cold else reply
 
     def _ask(self, request: Request) -> AbstractAsyncContextManager[Reply]:
@@ -158,11 +155,11 @@ class Admission:
         return (trace.attempted(self._pool.call) if trace else self._pool.call)(request)
 
     def _has_place(self, request: Request) -> bool:
-        if request.method != "POST":  # it only asks, and occupies nobody
+        if request.method != "POST":  # it only asks, and needs no place
             return self._pool.capacity > 0
         return not self._turns and self._pool.free > self._promised
 
-    def _line_up(self, request: Request) -> _Waiter:
+    def _line_up(self, request: Request, *, again: bool) -> _Waiter:
         """Let `request` wait. Raises what it is refused with at once."""
         visit = request.visit
         waiter = _Waiter(
@@ -173,9 +170,9 @@ class Admission:
             come=self._loop.create_future(),
             began_s=self._loop.time(),
             cold=not self._pool.capacity,
-            again=visit.admitted,
+            again=again,
         )
-        if visit.admitted:
+        if again:
             self._turns.put_back(waiter)
         else:
             self._check(request)
@@ -201,6 +198,9 @@ class Admission:
         except asyncio.CancelledError:
             self._leave(waiter, "left")
             raise
+        finally:
+            if trace := request.visit.trace:
+                trace.waited(waiter.began_s)
         if refusal is not None:
             raise refusal
         waiter.has_place = False
@@ -255,8 +255,8 @@ class Admission:
             return self._pool.retry_after_s
         return len(self._turns) * self._served_s / self._pool.capacity
 
-    def _measure(self, began_s: float, *, answered: bool) -> None:
-        if answered:
+    def _measure(self, request: Request, began_s: float) -> None:
+        if request.method == "POST":
             self._served_s += SERVED_WEIGHT * (self._loop.time() - began_s - self._served_s)
 
 

@@ -12,20 +12,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Self
 
 from sqlalchemy import Connection
 
 from gateway import batch_table as table
 from gateway import file_store, usage
 from gateway.batch_check import Checked, check
+from gateway.batch_results import Results, made_files
 from gateway.batch_table import Row
 from gateway.clients import permit
 from gateway.endpoint import Endpoint
-from gateway.file_store import File, FileStore, digest, sync_folder, to_the_end
+from gateway.file_store import FileStore, to_the_end
 from gateway.keys import Keys
 from gateway.store import Store
 from gateway.usage import Entry, Prices
@@ -44,6 +43,8 @@ PACE = Pace(most=1, part_lines=500, part_bytes=1 << 20, part_s=1.0, held_bytes=1
 PAUSE_S = 1.0
 """How long a line waits before it is asked again, at first."""
 GONE_RETRY_S = 30.0
+CHECKED_MAX = 2
+"""How many inputs are looked through at a time: each keeps a thread busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Means:
     max_body_bytes: int
     tell: Callable[[Entry], None] = lambda _: None
     """Hears what was counted."""
+    checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_MAX), repr=False)
 
     @property
     def now(self) -> float:
@@ -73,7 +75,6 @@ class BatchRun:
         self._turn = turn
         self._model: str | None = row.object["model"]
         self._progress = Progress.load(row.progress) if row.progress else Progress()
-        self._sizes = (row.output_bytes, row.error_bytes)
         self._asker = Asker(self._call, PAUSE_S)
         self._window: Window | None = None
         self._refusal: RequestError | None = None
@@ -81,19 +82,19 @@ class BatchRun:
         self._refused = asyncio.Event()
         self._stops = False
 
-    async def run(self) -> bool:
-        """Whether the batch is over; False: it was stopped before. Raises `OSError` for a full disk."""
+    async def run(self) -> None:
+        """Return once the batch is over, or stopped. Raises what may be better later, as for a full disk."""
         began = self._row.object
         expiry = asyncio.get_running_loop().call_later(began["expires_at"] - self._means.now, self._expire)
         if began["cancelling_at"]:
             self.cancel()
         try:
             if not began["request_counts"]["total"] and not await self._validate():
-                return not self._stops
+                return
             async with AsyncExitStack() as stack:
                 await self._enter(stack)
                 if not await self._ask_all():
-                    return False
+                    return
             expiry.cancel()
             await self._finish()
         except FileNotFoundError:
@@ -101,7 +102,6 @@ class BatchRun:
             await self._change(lambda batch: batch_object.failed(batch, [(None, why)], self._means.now))
         finally:
             expiry.cancel()
-        return True
 
     def cancel(self) -> None:
         """Ask no more: the rest is told that it was cancelled."""
@@ -130,7 +130,8 @@ class BatchRun:
 
     async def _validate(self) -> bool:
         """Whether the batch's lines can be asked. If not it has failed, or was stopped."""
-        checked = await asyncio.to_thread(self._check)
+        async with self._means.checking:
+            checked = await asyncio.to_thread(self._check)
         if checked is None:
             return False
         faults, now = checked.faults, self._means.now
@@ -158,13 +159,13 @@ class BatchRun:
 
     async def _ask_all(self) -> bool:
         """Work the lines off; whether all are."""
-        with self._source() as source, _Outputs(self._paths(), self._sizes) as outputs:
+        with self._source() as source, Results(self._means.files, self._row) as results:
             items = source.items(self._progress, ())
             window = Window(
                 self._progress,
                 partial(self._read, items),
                 self._ask,
-                partial(self._write, outputs),
+                partial(self._write, results),
                 replace(PACE, most=self._most()),
             )
             self._window = window
@@ -184,7 +185,7 @@ class BatchRun:
             )
 
         await self._change(finalizing)
-        files = await asyncio.to_thread(self._made_files)
+        files = await asyncio.to_thread(made_files, self._means.files, self._row)
         output, errors = files
 
         def how(batch: Batch) -> Batch:
@@ -236,11 +237,11 @@ class BatchRun:
         places = self._endpoint.capacity if self._endpoint else 0
         return places + max(1, places // 4)
 
-    async def _write(self, outputs: _Outputs, part: Part) -> None:
-        await to_the_end(self._commit(outputs, part))
+    async def _write(self, results: Results, part: Part) -> None:
+        await to_the_end(self._commit(results, part))
 
-    async def _commit(self, outputs: _Outputs, part: Part) -> None:
-        sizes = await asyncio.to_thread(outputs.append, b"".join(part.outputs), b"".join(part.errors))
+    async def _commit(self, results: Results, part: Part) -> None:
+        sizes = await asyncio.to_thread(results.append, b"".join(part.outputs), b"".join(part.errors))
         after, used = part.progress, self._used(part.progress)
         columns = {"progress": after.dump(), "output_bytes": sizes[0], "error_bytes": sizes[1]}
 
@@ -304,27 +305,6 @@ class BatchRun:
             size_bytes = file.seek(0, os.SEEK_END)
             yield Source(fetch, size_bytes, self._row.id, self._means.max_body_bytes)
 
-    def _paths(self) -> tuple[Path, Path]:
-        files = self._means.files
-        return files.path(self._row.output_file_id), files.path(self._row.error_file_id)
-
-    def _made_files(self) -> list[File | None]:
-        row, now = self._row, int(self._means.now)
-        expires_at = None if row.expires_in_s is None else now + row.expires_in_s
-        made: list[File | None] = []
-        for path, what in zip(self._paths(), ("output", "error"), strict=True):
-            size_bytes, sha256 = digest(path)
-            if not size_bytes:
-                path.unlink()
-                made.append(None)
-                continue
-            name = f"{row.id}_{what}.jsonl"
-            made.append(
-                File(path.name, row.key_id, "batch_output", name, size_bytes, sha256, now, expires_at)
-            )
-        sync_folder(self._paths()[0].parent)
-        return made
-
     @property
     def _endpoint(self) -> Endpoint | None:
         """The endpoint that is asked, None while it is gone: the next reload may bring it back."""
@@ -338,41 +318,3 @@ class BatchRun:
         if endpoint := self._endpoint:
             permit(self._means.keys.of(self._row.key_id), request, endpoint.model_id)
             endpoint.refuse(request)
-
-
-class _Outputs:
-    """The two files that a batch writes, of which `sizes` count; what is behind is cut off.
-
-    Raises `FileNotFoundError` where there is less than that.
-    """
-
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-        self._paths = paths
-        self._sizes = list(sizes)
-        self._files: list[BinaryIO] = []
-
-    def __enter__(self) -> Self:
-        for path, size_bytes in zip(self._paths, self._sizes, strict=True):
-            path.touch(mode=0o600)
-            file = path.open("r+b")
-            self._files.append(file)
-            if file.seek(0, os.SEEK_END) < size_bytes:
-                self.__exit__()
-                raise FileNotFoundError(path)
-            file.truncate(size_bytes)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-
-    def append(self, *pieces: bytes) -> tuple[int, ...]:
-        """Write a piece for each file; returns their sizes, all of it on the disk."""
-        for number, (file, piece) in enumerate(zip(self._files, pieces, strict=True)):
-            if piece:
-                file.seek(self._sizes[number])
-                file.write(piece)
-                file.flush()
-                os.fdatasync(file.fileno())
-                self._sizes[number] += len(piece)
-        return tuple(self._sizes)

@@ -1,7 +1,7 @@
 """Every batch that is not over, each run to its end; a gateway that starts goes on with those of the last.
 
-Of a key and an endpoint one batch is asked at a time, the oldest first, and few at a time in all: what they
-hold in memory is bounded. All are checked at once, so that a client hears of a bad line soon.
+Of a key and an endpoint one batch is asked at a time, the oldest first, and few of an endpoint: what they
+hold in memory is bounded. They are checked before their turn, so that a client hears of a bad line soon.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from gateway import batch_table as table
 from gateway.batch_run import BatchRun, Means
 from gateway.batch_table import Row
+from gateway.file_store import to_the_end
 from handler import batch_object
 from handler.batch_object import Batch
 from handler.errors import Conflict
@@ -26,7 +27,7 @@ from handler.errors import Conflict
 log = logging.getLogger("gateway")
 
 ASKED_MAX = 4
-"""How many batches are asked at a time, of all keys and endpoints."""
+"""How many batches of an endpoint are asked at a time, of different keys."""
 SWEEP_S = 600.0
 """How often expired files are looked for."""
 AGAIN_S, AGAIN_MAX_S = 1.0, 60.0
@@ -41,7 +42,7 @@ class BatchRuns:
         self._runs: dict[str, BatchRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: dict[tuple[str, str], asyncio.Lock] = {}
-        self._all_turns = asyncio.Semaphore(ASKED_MAX)
+        self._endpoints_turns: dict[str, asyncio.Semaphore] = {}
         self._stopping = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -73,9 +74,12 @@ class BatchRuns:
             check(connection)
             table.put(connection, row)
 
-        await self.means.store.write(put)
-        self._start(row)
-        return row.object
+        async def begin() -> Batch:
+            await self.means.store.write(put)
+            self._start(row)
+            return row.object
+
+        return await to_the_end(begin())  # a client that leaves now leaves a batch that runs
 
     async def cancel(self, batch_id: str) -> Batch:
         """Have a batch be cancelled. Raises `Conflict` if it is past that."""
@@ -86,10 +90,13 @@ class BatchRuns:
                 raise Conflict(f"Cannot cancel a batch with status '{batch['status']}'.")
             return batch_object.moved(batch, "cancelling", now)
 
-        batch = await self.means.store.write(partial(table.change, batch_id=batch_id, how=how))
-        if run := self._runs.get(batch_id):
-            run.cancel()
-        return batch
+        async def end() -> Batch:
+            batch = await self.means.store.write(partial(table.change, batch_id=batch_id, how=how))
+            if run := self._runs.get(batch_id):
+                run.cancel()
+            return batch
+
+        return await to_the_end(end())
 
     def _start(self, row: Row) -> None:
         self._keep(self._run(row))
@@ -120,7 +127,8 @@ class BatchRuns:
     @asynccontextmanager
     async def _turn(self, row: Row) -> AsyncIterator[None]:
         one = self._turns.setdefault((row.key_id, row.endpoint_id), asyncio.Lock())
-        async with one, self._all_turns:
+        few = self._endpoints_turns.setdefault(row.endpoint_id, asyncio.Semaphore(ASKED_MAX))
+        async with one, few:
             yield
 
     async def _sweep(self) -> None:

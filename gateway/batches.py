@@ -7,6 +7,7 @@ https://platform.openai.com/docs/api-reference/batch
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ LIST_MAX, LIST_DEFAULT = 100, 20
 UNFINISHED_MAX = 100
 """How many batches a key may have that are not over."""
 UNFINISHED_RETRY_S = 60
+_ID = re.compile(r"[!-~]{1,64}")
 METADATA_MAX, METADATA_NAME_CHARS, METADATA_VALUE_CHARS = 16, 64, 512
 
 
@@ -153,6 +155,8 @@ class _Wanted:
         for name in ("input_file_id", "endpoint", "completion_window"):
             if not isinstance(given.get(name), str):
                 raise _bad(name, f"Missing required parameter: '{name}'.", "missing_required_parameter")
+        if not _ID.fullmatch(given["input_file_id"]):
+            raise _bad("input_file_id", f"No such File object: {given['input_file_id']}", "file_not_found")
         if given["completion_window"] != "24h":
             why = f"Invalid value: '{given['completion_window']}'. Supported values are: '24h'."
             raise _bad("completion_window", why, "invalid_value")

@@ -34,6 +34,7 @@ response = client.chat.completions.create(
     max_tokens=500,
 )
 print(response.choices[0].message.content)
+# In a browser: {page}
 """
 
 
@@ -65,6 +66,7 @@ class Address:
             key=json.dumps(self.key) if self.key else 'os.environ["API_KEY"]',
             base_url=json.dumps(self.base_url),
             model=json.dumps(self.model),
+            page=self.base_url.partition("/v2/")[0] + "/",
         )
 
 

@@ -55,7 +55,7 @@ OF_ONE_MODEL = frozenset(
 OF_THE_GATEWAY = frozenset(
     {
         *("HOST", "PORT", "PORT_HEALTH", "UDS", "API_KEY", "AUTH", "PLATFORM", "START_FAILURE"),
-        *("LIFELINE_FD", "NOTIFY_SOCKET"),
+        *("LIFELINE_FD", "NOTIFY_SOCKET", "SHARED_BY"),
     }
 )
 """Settings of a worker that a worker behind a gateway has from the gateway, or has no use for."""

@@ -10,16 +10,13 @@ a row is what a killed gateway has left, and goes when the next one starts.
 from __future__ import annotations
 
 import asyncio
-import errno
-import hashlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import (
     BigInteger,
@@ -34,13 +31,15 @@ from sqlalchemy import (
     select,
 )
 
+from gateway.draft import Draft, full_disk_is_told
 from gateway.store import Store, metadata
-from handler.errors import BodyTooLarge, NotFound, StorageFull
+from handler.errors import NotFound, StorageFull
 
 T = TypeVar("T")
 
 FILENAME_MAX_CHARS = 255
 READ_BYTES = 1 << 20
+EXPIRED_MAX = 1000
 _PART = ".part"
 
 FILES = Table(
@@ -106,46 +105,6 @@ def find(connection: Connection, file_id: str, key_id: str | None, now: float) -
     return None if file.expires_at is not None and file.expires_at <= now else file
 
 
-class Draft:
-    """A file on its way here, at most `limit_bytes` long."""
-
-    def __init__(self, path: Path, limit_bytes: int) -> None:
-        self._path = path
-        self._limit_bytes = limit_bytes
-        self._file: BinaryIO = path.open("xb")
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-
-    async def write(self, data: bytes) -> None:
-        """Add `data`. Raises `BodyTooLarge` and `StorageFull`."""
-        self.size_bytes += len(data)
-        if self.size_bytes > self._limit_bytes:
-            raise BodyTooLarge(self._limit_bytes)
-        with _full_disk_is_told():
-            await asyncio.to_thread(self._write, data)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-
-    async def finish(self, path: Path) -> str:
-        """Have it at `path`, whole and on the disk; returns the SHA-256 of its bytes in hex."""
-        with _full_disk_is_told():
-            await asyncio.to_thread(self._finish, path)
-        return self._hash.hexdigest()
-
-    def _finish(self, path: Path) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._path.rename(path)
-        sync_folder(path.parent)
-
-    def close(self) -> None:
-        """Let go of it; what was not finished is gone."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
-
-
 class FileStore:
     """The files in `folder`, each of at most `max_file_bytes`, all together of `max_stored_bytes`.
 
@@ -165,6 +124,7 @@ class FileStore:
         self._folder = folder
         self._max_stored_bytes = max_stored_bytes
         self._drafts: set[Draft] = set()
+        self._stored_bytes = 0  # as of the last `make_room`
         self.max_file_bytes = max_file_bytes
         self.now = now
 
@@ -190,8 +150,9 @@ class FileStore:
     @contextmanager
     def draft(self) -> Iterator[Draft]:
         """A file to write; it is gone with the block unless `keep` has taken it."""
-        with _full_disk_is_told():
-            draft = Draft(self._folder / (new_id("file-") + _PART), self.max_file_bytes)
+        with full_disk_is_told():
+            path = self._folder / (new_id("file-") + _PART)
+            draft = Draft(path, self.max_file_bytes, self._check_room)
         self._drafts.add(draft)
         try:
             yield draft
@@ -202,9 +163,14 @@ class FileStore:
     async def make_room(self, size_bytes: int) -> None:
         """Raise `StorageFull` if there is no place for so much beside what is here or on its way."""
         total = select(func.coalesce(func.sum(FILES.c.bytes), 0))
-        stored = await self._store.read(lambda connection: int(connection.execute(total).scalar_one()))
+        self._stored_bytes = await self._store.read(
+            lambda connection: int(connection.execute(total).scalar_one())
+        )
+        self._check_room(size_bytes)
+
+    def _check_room(self, more_bytes: int = 0) -> None:
         coming = sum(draft.size_bytes for draft in self._drafts)
-        if stored + coming + size_bytes > self._max_stored_bytes:
+        if self._stored_bytes + coming + more_bytes > self._max_stored_bytes:
             raise StorageFull(f"All files together may have {self._max_stored_bytes} bytes.")
 
     async def keep(
@@ -255,16 +221,19 @@ class FileStore:
             check(connection)
             connection.execute(delete(FILES).where(FILES.c.id.in_(files)))
 
-        await self._store.write(forget)
-        await asyncio.to_thread(self._remove, files)
+        async def both() -> None:
+            await self._store.write(forget)
+            await asyncio.to_thread(self._remove, files)
+
+        await to_the_end(both())
 
     def _remove(self, files: Sequence[str]) -> None:
         for file_id in files:
             self.path(file_id).unlink(missing_ok=True)
 
     async def expired(self) -> Sequence[str]:
-        """The files whose time is over."""
-        wanted = select(FILES.c.id).where(FILES.c.expires_at <= self.now())
+        """Files whose time is over, some at a time."""
+        wanted = select(FILES.c.id).where(FILES.c.expires_at <= self.now()).limit(EXPIRED_MAX)
         return await self._store.read(lambda connection: list(connection.scalars(wanted)))
 
 
@@ -280,30 +249,3 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 def no_such_file(file_id: str, param: str = "id") -> NotFound:
     """That there is no file of that id, or none that this key may see."""
     return NotFound(f"No such File object: {file_id}", param=param, code="file_not_found")
-
-
-def digest(path: Path) -> tuple[int, str]:
-    """Size and SHA-256, in hex, of the file at `path`, which is on the disk when this returns."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        found = hashlib.file_digest(file, "sha256")
-        return file.tell(), found.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _full_disk_is_told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise
-        raise StorageFull("The disk is full.") from None

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from gateway.app import Gateway
 from gateway.assembly import Assembly
+from gateway.commands import INTERRUPTED
 from gateway.console import Console
 from gateway.endpoints import Endpoints
 from gateway.settings import GatewaySettings
@@ -19,8 +20,6 @@ from gateway.upstreams.pool import KILL_GRACE_S
 from handler.errors import BadSettings, NotAdmitted
 from handler.server import Server, config
 from handler.supervision import Notifier
-
-INTERRUPTED = 130
 
 
 class Running:

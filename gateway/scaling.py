@@ -16,6 +16,8 @@ PATIENCE_MIN_S = 0.5
 IDLE_COLD_STARTS = 5.0
 IDLE_MIN_S = 60.0
 """See docs/gateway.md, Scaling, for why."""
+TICK_S = 0.001
+"""Nothing is looked at again sooner, whatever rounding says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class Seen:
     slots: int
     """The same of one worker: told by the last, a guess before."""
     cold_start_s: float
+    newest_s: float = math.inf
+    """How long the newest of the ready workers has been ready."""
     asked_for: int = 0
     """Workers that are wanted whatever waits: the first of START=now."""
     given_up: bool = False
@@ -77,15 +81,10 @@ class Scaler:
     def __init__(self, scaling: Scaling) -> None:
         self.scaling = scaling
         self._peak = _Peak()
-        self._grown_s = -math.inf
-        self._ready = 0
 
     def decide(self, now_s: float, seen: Seen) -> Decision:
         """How many workers there should be at `now_s`, which never goes back."""
         scaling = self.scaling
-        if seen.ready > self._ready:
-            self._grown_s = now_s  # what has just come is given its time
-        self._ready = seen.ready
         load = seen.in_flight + seen.waiting
         window_s = scaling.idle_after_s(seen.cold_start_s)
         if seen.pressed:
@@ -107,15 +106,15 @@ class Scaler:
                 again_at_s = now_s + patience_s - seen.oldest_wait_s
         elif not seen.starting:
             needed = math.ceil(peak / seen.slots)
-            steady_at_s = self._grown_s + window_s
+            steady_at_s = now_s - seen.newest_s + window_s  # what has just come is given its time
             if needed >= alive:
                 again_at_s = max(lower_at_s, steady_at_s)
             elif now_s >= steady_at_s:
-                wanted = needed
+                wanted, again_at_s = needed, lower_at_s
             else:
                 again_at_s = steady_at_s
         workers = min(max(wanted, low), high)
-        return Decision(workers, None if again_at_s == math.inf else max(0.0, again_at_s - now_s))
+        return Decision(workers, None if again_at_s == math.inf else max(TICK_S, again_at_s - now_s))
 
 
 @dataclass(slots=True)

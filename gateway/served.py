@@ -68,12 +68,12 @@ class Served:
 
         Those who wait keep their places; who is being answered is answered by the old workers to the end.
         """
-        before, self._described = self._described, described
-        self._means.adjust(self._line, described)
-        if _made_of(before) != _made_of(described):
+        if _made_of(self._described) != _made_of(described):
             await self._pool.follow(self._means.pool(described))
         else:
             self._pool.rescale(described.settings.scaling)
+        self._means.adjust(self._line, described)
+        self._described = described
         self.endpoint = self._seen()
 
     async def retire(self) -> None:

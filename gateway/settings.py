@@ -166,7 +166,8 @@ TABLE: Table = (
         "queue_limit",
         whole(0, 100_000),
         "256",
-        "How many requests may wait for a worker; one more is a 503 with `Retry-After`.",
+        "How many requests may wait for a worker, and as many of batches; one more is a 503 with "
+        "`Retry-After`.",
     ),
     Setting(
         "QUEUE_TIMEOUT_S",
@@ -181,8 +182,7 @@ TABLE: Table = (
         "jobs_limit",
         whole(0, 1_000_000),
         "10000",
-        "How many jobs may wait at an endpoint, those of batches not counted; one more is a 429 with "
-        "`Retry-After`.",
+        "How many jobs may wait at an endpoint; one more is a 429 with `Retry-After`.",
     ),
     Setting(
         "WEBHOOK_HOSTS",

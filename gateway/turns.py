@@ -130,7 +130,7 @@ class _Band(Generic[T]):
         return self._count > 0
 
     def fits(self, turn: T) -> bool:
-        return self._holds(self._count + 1, self._size_bytes + turn.size_bytes)
+        return self._holds(self._count + 1, self._size_bytes + turn.size_bytes, self.limit)
 
     def append(self, turn: T) -> None:
         line = self._lines.setdefault(turn.key, _Line())  # a key that comes is the last to have a turn
@@ -159,20 +159,21 @@ class _Band(Generic[T]):
         own = self._lines.get(turn.key) or _Line()
         share = self._share(len(own.turns) + 1, own.size_bytes + turn.size_bytes)
         line = max(others, key=self._share_without_newest)
+        limit = max(self.limit, self._count)  # it may have been higher
         going: list[T] = []
-        count, size_bytes = len(line.turns), line.size_bytes
+        left_bytes = line.size_bytes
         for newest in reversed(line.turns):
-            count, size_bytes = count - 1, size_bytes - newest.size_bytes
-            if self._share(count, size_bytes) < share:
+            left_bytes -= newest.size_bytes
+            if self._share(len(line.turns) - len(going) - 1, left_bytes) < share:
                 break
             going.append(newest)
-            gone_bytes = line.size_bytes - size_bytes
-            if self._holds(self._count - len(going) + 1, self._size_bytes - gone_bytes + turn.size_bytes):
+            all_bytes = self._size_bytes - line.size_bytes + left_bytes + turn.size_bytes
+            if self._holds(self._count - len(going) + 1, all_bytes, limit):
                 return going
         return [turn]
 
-    def _holds(self, count: int, size_bytes: int) -> bool:
-        return count <= self.limit and (count == 1 or size_bytes <= self._limit_bytes)
+    def _holds(self, count: int, size_bytes: int, limit: int) -> bool:
+        return count <= limit and (count == 1 or size_bytes <= self._limit_bytes)
 
     def _share(self, count: int, size_bytes: int) -> float:
         """How much of the queue that is, by number or by bytes: whichever is scarcer."""

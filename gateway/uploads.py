@@ -140,4 +140,4 @@ class _Reader:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode(errors="replace")
+    return raw.decode(errors="replace").replace("\0", "\ufffd")  # PostgreSQL's texts have no zero

@@ -83,10 +83,12 @@ def last(of: Iterable[Source], lines: int) -> list[str]:
     return found
 
 
-async def follow(find: Callable[[], Iterable[Source]], lines: int) -> AsyncGenerator[list[str], None]:
+async def follow(
+    find: Callable[[], Iterable[Source]], lines: int, *, look_s: float = LOOK_S
+) -> AsyncGenerator[list[str], None]:
     """The last `lines` of each log that `find` finds, then what is written, also by workers that come later.
 
-    Nothing new is an empty list, every `LOOK_S`.
+    Nothing new is an empty list, every `look_s`.
     """
     readers: dict[Source, Reader] = {}
     try:
@@ -97,16 +99,16 @@ async def follow(find: Callable[[], Iterable[Source]], lines: int) -> AsyncGener
                 newest += map(source.signed, await asyncio.to_thread(reader.tail, lines))
         while True:
             yield newest
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(look_s)
             newest = []
-            for source in find():
-                try:
+            there = list(find())
+            for gone in readers.keys() - set(there):
+                readers.pop(gone).close()
+            for source in there:
+                with suppress(FileNotFoundError):  # it has ended for so long that its file is gone
                     if source not in readers:
                         readers[source] = Reader(source.path)
                     newest += map(source.signed, readers[source].more())
-                except FileNotFoundError:
-                    if gone := readers.pop(source, None):
-                        gone.close()
     finally:
         for reader in readers.values():
             reader.close()

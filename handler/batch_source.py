@@ -5,6 +5,7 @@ Both hold a piece and a line at a time. A line that holds nothing counts as the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -23,6 +24,9 @@ from handler.batch_lines import (
 
 READ_BYTES = 4 << 20
 """What is read at a time."""
+BREAK_BYTES = 64 * 1024
+BREAK_S = 1e-4
+"""So long a thread that parses stands back each time it has done so much, which takes a millisecond or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Source:
         self._size_bytes = size_bytes
         self._batch = batch
         self._max_body_bytes = max_body_bytes
+        self._since = 0
 
     def scan(self, goes_on: Callable[[], bool]) -> Plan | None:
         """Look at every line; None if `goes_on` said no before the end."""
@@ -61,6 +66,7 @@ class Source:
                 return None
             for line in lines:
                 total += 1
+                self._let_others(line)
                 if total > REQUESTS_MAX:
                     return Plan(total, frozenset(duplicates), endpoint)
                 custom_id, url = head_of(line)
@@ -76,17 +82,20 @@ class Source:
     def items(self, progress: Progress, duplicates: Collection[int]) -> Iterator[list[Item]]:
         """The items from `progress` on, some at a time."""
         for lines in self._pieces(progress.start, progress.number):
-            items = [
-                parse(
-                    line,
-                    self._batch,
-                    duplicate=line.number in duplicates,
-                    max_body_bytes=self._max_body_bytes,
-                )
-                for line in lines
-            ]
+            items = []
+            for line in lines:
+                again = line.number in duplicates
+                items.append(parse(line, self._batch, duplicate=again, max_body_bytes=self._max_body_bytes))
+                self._let_others(line)
             if items:
                 yield items
+
+    def _let_others(self, line: Line) -> None:
+        """Give way now and again: a thread that parses holds up the loop, and every stream on it."""
+        self._since += line.end - line.start
+        if self._since >= BREAK_BYTES:
+            self._since = 0
+            time.sleep(BREAK_S)
 
     def _pieces(self, start: int, number: int) -> Iterator[Iterator[Line]]:
         """The lines that end in one piece after the other."""

@@ -114,8 +114,9 @@ class Window:
 
     def allow(self, most: int) -> None:
         """Have so many lines in work at a time from now on."""
-        self._pace = replace(self._pace, most=most)
-        self._news.set()
+        if most != self._pace.most:
+            self._pace = replace(self._pace, most=most)
+            self._news.set()
 
     def refuse(self, why: RequestError) -> None:
         """Ask no more: what runs is ended, and the rest of the file is told `why`."""

@@ -48,6 +48,7 @@ class Visit:
     """Whose request it is: the id of a key. Turns are taken and tokens counted by it."""
     background: bool = False
     """It goes after those for which somebody sits there: a line of a batch, a job that is in no hurry."""
+
     wait_s: float | None = None
     """How long it may wait in all, if whoever asks has said so: no client of HTTP waits for it."""
     trace: Trace | None = None

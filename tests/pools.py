@@ -19,7 +19,7 @@ COLD_START_S = 4.25
 class ScriptedPool:
     """Workers that have `capacity` places and answer with `app`; they come and go when the test says so.
 
-    The next requests lose their workers after so many seconds as `losing` has, and with each loss all places.
+    The next requests lose their workers after so many seconds as `losing` has; `left` places are there then.
     """
 
     def __init__(self, app: ScriptedApp, *, places: int = 0, retry_after_s: float = 7) -> None:
@@ -34,6 +34,7 @@ class ScriptedPool:
         self.wanted: list[tuple[int, float]] = []
         """All that `want` was told, in order."""
         self.losing: deque[float] = deque()
+        self.left = 0
         self.lost = asyncio.Event()
         self.visits: list[Visit] = []
         """Those of all requests that were asked."""
@@ -66,7 +67,7 @@ class ScriptedPool:
         """As `Pool` says."""
         self.visits.append(request.visit)
         if self.losing:
-            self.capacity = 0
+            self.capacity = self.left
             self.lost.set()
             raise WorkerLost("The worker went away.", worked_s=self.losing.popleft())
         self._in_flight += 1

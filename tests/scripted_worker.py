@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import uvicorn
 
+from handler.asgi import App, Message, Receive, Send
 from handler.supervision import watch_lifeline
 from tests.scripted_app import Script, ScriptedApp, echo
 
@@ -146,6 +147,20 @@ def _dump(scripts: Script | Sequence[Script]) -> list[dict[str, Any]]:
     return [script.dump() for script in ([scripts] if isinstance(scripts, Script) else scripts)]
 
 
+def _probed(app: ScriptedApp, tell: Callable[[str, str], None]) -> App:
+    """`app`, and the probe that each worker of HTTP answers; `tell` hears of it."""
+
+    async def probed(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["path"] != "/ping":
+            await app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        tell("probed", "")
+
+    return probed
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -167,9 +182,10 @@ class Actor:
         self.app = ScriptedApp(
             played, repeat=repeat, makes=makes, remembers=not (makes or repeat), tell=self._tell
         )
+        self._slots = "16"
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
-            self.app,
+            _probed(self.app, self._tell),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -225,12 +241,22 @@ class Actor:
         self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START))
         await asyncio.Event().wait()
 
-    async def ready(self, slots: str = "16") -> None:
-        """Serve until told to stop, `slots` requests at once."""
+    async def has_slots(self, number: str) -> None:
+        """It works on so many requests at once."""
+        self._slots = number
+
+    async def write(self, text: str) -> None:
+        """Write a line to standard error."""
+        print(text, file=sys.stderr, flush=True)
+
+    async def ready(self, slots: str = "") -> None:
+        """Serve until told to stop, `slots` requests at once if it says so."""
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._uds)
         listener.listen()  # connections queue up from now on
-        self._say(READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=slots)
+        self._say(
+            READY="1", STATUS="ready", X_COLD_START=json.dumps(COLD_START), X_SLOTS=slots or self._slots
+        )
         self._tell("ready", "")
         await self._server.serve(sockets=[listener])
 
@@ -238,7 +264,7 @@ class Actor:
 async def work(environ: Mapping[str, str]) -> None:
     """Be a worker until SIGTERM, or until the gateway is gone."""
     assert environ["PLATFORM"] == ("http" if "UDS" in environ else "runpod")
-    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
+    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"], limit=1 << 24)
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())
     scripts = {

@@ -12,15 +12,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gateway.settings import KeptSettings
-from gateway.store import Store
 
 if TYPE_CHECKING:
+    from gateway.store import Store
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - it has no other name
+
+
+INTERRUPTED = 130
+"""What shells say of a command that Ctrl-C has ended."""
 
 
 @contextmanager
 def kept(environ: Mapping[str, str]) -> Iterator[Store]:
     """The gateway's database, for a command that works beside it. Raises `StartError`."""
+    from gateway.store import Store  # noqa: PLC0415 - SQLAlchemy, which half of the commands do without
+
     store = Store.open(KeptSettings.from_environ(environ).database_url)
     try:
         yield store

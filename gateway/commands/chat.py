@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from gateway import client
 from gateway.client import Client, Place, connected
+from gateway.commands import INTERRUPTED
 from gateway.conversation import Conversation
 from gateway.terminal import Answering, history, plain
 from handler.errors import Unreachable, UsageError
@@ -18,7 +19,6 @@ from handler.errors import Unreachable, UsageError
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
 
-INTERRUPTED = 130
 PROMPT = "> "
 HELP = """\
 /system TEXT   what the model is told before everything; without TEXT: nothing

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gateway.commands.tables import table
-from gateway.endpoints_file import describe
+from gateway.endpoints_file import Described, describe
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
@@ -28,6 +28,11 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     _, description = describe({**environ, **given})
     for note in description.notes:
         print(f"firsttoken: {note}", file=sys.stderr)
-    rows = [(one.id, one.settings.model_id, one.settings.upstream) for one in description.endpoints]
-    print(table([("endpoint", "model", "upstream"), *rows]), end="")
+    print(table([("endpoint", "model", "upstream", "workers"), *map(_row, description.endpoints)]), end="")
     return 0
+
+
+def _row(described: Described) -> tuple[str, ...]:
+    settings = described.settings
+    workers = f"{settings.min_workers} to {settings.max_workers}"
+    return described.id, settings.model_id, settings.upstream, workers

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import client
 from gateway.client import Client, Place, connected
+from gateway.commands import INTERRUPTED
 from gateway.commands.tables import table
 from gateway.terminal import plain
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from gateway.commands import Subparsers
 
 HOME_AND_CLEAR = "\x1b[H\x1b[J"
-INTERRUPTED = 130
 
 
 def add(commands: Subparsers) -> None:

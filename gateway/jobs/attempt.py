@@ -178,8 +178,12 @@ class Attempt:
     async def _call(self, request: Request) -> AsyncIterator[Reply]:
         edge.allowed(request.method, request.path)
         job = self.job
-        left_s = job.ttl_s if job.expires_at is None else job.expires_at - time.time()
-        visit = Visit(caller=job.key_id, background=job.background, wait_s=left_s, taken=self._begin)
+        visit = Visit(
+            caller=job.key_id,
+            background=job.background,
+            wait_s=job.expires_at - time.time(),
+            taken=self._begin,
+        )
         request = replace(request, visit=visit)
         try:
             async with self._ask(request) as reply:

@@ -26,11 +26,10 @@ from gateway.store import Store
 
 log = logging.getLogger(__name__)
 
-EXPIRED_AT_ONCE = 64
-"""How many jobs one transaction forgets: nobody else's write waits long for it."""
+AT_ONCE = 64
+"""How many jobs one transaction forgets or cancels: nobody else's write waits long for it."""
 LOOK_S = 1.0
 """How late a job is forgotten at most; nobody is shown one whose time is over."""
-
 
 _GOES_ON = {State.IN_QUEUE.shown, State.IN_PROGRESS.shown}
 
@@ -72,10 +71,6 @@ class Jobs:
         self._closing = False
         self.ledger.heard.append(self._ended)
 
-    def listen(self, heard: Callable[[Job], None]) -> None:
-        """Have `heard` told, on the loop, of each job that has ended."""
-        self.ledger.heard.append(heard)
-
     async def __aenter__(self) -> Self:
         await self.ledger.adopt()
         for endpoint_id in await self._store.read(table.endpoints_in_demand):
@@ -102,7 +97,7 @@ class Jobs:
         self._desk.news_of_all()
 
     def wake(self, endpoint_id: str) -> None:
-        """Jobs wait at the endpoint: for whoever has added them in a transaction of its own."""
+        """Jobs wait at the endpoint, or it is there again."""
         if self._closing:
             return
         if endpoint_id not in self._runners:
@@ -186,15 +181,20 @@ class Jobs:
         outputs = await self._store.read(work)
         if self._desk.told(job.id) != after:  # somebody else has got these
             return await self._told(job)
-        self._desk.tell(job.id, len(outputs))
+        if outputs:
+            self._desk.tell(job.id, len(outputs))
         return Told(job.state.shown, job.attempt, outputs)
 
     async def cancel(self, where: ColumnElement[bool], states: Sequence[State] = table.OPEN) -> list[Job]:
         """End the jobs for which `where`, of `table.JOBS`, holds; those that were."""
-        cancelled = await self.ledger.cancel(where, states)
-        for job in cancelled:
-            self._stop(job)
-        return cancelled
+        cancelled: list[Job] = []
+        while True:
+            some = await self.ledger.cancel(where, states, AT_ONCE)
+            for job in some:
+                self._stop(job)
+            cancelled += some
+            if len(some) < AT_ONCE:
+                return cancelled
 
     async def retry(self, job: Job) -> Job | None:
         """Line `job` up again; None if it neither FAILED nor TIMED_OUT."""
@@ -227,11 +227,11 @@ class Jobs:
             try:
                 due = await self._store.read(table.next_expiry)
                 if due is not None and due <= self.ledger.now:
-                    gone = await self.ledger.expire(EXPIRED_AT_ONCE)
+                    gone = await self.ledger.expire(AT_ONCE)
             except SQLAlchemyError:
                 log.exception("jobs can't be forgotten")
             for job in gone:
                 self._stop(job)
             self._desk.forget(gone)
-            if len(gone) < EXPIRED_AT_ONCE:
+            if len(gone) < AT_ONCE:
                 await asyncio.sleep(LOOK_S)

@@ -124,7 +124,7 @@ class JobRoutes:
     async def _own(self, request: Request, endpoint_id: str, job_id: str) -> Job:
         job = await self.jobs.find(job_id)
         caller = request.visit.caller
-        if job is None or job.endpoint_id != endpoint_id or job.kind == "batch":
+        if job is None or job.endpoint_id != endpoint_id:
             raise NoSuchJob(job_id)
         if job.key_id != caller and not self.account.sees_all(caller):
             raise NoSuchJob(job_id)
@@ -141,11 +141,11 @@ class JobRoutes:
         return await self._told(job)
 
     async def _submit(self, request: Request, endpoint_id: str, kind: str) -> Job:
-        new = _parse(request, endpoint_id, kind, self.allowed)
+        new, job_input = _parse(request, endpoint_id, kind, self.allowed)
 
         def admit() -> None:
             try:
-                inside = shapes.parse(json.loads(new.body))
+                inside = shapes.parse(job_input)
             except BadEvent:  # told as what came of the job, as on RunPod
                 inside = None
             self.account.admit(new.key_id, endpoint_id, inside)
@@ -186,7 +186,7 @@ class JobRoutes:
         return json_reply(200, {"id": again.id, "status": again.state.shown})
 
     async def _purge(self, endpoint_id: str, request: Request) -> Reply:
-        where = (JOBS.c.endpoint_id == endpoint_id) & JOBS.c.kind.in_(table.CLIENTS)
+        where = JOBS.c.endpoint_id == endpoint_id
         if not self.account.sees_all(request.visit.caller):
             where &= JOBS.c.key_id == request.visit.caller
         removed = await self.jobs.cancel(where, table.WAITING)
@@ -232,8 +232,8 @@ def _check_size(request: Request, operation: str) -> None:
         raise BodyTooLarge(most)
 
 
-def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> NewJob:
-    """The job that `request` submits. Raises `BadRequest`."""
+def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> tuple[NewJob, Any]:
+    """The job that `request` submits, and its `input`. Raises `BadRequest`."""
     try:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
@@ -260,11 +260,12 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
         digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
     )
     timeout_s, ttl_s = (_policy(policy, name) for name in ("executionTimeout", "ttl"))
-    return replace(
+    new = replace(
         new,
         execution_timeout_s=new.execution_timeout_s if timeout_s is None else timeout_s,
         ttl_s=new.ttl_s if ttl_s is None else ttl_s,
     )
+    return new, body["input"]
 
 
 def _policy(policy: Mapping[str, Any], name: str) -> float | None:

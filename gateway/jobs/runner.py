@@ -94,8 +94,8 @@ class Runner:
             for background in (False, True):
                 try:
                     await self._fill(background=background)
-                except SQLAlchemyError:
-                    log.exception("jobs can't be read", extra={"endpoint": self._endpoint_id})
+                except Exception:  # the boundary of an endpoint's jobs: they must not stand still
+                    log.exception("jobs can't be taken", extra={"endpoint": self._endpoint_id})
                     self._pause_s = WRITE_AGAIN_S
             if self._pause_s:
                 pause_s, self._pause_s = self._pause_s, 0.0
@@ -131,12 +131,12 @@ class Runner:
             work.add_done_callback(self._works.discard)
 
     async def _work(self, job: Job, body: bytes, ask: Call) -> None:
-        beginning: asyncio.Task[bool] | None = None
+        beginning: asyncio.Task[None] | None = None
 
         def began() -> None:
             nonlocal beginning
             self._start_failures = 0
-            beginning = asyncio.create_task(self._begin(job))
+            beginning = asyncio.create_task(self._begin(attempt))
             self.wake()  # there is more capacity than before, if it was a cold start
 
         attempt = Attempt(job, body, ask, began)
@@ -150,21 +150,22 @@ class Runner:
             log.exception("job failed", extra={"job": job.id})
             fault = RequestError("The gateway had an internal error.", code="internal_error")
             ending = Ending(State.FAILED, error=_told(fault))
-            await self._insist(lambda: self._ledger.end(job, ending, attempt.usage))
+            await self._insist(lambda: self._ledger.end(job, ending, None))
         finally:
             self._desk.over(attempt)
             self._running[job.background] -= 1
             self.wake()
 
-    async def _begin(self, job: Job) -> bool:
-        return await self._insist(lambda: self._ledger.begin(job))
+    async def _begin(self, attempt: Attempt) -> None:
+        if not await self._insist(lambda: self._ledger.begin(attempt.job)):
+            attempt.stop()  # it was cancelled before anybody knew of the attempt
 
     async def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
         job, ledger, usage = attempt.job, self._ledger, attempt.usage
         if isinstance(outcome, Ending) and outcome.state is State.FAILED and self._closing:
             outcome = Refused(None)  # its worker was told to stop, as the gateway was
         if isinstance(outcome, Refused) and outcome.error is not None:
-            outcome = self._refused(job, outcome.error)
+            outcome = self._refused(outcome.error)
         if isinstance(outcome, Ending):
             ending = outcome
             await self._insist(lambda: ledger.end(job, ending, usage))
@@ -172,20 +173,20 @@ class Runner:
             why = _told(outcome.error)
             await self._insist(lambda: ledger.lose(job, why))
         else:
-            await self._insist(lambda: ledger.give_back(job))
-            if usage is not None:
+            again = await self._insist(lambda: ledger.give_back(job))
+            if usage is not None and not again:  # it was cancelled: what was made by then is paid for
                 cost = usage
                 await self._insist(lambda: ledger.spend(job, cost))
 
-    def _refused(self, job: Job, error: RequestError) -> Outcome:
-        """What becomes of `job`, which no worker took: it waits, or hears that no worker can start."""
+    def _refused(self, error: RequestError) -> Outcome:
+        """What becomes of a job that no worker took: it waits, or hears that no worker can start."""
         if not isinstance(error, NotAdmitted):
             return Refused(error)
         if error.code != "worker_start_failed":
             self._pause_s = min(_retry_after_s(error), PAUSE_MAX_S)
             return Refused(error)
         self._start_failures += 1
-        if self._start_failures >= START_FAILURES_MAX and job.kind != "batch":
+        if self._start_failures >= START_FAILURES_MAX:
             return Ending(State.FAILED, error=_told(error))
         self._pause_s = _retry_after_s(error)
         return Refused(error)

@@ -44,7 +44,7 @@ ATTEMPTS_MAX = 3
 
 RUN_KEPT_S = 30 * 60.0
 RUNSYNC_KEPT_S = 60.0
-"""How long RunPod keeps what came of a job. A batch's jobs are kept until the batch is forgotten."""
+"""How long RunPod keeps what came of a job."""
 
 
 class State(StrEnum):
@@ -67,8 +67,6 @@ class State(StrEnum):
 WAITING = (State.IN_QUEUE, State.CLAIMED)
 OPEN = (*WAITING, State.IN_PROGRESS)
 """The states that a job leaves again by itself."""
-CLIENTS = ("run", "runsync")
-"""The kinds of jobs that clients submit one by one."""
 
 JOBS = Table(
     "jobs",
@@ -88,19 +86,16 @@ JOBS = Table(
     Column("submitted_at", Float, nullable=False),
     Column("begun_at", Float),
     Column("ended_at", Float),
-    Column("expires_at", Float),
+    Column("expires_at", Float, nullable=False),
     Column("error", Text),
     Column("webhook", Text),
     Column("idempotency_key", String(255)),
     Column("digest", LargeBinary),
-    Column("batch_id", String(64)),
-    Column("line", Integer),
-    Column("custom_id", Text),
     UniqueConstraint("key_id", "endpoint_id", "idempotency_key"),
     Index("jobs_turns", "endpoint_id", "state", "background", "key_id", "seq"),
-    Index("jobs_room", "endpoint_id", "state", "kind", "size_bytes"),
+    Index("jobs_room", "endpoint_id", "state", "size_bytes"),
     Index("jobs_expiry", "expires_at"),
-    Index("jobs_of_a_batch", "batch_id", "line"),
+    sqlite_autoincrement=True,  # else the number of a job that is forgotten is the next one's
 )
 # What clients send and get may take 20 MB, and every change of a row writes it anew: so they are apart.
 INPUTS = Table(
@@ -119,7 +114,7 @@ OUTPUTS = Table(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's row. `kind` is `run`, `runsync` or `batch`; `error` is why it FAILED."""
+    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED."""
 
     seq: int
     id: str
@@ -135,13 +130,10 @@ class Job:
     submitted_at: float
     begun_at: float | None
     ended_at: float | None
-    expires_at: float | None
+    expires_at: float
     error: str | None
     webhook: str | None
     digest: bytes | None
-    batch_id: str | None
-    line: int | None
-    custom_id: str | None
 
     @property
     def ended(self) -> bool:
@@ -151,10 +143,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a job begins with: `body` is its `input` as JSON, `key_id` whose it is.
-
-    Jobs of a batch have its id, their `line` in it and their `custom_id`.
-    """
+    """What a job begins with: `body` is its `input` as JSON, `key_id` whose it is."""
 
     endpoint_id: str
     key_id: str
@@ -166,9 +155,6 @@ class NewJob:
     webhook: str | None = None
     idempotency_key: str | None = None
     digest: bytes | None = None
-    batch_id: str | None = None
-    line: int | None = None
-    custom_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +183,7 @@ def add(connection: Connection, new: NewJob, now: float) -> Job:
         "retries": 0,
         "size_bytes": len(new.body),
         "submitted_at": now,
-        "expires_at": None if new.kind == "batch" else now + new.ttl_s,
+        "expires_at": now + new.ttl_s,
         **{field.name: getattr(new, field.name) for field in fields(NewJob) if field.name != "body"},
     }
     row = connection.execute(insert(JOBS).values(values).returning(*_ROW)).mappings().one()
@@ -235,10 +221,10 @@ def output_of(connection: Connection, job: Job) -> bytes | None:
 
 
 def queued(connection: Connection, endpoint_id: str) -> tuple[int, int]:
-    """How many jobs of clients wait at the endpoint, and how many bytes their inputs take; no batch's."""
+    """How many jobs wait at the endpoint, and how many bytes their inputs take."""
     row = connection.execute(
         select(func.count(), func.coalesce(func.sum(JOBS.c.size_bytes), 0)).where(
-            JOBS.c.endpoint_id == endpoint_id, JOBS.c.state.in_(WAITING), JOBS.c.kind.in_(CLIENTS)
+            JOBS.c.endpoint_id == endpoint_id, JOBS.c.state.in_(WAITING)
         )
     ).one()
     return int(row[0]), int(row[1])
@@ -342,12 +328,13 @@ def lose(connection: Connection, job: Job, why: str, now: float) -> Job | None:
 
 
 def cancel(
-    connection: Connection, where: ColumnElement[bool], states: Sequence[State], now: float
+    connection: Connection, where: ColumnElement[bool], states: Sequence[State], most: int, now: float
 ) -> list[Job]:
-    """End the jobs for which `where` holds and that are in one of `states`; those that were."""
+    """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
+    some = select(JOBS.c.seq).where(where, JOBS.c.state.in_(states)).limit(most)
     rows = connection.execute(
         update(JOBS)
-        .where(where, JOBS.c.state.in_(states))
+        .where(JOBS.c.seq.in_(some), JOBS.c.state.in_(states))
         .values(state=State.CANCELLED, ended_at=now, expires_at=_kept_until(now))
         .returning(*_ROW)
     )
@@ -366,7 +353,7 @@ def retry(connection: Connection, job: Job, now: float) -> Job | None:
         ended_at=None,
         error=None,
         submitted_at=now,
-        expires_at=None if job.kind == "batch" else now + job.ttl_s,
+        expires_at=now + job.ttl_s,
     )
     if again is not None:
         connection.execute(delete(OUTPUTS).where(OUTPUTS.c.seq == job.seq))
@@ -412,34 +399,6 @@ def endpoints_in_demand(connection: Connection) -> list[str]:
     return list(connection.scalars(waiting))
 
 
-def of_batch(
-    connection: Connection, batch_id: str, after_line: int, most: int
-) -> list[tuple[Job, bytes | None]]:
-    """The next jobs of a batch by their lines, each with its output."""
-    rows = connection.execute(
-        select(*_ROW, OUTPUTS.c.body)
-        .outerjoin(OUTPUTS, OUTPUTS.c.seq == JOBS.c.seq)
-        .where(JOBS.c.batch_id == batch_id, JOBS.c.line > after_line)
-        .order_by(JOBS.c.line)
-        .limit(most)
-    )
-    return [(_job({name: row[name] for name in _NAMES}), row["body"]) for row in rows.mappings()]
-
-
-def batch_counts(connection: Connection, batch_id: str) -> Mapping[State, int]:
-    """How many jobs of a batch are in which state."""
-    rows = connection.execute(
-        select(JOBS.c.state, func.count()).where(JOBS.c.batch_id == batch_id).group_by(JOBS.c.state)
-    )
-    return {State(state): count for state, count in rows}
-
-
-def forget_batch(connection: Connection, batch_id: str, most: int) -> int:
-    """Delete up to `most` jobs of a batch; how many there were."""
-    some = select(JOBS.c.seq).where(JOBS.c.batch_id == batch_id).limit(most)
-    return connection.execute(delete(JOBS).where(JOBS.c.seq.in_(some))).rowcount
-
-
 def _change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
     """Set `values` if the job is still in one of `states`, and in the attempt that `job` knows."""
     row = (
@@ -461,11 +420,9 @@ def _one(connection: Connection, *where: ColumnElement[bool]) -> Job | None:
 
 
 def _unexpired(now: float) -> ColumnElement[bool]:
-    return JOBS.c.expires_at.is_(None) | (JOBS.c.expires_at > now)
+    return JOBS.c.expires_at > now
 
 
-def _kept_until(now: float) -> ColumnElement[float | None]:
+def _kept_until(now: float) -> ColumnElement[float]:
     """When a job that has ended now is forgotten."""
-    return case(
-        (JOBS.c.kind == "run", now + RUN_KEPT_S), (JOBS.c.kind == "runsync", now + RUNSYNC_KEPT_S), else_=None
-    )
+    return case((JOBS.c.kind == "runsync", now + RUNSYNC_KEPT_S), else_=now + RUN_KEPT_S)

@@ -10,6 +10,7 @@ of a name are looked at when it is resolved to be connected to, no redirect is f
 from __future__ import annotations
 
 import asyncio
+import io
 import ipaddress
 import logging
 import socket
@@ -62,6 +63,7 @@ WEBHOOKS = Table(
     Column("tries", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
     Index("job_webhooks_due", "due_at"),
+    sqlite_autoincrement=True,
 )
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -230,7 +232,9 @@ class Webhooks:
     async def _send_due(self, session: aiohttp.ClientSession) -> float | None:
         """Send what is due; how long until something is again, None if there is nothing."""
         while due := await self._store.read(self._due):
-            await asyncio.gather(*(self._send(session, *row) for row in due))
+            sent = await asyncio.gather(*(self._send(session, *row) for row in due), return_exceptions=True)
+            for failure in filter(None, sent):  # once none of the others is on its way any more
+                raise failure
         next_at: float | None = await self._store.read(
             lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)))
         )
@@ -269,7 +273,7 @@ class Webhooks:
         if _is_address(host) and not self._allowed.host(host) and not self._allowed.address(host):
             return "no address of the internet"  # no name that the guard would see
         try:
-            async with session.post(url, data=body, allow_redirects=False) as response:
+            async with session.post(url, data=io.BytesIO(body), allow_redirects=False) as response:
                 return None if response.status == 200 else f"answered with {response.status}"
         except TimeoutError:
             return f"no answer within {self._timeout_s:g} s"

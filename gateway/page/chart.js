@@ -96,7 +96,10 @@ export function stackedBars(parent, { labels, series, format }) {
               .map(({ name, values }) => `${name}: ${format(values[at])}`)
               .reverse();
             const total = format(sums.at(-1)?.[at] ?? 0);
-            showAt(box.left + self.cursor.left, box.top + self.cursor.top, [`${labels[at]}: ${total}`, ...parts]);
+            showAt(box.left + self.cursor.left, box.top + self.cursor.top, [
+              `${labels[at]}: ${total}`,
+              ...parts,
+            ]);
           },
         ],
       },

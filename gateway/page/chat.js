@@ -29,7 +29,7 @@ function build(session) {
   const field = (name) => find(`[name=${name}]`);
   const [transcript, prompt, said] = [find(".transcript"), find("#prompt"), find("[data-said]")];
   const [sendButton, stopButton] = [find("[data-send]"), find("[data-stop]")];
-  const messages = [];
+  let messages = [];
   let running = null;
 
   field("endpoint").append(...session.endpoints.map(({ id }) => h("option", { value: id }, id)));
@@ -39,9 +39,13 @@ function build(session) {
   transcript.append(greeting());
 
   function greeting() {
-    return h("p", { class: "empty" }, session.endpoints.length
-      ? "Say something to the model. Time to first token, tokens per second and usage are below each answer."
-      : "This key may use no endpoint.");
+    return h(
+      "p",
+      { class: "empty" },
+      session.endpoints.length
+        ? "Say something to the model. Time to first token, tokens per second and usage are below each answer."
+        : "This key may use no endpoint.",
+    );
   }
 
   /** What to ask for first: the endpoint's model, or one that the key may use. */
@@ -70,12 +74,14 @@ function build(session) {
     if (!text || running || !endpoint()) return;
     prompt.value = "";
     grow();
+    const conversation = messages; // a new one may be begun meanwhile
     const question = { role: "user", content: text };
-    messages.push(question);
+    conversation.push(question);
     add(h("article", { class: "turn user", "aria-label": "You" }, h("p", { class: "text" }, text)));
     const answer = await ask();
-    if (answer === null) messages.splice(messages.lastIndexOf(question), 1); // it was not answered
-    else messages.push({ role: "assistant", content: answer });
+    if (answer === null)
+      conversation.splice(conversation.indexOf(question), 1); // it was not answered
+    else conversation.push({ role: "assistant", content: answer });
   }
 
   function parameters() {
@@ -147,7 +153,7 @@ function build(session) {
   });
   find("[data-new]").addEventListener("click", () => {
     stop();
-    messages.length = 0;
+    messages = [];
     transcript.replaceChildren(greeting());
     prompt.focus();
   });
@@ -191,7 +197,8 @@ function build(session) {
 function describe(status) {
   if (status.error) return status.error;
   const ready = status.workers.filter(({ state }) => state === "ready").length;
-  if (ready) return `${plural(ready, "worker")} ready, ${count(status.in_flight)} of ${count(status.capacity)} places in use.`;
+  if (ready)
+    return `${plural(ready, "worker")} ready, ${count(status.in_flight)} of ${count(status.capacity)} places in use.`;
   const starting = status.workers.find(({ state }) => state === "starting");
   if (starting) return `A worker is starting${starting.phase ? `: ${starting.phase}` : ""}.`;
   return "No worker runs: the first answer waits for one to start.";
@@ -206,20 +213,6 @@ class Answer {
   #timer = null;
   #fresh = "";
   #frame = null;
-
-  constructor(endpointId, transcript) {
-    this.#endpointId = endpointId;
-    this.#transcript = transcript;
-    this.#words = document.createTextNode("");
-    this.#thoughts = document.createTextNode("");
-    this.#thinking = h("details", { class: "reasoning", hidden: true }, h("summary", {}, "Reasoning"), h("p", {}, this.#thoughts));
-    this.#body = h("p", { class: "text" }, this.#words);
-    this.#figures = h("dl", { class: "meter" });
-    this.#state = h("p", { class: "pending" }, "Waiting");
-    this.element = h("article", { class: "turn assistant", "aria-label": "Answer", "aria-busy": "true" },
-      this.#state, this.#thinking, this.#body, this.#figures);
-  }
-
   #endpointId;
   #transcript;
   #words;
@@ -228,6 +221,30 @@ class Answer {
   #body;
   #figures;
   #state;
+
+  constructor(endpointId, transcript) {
+    this.#endpointId = endpointId;
+    this.#transcript = transcript;
+    this.#words = document.createTextNode("");
+    this.#thoughts = document.createTextNode("");
+    this.#thinking = h(
+      "details",
+      { class: "reasoning", hidden: true },
+      h("summary", {}, "Reasoning"),
+      h("p", {}, this.#thoughts),
+    );
+    this.#body = h("p", { class: "text" }, this.#words);
+    this.#figures = h("dl", { class: "meter" });
+    this.#state = h("p", { class: "pending" }, "Waiting");
+    this.element = h(
+      "article",
+      { class: "turn assistant", "aria-label": "Answer", "aria-busy": "true" },
+      this.#state,
+      this.#thinking,
+      this.#body,
+      this.#figures,
+    );
+  }
 
   /** Keep the reader up to date, and the end in sight. */
   follow() {
@@ -288,7 +305,12 @@ class Answer {
       error.requestId ? `request ${error.requestId}` : null,
     ].filter(Boolean);
     this.#figures.before(
-      h("div", { class: "problem" }, h("strong", {}, error.message), h("p", { class: "mono" }, details.join(" · "))),
+      h(
+        "div",
+        { class: "problem" },
+        h("strong", {}, error.message),
+        h("p", { class: "mono" }, details.join(" · ")),
+      ),
     );
     this.element.scrollIntoView({ block: "nearest" });
   }
@@ -306,8 +328,16 @@ class Answer {
       ["Ended by", over && this.#finish ? this.#finish : null],
       ["Request", over ? this.#requestId : null],
     ].filter(([, value]) => value !== null);
-    this.#figures.replaceChildren(...figures.map(([name, value]) =>
-      h("div", { "data-figure": name.toLowerCase().replace(" ", "-") }, h("dt", {}, name), h("dd", {}, value))));
+    this.#figures.replaceChildren(
+      ...figures.map(([name, value]) =>
+        h(
+          "div",
+          { "data-figure": name.toLowerCase().replace(" ", "-") },
+          h("dt", {}, name),
+          h("dd", {}, value),
+        ),
+      ),
+    );
   }
 
   /** What is known of why nothing has come yet. */

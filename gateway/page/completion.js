@@ -19,14 +19,18 @@ export async function* complete({ endpoint, key, body, signal }) {
   });
   const requestId = response.headers.get("x-request-id");
   yield { kind: "open", requestId };
-  for await (const event of events(response.body)) {
-    if (event.type === "comment") {
-      yield { kind: "wait" };
-    } else if (event.data === "[DONE]") {
-      return;
-    } else {
-      yield* said(JSON.parse(event.data), requestId);
+  try {
+    for await (const event of events(response.body)) {
+      if (event.type === "comment") {
+        yield { kind: "wait" };
+      } else if (event.data === "[DONE]") {
+        return;
+      } else {
+        yield* said(JSON.parse(event.data), requestId);
+      }
     }
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error; // what browsers say of a connection that broke
   }
   throw new ApiError("The answer ended before it was complete.", { code: "stream_ended", requestId });
 }

@@ -38,6 +38,9 @@ export function show(element, shown) {
   element.hidden = !shown;
 }
 
+/** What `reconcile` has made: by parent, then by key. */
+const parts = new WeakMap();
+
 /**
  * Have `parent` hold one child for each of `items`, in their order: children are made once and then changed,
  * so that focus, open details and scroll positions outlive an update.
@@ -48,7 +51,8 @@ export function show(element, shown) {
  * @param {(item: Item) => {element: Element, update: (item: Item) => void}} make
  */
 export function reconcile(parent, items, keyOf, make) {
-  const known = (parent.parts ??= new Map());
+  if (!parts.has(parent)) parts.set(parent, new Map());
+  const known = parts.get(parent);
   const wanted = new Set(items.map(keyOf));
   for (const [key, part] of known) {
     if (wanted.has(key)) continue;
@@ -60,6 +64,7 @@ export function reconcile(parent, items, keyOf, make) {
     if (!known.has(key)) known.set(key, make(item));
     const part = known.get(key);
     part.update(item);
-    if (parent.children[index] !== part.element) parent.insertBefore(part.element, parent.children[index] ?? null);
+    if (parent.children[index] !== part.element)
+      parent.insertBefore(part.element, parent.children[index] ?? null);
   });
 }

@@ -48,7 +48,8 @@ function two(total, large, largeName, small, smallName) {
 }
 
 /** A duration that is still growing: whole seconds, so that it does not flicker. */
-export const elapsed = (value) => (value < 1 ? "0 s" : value < 60 ? `${Math.floor(value)} s` : seconds(Math.floor(value)));
+export const elapsed = (value) =>
+  value < 1 ? "0 s" : value < 60 ? `${Math.floor(value)} s` : seconds(Math.floor(value));
 
 /**
  * How far away a moment is: "just now", "5 min ago", "in 3 d".
@@ -59,13 +60,11 @@ export function relative(at, now) {
   if (at === null || at === undefined) return "never";
   const distance = Math.abs(at - now);
   if (distance < 5) return "just now";
-  const rough = distance < 60 ? `${Math.floor(distance)} s` : seconds(coarse(distance));
+  const whole = at < now ? Math.floor : Math.round; // half a day ago is not a day, and 30 days to go are not 29
+  const unit = distance < 60 ? 1 : distance < 3600 ? 60 : distance < 86_400 ? 3600 : 86_400;
+  const steps = whole(distance / unit);
+  const rough = unit === 1 ? `${steps} s` : seconds(steps * unit);
   return at < now ? `${rough} ago` : `in ${rough}`;
-}
-
-function coarse(distance) {
-  const unit = distance < 3600 ? 60 : distance < 86400 ? 3600 : 86400;
-  return Math.floor(distance / unit) * unit;
 }
 
 /** Unix seconds -> "26 Nov 2026, 14:03" in the reader's own time. */

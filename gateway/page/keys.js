@@ -5,7 +5,7 @@ import { count, date, relative } from "./format.js";
 import { callJson } from "./session.js";
 
 /** What a key is by now: "active", "expired" or "revoked". */
-export function stateOf(key, now) {
+function stateOf(key, now) {
   if (key.revoked_at) return "revoked";
   return key.expires_at && key.expires_at <= now ? "expired" : "active";
 }
@@ -28,7 +28,10 @@ export function keys(session) {
       const order = { active: 0, expired: 1, revoked: 2 };
       data.sort((a, b) => order[stateOf(a, now)] - order[stateOf(b, now)] || b.created_at - a.created_at);
       find("tbody").replaceChildren(...data.map((key) => row(key, now)));
-      if (!data.length) find("tbody").append(h("tr", {}, h("td", { colspan: "8", class: "empty" }, "There are no keys yet.")));
+      if (!data.length)
+        find("tbody").append(
+          h("tr", {}, h("td", { colspan: "8", class: "empty" }, "There are no keys yet.")),
+        );
     } catch (error) {
       say(element.querySelector(":scope > [data-fault]"), error.message);
     }
@@ -37,22 +40,41 @@ export function keys(session) {
   function row(key, now) {
     const state = stateOf(key, now);
     const when = (at) => h("td", at ? { title: date(at) } : {}, relative(at, now));
-    const revoke = h("button", { type: "button", class: "quiet danger", "aria-label": `Revoke ${key.name}`, onclick: () => confirm(key) }, "Revoke");
-    return h("tr", { "data-key-id": key.id, "data-state": state },
+    const revoke = h(
+      "button",
+      {
+        type: "button",
+        class: "quiet danger",
+        "aria-label": `Revoke ${key.name}`,
+        onclick: () => confirm(key),
+      },
+      "Revoke",
+    );
+    return h(
+      "tr",
+      { "data-key-id": key.id, "data-state": state },
       h("th", { scope: "row" }, key.name, h("span", { class: "sub mono" }, key.id)),
-      h("td", {}, h("span", { class: "badge" }, state), key.admin ? h("span", { class: "tag" }, "admin") : null),
+      h(
+        "td",
+        {},
+        h("span", { class: "badge" }, state),
+        key.admin ? h("span", { class: "tag" }, "admin") : null,
+      ),
       h("td", {}, scope(key)),
       h("td", {}, limits(key)),
       when(key.created_at),
       when(key.last_used_at),
       when(key.expires_at),
-      h("td", { class: "num" }, state === "active" ? revoke : null));
+      h("td", { class: "num" }, state === "active" ? revoke : null),
+    );
   }
 
   function confirm(key) {
     revoking = key;
-    say(dialogs.revoke.querySelector("[data-what]"),
-      `“${key.name}” stops working at once, for good. What it has used stays in the usage.`);
+    say(
+      dialogs.revoke.querySelector("[data-what]"),
+      `“${key.name}” stops working at once, for good. What it has used stays in the usage.`,
+    );
     say(dialogs.revoke.querySelector("[data-fault]"), "");
     dialogs.revoke.showModal();
   }
@@ -69,7 +91,10 @@ export function keys(session) {
     const field = (name) => form.elements.namedItem(name);
     const number = (name) => (field(name).value === "" ? null : field(name).valueAsNumber);
     const ticked = [...form.querySelectorAll("[data-endpoints] input:checked")].map((input) => input.value);
-    const models = field("models").value.split(",").map((name) => name.trim()).filter(Boolean);
+    const models = field("models")
+      .value.split(",")
+      .map((name) => name.trim())
+      .filter(Boolean);
     const days = Number(field("expires").value);
     const made = await callJson("admin/keys", {
       method: "POST",
@@ -122,8 +147,13 @@ export function keys(session) {
     dialog.querySelector("[data-close]").addEventListener("click", () => dialog.close());
   }
 
-  dialogs.create.querySelector("[data-endpoints]").append(...session.endpoints.map(({ id }) =>
-    h("label", { class: "check" }, h("input", { type: "checkbox", value: id }), ` ${id}`)));
+  dialogs.create
+    .querySelector("[data-endpoints]")
+    .append(
+      ...session.endpoints.map(({ id }) =>
+        h("label", { class: "check" }, h("input", { type: "checkbox", value: id }), ` ${id}`),
+      ),
+    );
   find("[data-create]").addEventListener("click", () => {
     dialogs.create.querySelector("form").reset();
     say(dialogs.create.querySelector("[data-fault]"), "");

@@ -113,7 +113,9 @@ theme.addEventListener("click", () => {
     // storage is switched off: it holds until the page is left
   }
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => dispatchEvent(new Event("themechange")));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+  dispatchEvent(new Event("themechange")),
+);
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the hash is the view's
   main.focus();

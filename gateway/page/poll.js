@@ -12,9 +12,12 @@ export function poll(work, everyMs) {
     clearTimeout(timer);
     if (busy || document.hidden || stopping.signal.aborted) return;
     busy = true;
-    await work(stopping.signal);
-    busy = false;
-    timer = setTimeout(turn, everyMs);
+    try {
+      await work(stopping.signal);
+    } finally {
+      busy = false;
+      timer = setTimeout(turn, everyMs);
+    }
   }
 
   document.addEventListener("visibilitychange", turn, { signal: stopping.signal });

@@ -36,7 +36,7 @@ export function byKey(rows, over, of, limit) {
   for (const row of rows) {
     if (!at.has(row.day)) continue;
     if (!found.has(row.key_id)) {
-      found.set(row.key_id, { name: row.key_name || row.key_id, values: over.map(() => 0) });
+      found.set(row.key_id, { name: row.key_name, values: over.map(() => 0) });
     }
     found.get(row.key_id).values[at.get(row.day)] += of(row);
   }

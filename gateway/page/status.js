@@ -14,11 +14,12 @@ export const live = { status: null, fault: null, history: new Map() };
 
 /** Call `listener` now and on each news; returns what ends that. Asks only while there are listeners. */
 export function watch(listener) {
-  listeners.add(listener);
+  const own = (news) => listener(news); // who watches twice ends each by itself
+  listeners.add(own);
   stop ??= current()?.admin ? poll(ask, EVERY_MS) : null;
   listener(live);
   return () => {
-    listeners.delete(listener);
+    listeners.delete(own);
     if (listeners.size === 0) {
       stop?.();
       stop = null;

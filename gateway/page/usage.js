@@ -1,7 +1,7 @@
 /** Tokens, cost and requests by day and key. */
 
 import { COLOURS, colourOf, stackedBars } from "./chart.js";
-import { h, say, show, template } from "./dom.js";
+import { h, say, template } from "./dom.js";
 import { compact, cost, count, day, isoDay } from "./format.js";
 import { poll } from "./poll.js";
 import { byKey, days } from "./series.js";
@@ -29,18 +29,16 @@ export function usage() {
   field("to").value = isoDay(Date.now());
   field("from").value = isoDay(Date.now() - 29 * DAY_MS);
 
-  /** The query of the filters. With `group` the answer's rows are of that. */
-  function query(extra = {}) {
+  /** Where the answer to the filters is. */
+  function address(format) {
     const given = ["from", "to", "key", "endpoint", "model"].map((name) => [name, field(name).value]);
-    return new URLSearchParams([...given.filter(([, value]) => value), ...Object.entries(extra)]);
+    return `admin/usage?${new URLSearchParams([["format", format], ...given.filter(([, value]) => value)])}`;
   }
 
   async function load(signal) {
     if (!filters.checkValidity()) return;
-    const asked = String(query({ group: "day,key,model,endpoint" }));
     try {
-      const answer = await callJson(`admin/usage?${asked}`, { signal });
-      if (asked !== String(query({ group: "day,key,model,endpoint" }))) return; // the filters have changed since
+      const answer = await callJson(address("json"), { signal });
       say(find("[data-fault]"), "");
       const text = JSON.stringify(answer.data);
       if (text === drawn) return;
@@ -55,7 +53,11 @@ export function usage() {
 
   /** Offer what the rows have in them as filters; what was offered stays, so that a filter can be changed. */
   function offer() {
-    const names = { key: (row) => [row.key_id, row.key_name || row.key_id], endpoint: (row) => [row.endpoint, row.endpoint], model: (row) => [row.model, row.model] };
+    const names = {
+      key: (row) => [row.key_id, row.key_name],
+      endpoint: (row) => [row.endpoint, row.endpoint],
+      model: (row) => [row.model, row.model],
+    };
     for (const [name, of] of Object.entries(names)) {
       const select = field(name);
       const known = new Set([...select.options].map((option) => option.value));
@@ -77,31 +79,61 @@ export function usage() {
     const chart = find("[data-chart]");
     chart.replaceChildren();
     removeChart = () => {};
-    say(find("[data-caption]"), `${measure.name} by day and key${series.length ? "" : ": none in these days"}`);
-    if (series.length) removeChart = stackedBars(chart, { labels: over.map(day), series, format: measure.format });
-    find("[data-legend]").replaceChildren(...series.map(({ name, values }, index) => {
-      const swatch = h("i", { class: "swatch" });
-      swatch.style.background = `var(${colourOf(index)})`;
-      return h("li", {}, swatch, name, h("span", { class: "muted" }, measure.format(values.reduce((a, b) => a + b, 0))));
-    }));
-    find("[data-totals]").replaceChildren(...[
-      ["Requests", count(sums.requests ?? 0)],
-      ["Tokens in", compact(sums.prompt_tokens ?? 0)],
-      ["Tokens out", compact(sums.completion_tokens ?? 0)],
-      ["Cost", cost(sums.cost ?? 0)],
-    ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { "data-total": name }, value))));
+    say(
+      find("[data-caption]"),
+      `${measure.name} by day and key${series.length ? "" : ": none in these days"}`,
+    );
+    if (series.length)
+      removeChart = stackedBars(chart, { labels: over.map(day), series, format: measure.format });
+    find("[data-legend]").replaceChildren(
+      ...series.map(({ name, values }, index) => {
+        const swatch = h("i", { class: "swatch" });
+        swatch.style.background = `var(${colourOf(index)})`;
+        return h(
+          "li",
+          {},
+          swatch,
+          name,
+          h("span", { class: "muted" }, measure.format(values.reduce((a, b) => a + b, 0))),
+        );
+      }),
+    );
+    find("[data-totals]").replaceChildren(
+      ...[
+        ["Requests", count(sums.requests ?? 0)],
+        ["Tokens in", compact(sums.prompt_tokens ?? 0)],
+        ["Tokens out", compact(sums.completion_tokens ?? 0)],
+        ["Cost", cost(sums.cost ?? 0)],
+      ].map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", { "data-total": name }, value))),
+    );
     table();
   }
 
   function table() {
-    const sorted = rows.toSorted((a, b) => b.day.localeCompare(a.day) || a.key_name.localeCompare(b.key_name));
+    const sorted = rows.toSorted(
+      (a, b) => b.day.localeCompare(a.day) || a.key_name.localeCompare(b.key_name),
+    );
     const cell = (text, kind) => h("td", kind ? { class: kind } : {}, text);
-    find("tbody").replaceChildren(...sorted.map((row) => h("tr", {},
-      h("th", { scope: "row" }, row.day), cell(row.key_name || row.key_id), cell(row.endpoint), cell(row.model),
-      cell(count(row.requests), "num"), cell(count(row.prompt_tokens), "num"),
-      cell(count(row.completion_tokens), "num"), cell(row.cost.toFixed(6), "num"))));
+    find("tbody").replaceChildren(
+      ...sorted.map((row) =>
+        h(
+          "tr",
+          {},
+          h("th", { scope: "row" }, row.day),
+          cell(row.key_name),
+          cell(row.endpoint),
+          cell(row.model),
+          cell(count(row.requests), "num"),
+          cell(count(row.prompt_tokens), "num"),
+          cell(count(row.completion_tokens), "num"),
+          cell(row.cost.toFixed(6), "num"),
+        ),
+      ),
+    );
     if (!sorted.length) {
-      find("tbody").append(h("tr", {}, h("td", { colspan: "8", class: "empty" }, "Nothing was asked in these days.")));
+      find("tbody").append(
+        h("tr", {}, h("td", { colspan: "8", class: "empty" }, "Nothing was asked in these days.")),
+      );
     }
   }
 
@@ -109,7 +141,7 @@ export function usage() {
     const button = find("[data-csv]");
     button.disabled = true;
     try {
-      const answer = await call(`admin/usage?${query({ group: "day,key,model,endpoint", format: "csv" })}`);
+      const answer = await call(address("csv"));
       const url = URL.createObjectURL(await answer.blob());
       h("a", { href: url, download: `usage-${field("from").value}-${field("to").value}.csv` }).click();
       setTimeout(() => URL.revokeObjectURL(url), 60_000);
@@ -131,7 +163,6 @@ export function usage() {
   find("[data-csv]").addEventListener("click", download);
   const redress = () => draw();
   addEventListener("themechange", redress);
-  show(find("[data-csv]"), true);
   return {
     element,
     close: () => {

@@ -27,7 +27,12 @@ export function waterfall(report) {
           "tr",
           {},
           h("th", { scope: "col" }, "Phase"),
-          h("th", { scope: "col", class: "axis" }, h("span", {}, "0"), h("span", {}, seconds(report.total_s))),
+          h(
+            "th",
+            { scope: "col", class: "axis" },
+            h("span", {}, "0"),
+            h("span", {}, seconds(report.total_s)),
+          ),
           h("th", { scope: "col", class: "num" }, "Time"),
           h("th", { scope: "col", class: "num wide" }, "CPU"),
           h("th", { scope: "col", class: "num wide" }, "Faults"),
@@ -36,8 +41,11 @@ export function waterfall(report) {
       ),
       h("tbody", {}, ...rows.map(bar)),
     ),
-    h("ul", { class: "legend", "aria-hidden": "true" }, ...Object.entries(HELD).map(([held, name]) =>
-      h("li", {}, h("i", { class: `swatch ${held}` }), name))),
+    h(
+      "ul",
+      { class: "legend", "aria-hidden": "true" },
+      ...Object.entries(HELD).map(([held, name]) => h("li", {}, h("i", { class: `swatch ${held}` }), name)),
+    ),
     facts(report.facts ?? {}),
   );
 }
@@ -68,8 +76,11 @@ function bar(row) {
 function facts(entries) {
   const shown = Object.entries(entries);
   if (!shown.length) return null;
-  return h("dl", { class: "facts" }, ...shown.map(([name, value]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, fact(name, value)))));
+  return h(
+    "dl",
+    { class: "facts" },
+    ...shown.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, fact(name, value)))),
+  );
 }
 
 /** The value of a fact as text; what unit it has, its name says. */
@@ -78,5 +89,5 @@ function fact(name, value) {
   if (typeof value === "object") return JSON.stringify(value);
   if (typeof value !== "number") return String(value);
   if (name.endsWith("_bytes")) return bytes(value);
-  return name.endsWith("_s") ? seconds(value) : count(value);
+  return name.endsWith("_s") && !name.endsWith("_per_s") ? seconds(value) : count(value);
 }

@@ -78,6 +78,8 @@ class ControlPlane:
         self._serving: asyncio.Task[None] | None = None
         self.leases: dict[str, Lease] = {}
         """By the id of the worker."""
+        self.tell_asked: Callable[[], None] = lambda: None
+        """Told when a worker asks for jobs."""
         line.stop = self._tell_stop
 
     def open(self) -> None:
@@ -181,7 +183,8 @@ class ControlPlane:
             self.line.lose(worker_id, "lost the job")
         most = _number(request, "batch_size") if batch else 1
         self.line.wanted += most
-        lease.asking += 1
+        lease.asking += most
+        self.tell_asked()
         try:
             deadline_s = time.monotonic() + self._hold_s
             while not (share := self._share(lease, most)) and (left_s := deadline_s - time.monotonic()) > 0:
@@ -190,7 +193,7 @@ class ControlPlane:
                     break
             taken = [] if lease.leaving.done() else self.line.hand_out(worker_id, share)
         finally:
-            lease.asking -= 1
+            lease.asking -= most
             self.line.wanted -= most
             self.line.wake()  # what is left is another's
         if not taken:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -23,7 +24,8 @@ class Devices:
     def __init__(self, ids: Iterable[str] = ()) -> None:
         self._ids = tuple(ids)
         self._free = list(self._ids)
-        self._waiting: dict[object, Callable[[], None]] = {}
+        self._users: dict[object, Callable[[], None]] = {}
+        self._waiting: set[object] = set()
 
     @classmethod
     def of_machine(cls, environ: Mapping[str, str], folder: Path = Path("/dev")) -> Devices:
@@ -46,34 +48,47 @@ class Devices:
         """How many there are, lent or not."""
         return len(self._ids)
 
-    def take(self, number: int, who: object, freed: Callable[[], None]) -> tuple[str, ...] | None:
-        """`number` devices; None if so many are not free: `freed` is then called each time some are.
+    def join(self, who: object, changed: Callable[[], None]) -> None:
+        """`who` will `take`; `changed` is called when others wait for some, or it does and some are free."""
+        self._users[who] = changed
 
-        Until `who` takes some or says `forgo`, others hear that somebody waits (`wanted_beside`).
-        """
-        if len(self._free) < number:
-            self._waiting[who] = freed
-            return None
+    def leave(self, who: object) -> None:
+        """`who` takes no more."""
         self.forgo(who)
-        taken, self._free = tuple(self._free[:number]), self._free[number:]
-        return taken
+        self._users.pop(who, None)
+
+    def take(self, number: int, who: object) -> tuple[str, ...] | None:
+        """`number` devices for `who`, which has joined; None if so many are not free: then it waits.
+
+        Others hear of it (`wanted_beside`), until it takes some or says `forgo`.
+        """
+        if len(self._free) >= number:
+            self.forgo(who)
+            taken, self._free = tuple(self._free[:number]), self._free[number:]
+            return taken
+        if who not in self._waiting:
+            self._waiting.add(who)
+            self._tell(self._users.keys() - {who})
+        return None
 
     def forgo(self, who: object) -> None:
         """`who` waits no more."""
-        self._waiting.pop(who, None)
+        self._waiting.discard(who)
 
     def give_back(self, ids: Iterable[str]) -> None:
         """What was taken is free again."""
-        back = tuple(ids)
-        if not back:
-            return
-        self._free = sorted({*self._free, *back}, key=self._ids.index)
-        for freed in list(self._waiting.values()):
-            freed()
+        if back := {*ids}:
+            self._free = sorted(back.union(self._free), key=self._ids.index)
+            self._tell(self._waiting)
 
     def wanted_beside(self, who: object) -> bool:
         """Whether somebody other than `who` waits for devices."""
-        return bool(self._waiting.keys() - {who})
+        return bool(self._waiting - {who})
+
+    def _tell(self, whom: Collection[object]) -> None:
+        for who, changed in list(self._users.items()):
+            if who in whom:
+                changed()
 
 
 def per_worker(environ: Mapping[str, str]) -> int:
@@ -107,7 +122,7 @@ def _in_words(text: str, options: tuple[str, ...]) -> list[str]:
     except ValueError:
         return []
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         option, joined, value = word.partition("=")
         if option.replace("_", "-") in options:
             found.append(value if joined else following)

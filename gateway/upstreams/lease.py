@@ -36,7 +36,7 @@ class Lease:
         self.paused = False
         """It gets no jobs, and polls on."""
         self.asking = 0
-        """Its open requests for jobs."""
+        """How many jobs it asks for by now."""
         self._hold_s = hold_s
         self._hung = hung
         self._lease_s = lease_s

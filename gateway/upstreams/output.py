@@ -36,7 +36,7 @@ def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
         for name, value in environ.items()
         if (_SECRET.search(name) or name in _SECRET_ROWS) and len(value.strip()) >= _SECRET_MIN_CHARS
     }
-    return tuple(sorted(found, key=len, reverse=True))
+    return tuple(sorted(found, key=lambda value: (-len(value), value)))
 
 
 class Output:

@@ -99,13 +99,11 @@ class WorkerPool(ABC):
         self._listeners: list[Callable[[], None]] = []
         self._loop = asyncio.get_running_loop()
         self._stop: asyncio.Future[None] = self._loop.create_future()
-        self._news = asyncio.Event()
         self._entered = False
         self._looking: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._waiting = 0
         self._waiting_since_s = 0.0
-        self._here = 0
         self._asked_for = 0
         self._failure: StartFailed | None = None
         self._hopeless = False
@@ -122,6 +120,7 @@ class WorkerPool(ABC):
     async def __aenter__(self) -> Self:
         for file in sorted(self._logs.glob("worker-*.log"), key=_changed_at)[:-ENDED_SHOWN]:
             _remove_log(file)
+        self._devices.join(self, self._look_soon)
         self._entered = True
         self._asked_for = int(self._how.at_once)
         self._look_soon()
@@ -233,22 +232,6 @@ class WorkerPool(ABC):
         self._waiting_since_s = time.monotonic() - oldest_wait_s
         self._look_soon()
 
-    async def wait_ready(self) -> None:
-        """Return once a worker is ready, in order of arrival; have one started if there is none.
-
-        Raises `NotAdmitted` when the gateway is stopping, and with the code
-        `worker_start_failed` and the reason while no worker can start.
-        """
-        self._here += 1
-        try:
-            while not self.ready:
-                if refusal := self.refusal:
-                    raise refusal
-                self._look_soon()
-                await self._news.wait()
-        finally:
-            self._here -= 1
-
     @property
     def in_line(self) -> int:
         """How many requests wait here until a worker takes them."""
@@ -294,7 +277,7 @@ class WorkerPool(ABC):
         if worker.retiring and not worker.in_flight:
             worker.process.terminate()
         self._look_soon()
-        self._heard()
+        self._announce()
 
     # --- how many there are -------------------------------------------------------------------
 
@@ -330,7 +313,7 @@ class WorkerPool(ABC):
 
     def _seen(self, now_s: float) -> Seen:
         counted = [worker for worker in self._workers.values() if worker.takes or worker.starting]
-        waiting = max(self._waiting, self._here) + self.in_line
+        waiting = self._waiting + self.in_line
         return Seen(
             waiting=waiting,
             oldest_wait_s=now_s - self._waiting_since_s if self._waiting else 0.0,
@@ -340,6 +323,7 @@ class WorkerPool(ABC):
             capacity=self.capacity,
             slots=self._slots,
             cold_start_s=self._cold_start_s,
+            newest_s=min((now_s - worker.opened_s for worker in counted if worker.takes), default=math.inf),
             asked_for=self._asked_for,
             given_up=self._given_up,
             pressed=self._devices.wanted_beside(self),
@@ -366,8 +350,9 @@ class WorkerPool(ABC):
                 self._fail(f"worker-{self.starts}", Exit(75, why), permanent=True)
                 return math.inf
             if self._lacks_memory():
+                self._again_at_s = now_s + MEMORY_RETRY_S
                 return MEMORY_RETRY_S
-            devices = self._devices.take(self._devices_each, self, self._look_soon)
+            devices = self._devices.take(self._devices_each, self)
             if devices is None:
                 return math.inf  # it is told when some are free
             self._start(devices)
@@ -515,12 +500,7 @@ class WorkerPool(ABC):
         self._tell(failure)
 
     def _announce(self) -> None:
-        """Wake whoever waits, in order; who is still not served says so again."""
-        self._news.set()
-        self._news = asyncio.Event()
-        self._heard()
-
-    def _heard(self) -> None:
+        """Tell those for whom there may be room, or none."""
         for heard in self._listeners:
             heard()
 
@@ -530,7 +510,7 @@ class WorkerPool(ABC):
         """Turn away whoever waits or comes, and have the workers drain."""
         if not self._stop.done():
             self._stop.set_result(None)
-            self._devices.forgo(self)
+            self._devices.leave(self)
             self._announce()
 
     async def close(self) -> None:

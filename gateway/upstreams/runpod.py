@@ -39,6 +39,7 @@ class RunpodPool(WorkerPool):
         self._plane = plane
         self._line = plane.line
         self._line.tell_held = self._held
+        plane.tell_asked = self._announce
         self._hidden = (*self._hidden, plane.key)
 
     async def __aenter__(self) -> Self:
@@ -64,8 +65,9 @@ class RunpodPool(WorkerPool):
 
     @property
     def free(self) -> int:
-        """How many more jobs the ready workers take at once, those in line served."""
-        return max(0, super().free - self._line.queued)
+        """How many jobs the ready workers ask for by now, less those in line: more would only wait there."""
+        ready = (worker for worker in self._workers.values() if worker.takes)
+        return max(0, sum(self._plane.leases[worker.id].asking for worker in ready) - self._line.queued)
 
     @property
     def in_line(self) -> int:

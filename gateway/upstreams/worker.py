@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ class Worker:
         self.took_s: float | None = None
         """How long its start took; None until it is ready."""
         self.started_s = time.monotonic()
+        self.opened_s = math.inf
         self.failed = False
         self.reason: str | None = None
         self._started_at = time.time()
@@ -57,9 +59,8 @@ class Worker:
 
     def open(self) -> None:
         """It is ready."""
-        now_s = time.monotonic()
-        self.took_s = now_s - self.started_s
-        self._idle_since_s = now_s
+        self.opened_s = self._idle_since_s = time.monotonic()
+        self.took_s = self.opened_s - self.started_s
         self.phase = None
 
     @property

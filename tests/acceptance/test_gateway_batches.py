@@ -21,6 +21,7 @@ from tests.until import until
 
 MODEL = "org/model"
 LINES = 500
+WITHIN_S = 600.0
 BAD = 20
 """Every so manieth line is one that the worker refuses."""
 
@@ -49,11 +50,12 @@ async def echoing(folder: Path, **environ: str) -> AsyncIterator[tuple[Program, 
 
 async def over(client: openai.AsyncOpenAI, batch_id: str, look_s: float = 0.01) -> openai.types.Batch:
     """The batch, once it is."""
-    while True:
-        batch = await client.batches.retrieve(batch_id)
-        if batch.status in {"completed", "failed", "expired", "cancelled"}:
-            return batch
-        await asyncio.sleep(look_s)
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            batch = await client.batches.retrieve(batch_id)
+            if batch.status in {"completed", "failed", "expired", "cancelled"}:
+                return batch
+            await asyncio.sleep(look_s)
 
 
 async def read_lines(client: openai.AsyncOpenAI, file_id: str | None) -> list[dict[str, Any]]:

@@ -45,9 +45,9 @@ def completion(text: str) -> Script:
     return answer({"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
 
 
-def left_behind(tmp_path: Path) -> list[Path]:
-    """The private folders that are still there."""
-    return list(tmp_path.glob("firsttoken-*"))
+def private(worker: Worker) -> Path:
+    """The private folder of the gateway that has started `worker`."""
+    return Path(worker.env["NOTIFY_SOCKET"]).parent
 
 
 class Program:
@@ -96,8 +96,9 @@ async def gateway(
     environ: Mapping[str, str] | None = None,
     program: str = WITH_SCRIPTED_WORKER,
     arguments: Sequence[str] = (),
+    director: Director | None = None,
 ) -> AsyncIterator[Program]:
-    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`."""
+    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`, or by `director`."""
     env = {
         **{
             name: value
@@ -114,7 +115,8 @@ async def gateway(
         **(environ or {}),
     }
     async with AsyncExitStack() as stack:
-        director = await stack.enter_async_context(Director(tmp_path / "control", *plays).listening())  # type: ignore[arg-type]
+        director = director or Director(tmp_path / "control", *plays)  # type: ignore[arg-type]
+        await stack.enter_async_context(director.listening())
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", program, *arguments),
             env=env,
@@ -237,7 +239,7 @@ async def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
         assert texts == ["a", "b"]
         assert await program.end() == 0
         await worker.saw("gone")
-        assert left_behind(tmp_path) == []
+        assert not private(worker).exists()
 
 
 async def test_drain_has_a_deadline(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ async def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             await worker.saw("stopping")
             assert await program.end(signal.SIGINT) == 130
         await worker.saw("gone")
-        assert left_behind(tmp_path) == []
+        assert not private(worker).exists()
 
 
 async def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path) -> None:
@@ -291,12 +293,45 @@ async def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path) -> None:
         await worker.saw("gone")
 
 
-async def test_killed_gateway_leaves_no_worker(tmp_path: Path) -> None:
-    """The lifeline ends with the gateway, however it ended."""
-    async with gateway(tmp_path, (READY, {})) as program:
-        worker = await started(program)
+@pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])
+async def test_killed_gateway_leaves_no_worker(tmp_path: Path, worker: str) -> None:
+    """The lifeline ends with the gateway, however it ended: that of a forked worker too."""
+    command = WITH_SCRIPTED_WORKER.replace("scripted_worker", worker)
+    environ = {"WARM_PARENT": "on" if worker == "scripted_zygote" else "off"}
+    async with gateway(tmp_path, (READY, {}), environ=environ, program=command) as program:
+        left = await started(program)
         assert await program.end(signal.SIGKILL) == -signal.SIGKILL
-        await worker.saw("gone")
+        await left.saw("gone")
+
+
+@pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])
+async def test_next_gateway_removes_what_a_killed_one_has_left(tmp_path: Path, worker: str) -> None:
+    """Its folder, and a worker that could not hear its lifeline, started or forked; not of one that lives."""
+    program = WITH_SCRIPTED_WORKER.replace("scripted_worker", worker)
+    environ = {"WARM_PARENT": "on" if worker == "scripted_zygote" else "off"}
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    for folder in (one, two, three):
+        folder.mkdir()
+    async with gateway(one, (READY, {}), environ=environ, program=program) as first:
+        stopped = await started(first)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert await first.end(signal.SIGKILL) == -signal.SIGKILL
+        assert private(stopped).exists()
+        environ |= {"TMPDIR": str(one)}
+        async with gateway(
+            two, (READY, {CHAT: completion("still here")}), environ=environ, program=program
+        ) as second:
+            alive = await started(second)
+            await stopped.saw("gone")
+            assert not private(stopped).exists()
+            environ |= {"START": "first_request"}
+            async with gateway(three, environ=environ, program=program) as third:
+                await third.address()
+                assert await third.end(signal.SIGTERM) == 0
+            assert private(alive).exists()
+            assert await ask(second) == "still here"
+            assert await second.end(signal.SIGTERM) == 0
+        assert not private(alive).exists()
 
 
 async def test_killed_worker_in_mid_stream_is_an_error_frame_and_then_a_new_worker(tmp_path: Path) -> None:
@@ -423,7 +458,7 @@ async def test_same_url_through_jobs(tmp_path: Path, arguments: list[str], upstr
         assert await program.end() == 0
         await worker.saw("gone")
         assert worker.env["RUNPOD_AI_API_KEY"] not in "".join(program.out) + await program.errors()
-        assert left_behind(tmp_path) == []
+        assert not private(worker).exists()
 
 
 async def test_option_wins_over_the_setting(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -131,9 +132,12 @@ async def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(tmp_path: Path,
         worker = await started(program)
         async with page_of(program, browser) as page:
             text, stop = last_answer(page).locator(".text"), page.get_by_role("button", name="Stop")
+            note = page.locator("[data-note]")
+            await page.get_by_role("link", name="Chat", exact=True).click()
             await say(page, "Hello")
             await expect(text).to_have_text(HOSTILE)
             await expect(stop).to_be_visible()
+            await expect(note).to_have_text(re.compile("^1 worker ready, 1 of "))
             worker.open("middle")
             await expect(text).to_have_text(f"{HOSTILE} and more")
             await expect(figure(page, "first-token")).to_have_text(re.compile(r"^\d.* m?s$"))
@@ -143,6 +147,7 @@ async def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(tmp_path: Path,
             await expect(figure(page, "speed")).to_have_text(re.compile(r"^[\d,.]+ tokens/s$"))
             await expect(figure(page, "request")).to_have_text(re.compile("^req_"))
             await expect(stop).to_be_hidden()
+            await expect(note).to_have_text(re.compile("^1 worker ready, 0 of "))
 
             await say(page, "Tell me a story")
             await expect(text).to_have_text("Once upon")
@@ -257,9 +262,9 @@ async def test_keys_are_made_used_counted_and_revoked(tmp_path: Path, browser: B
                 async with page.expect_download() as downloaded:
                     await page.get_by_role("button", name="Download CSV").click()
                 await (await downloaded.value).save_as(tmp_path / "usage.csv")
-                lines = (tmp_path / "usage.csv").read_text().splitlines()
-                assert lines[0].startswith("day,key_id,key_name,")
-                assert "team,m,local,2,12,5" in lines[1]
+                (row_of_csv,) = csv.DictReader((tmp_path / "usage.csv").read_text().splitlines())
+                names = ("key_name", "endpoint", "model", "requests", "prompt_tokens", "completion_tokens")
+                assert [row_of_csv[name] for name in names] == ["team", "local", "m", "2", "12", "5"]
 
                 await show(page, "Keys")
                 await page.get_by_role("button", name="Revoke team").click()

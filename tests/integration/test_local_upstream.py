@@ -23,6 +23,7 @@ from gateway.upstreams.pool import Keep, back_off_s
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
 from tests import scripted_zygote
+from tests.ready import until_ready
 from tests.scripted_app import Crash, Pause, Say, Script, answer, stream
 from tests.scripted_worker import COLD_START, COMMAND, READY, Director, Worker
 
@@ -113,7 +114,7 @@ async def stage(
 
 async def ready(on: Stage) -> Worker:
     """The next worker, once it is ready."""
-    waiting = asyncio.create_task(on.upstream.wait_ready())
+    waiting = asyncio.create_task(until_ready(on.upstream))
     worker = await on.director.worker()
     await waiting
     return worker
@@ -310,7 +311,7 @@ async def test_failed_start_is_told_to_all_who_wait_and_then_rests(tmp_path: Pat
     """The reason reaches everyone at once; until the rest is over nobody is kept waiting."""
     start = [("status", "loading weights"), ("exit", "66")]
     async with stage(tmp_path, (start, {})) as on:
-        waits = [asyncio.create_task(on.upstream.wait_ready()) for _ in range(3)]
+        waits = [asyncio.create_task(until_ready(on.upstream)) for _ in range(3)]
         for refused in await asyncio.gather(*waits, return_exceptions=True):
             assert isinstance(refused, NotAdmitted)
             assert (refused.status, refused.code) == (503, "worker_start_failed")
@@ -318,7 +319,7 @@ async def test_failed_start_is_told_to_all_who_wait_and_then_rests(tmp_path: Pat
             assert refused.headers == (("retry-after", str(int(NEVER))),)
         assert on.upstream.state == "failed"
         with pytest.raises(NotAdmitted):
-            await on.upstream.wait_ready()
+            await until_ready(on.upstream)
         assert on.events[-1] == StartFailed(
             "", "the model was not found", 66, permanent=True, again_in_s=NEVER
         )
@@ -330,14 +331,14 @@ async def test_workers_own_words_are_the_reason(tmp_path: Path) -> None:
     start = [("say_why", "no model `nope` on the hub.", "66"), ("exit", "66")]
     async with stage(tmp_path, (start, {})) as on:
         with pytest.raises(NotAdmitted, match=r"could not start: no model `nope` on the hub\.$"):
-            await on.upstream.wait_ready()
+            await until_ready(on.upstream)
 
 
 async def test_start_is_tried_again_after_the_rest(tmp_path: Path) -> None:
     """One failure is not for ever."""
     async with stage(tmp_path, ([("exit", "75")], {}), (READY, {}), back_off=lambda _: 0.0) as on:
         with pytest.raises(NotAdmitted):
-            await on.upstream.wait_ready()
+            await until_ready(on.upstream)
         await turns(lambda: on.upstream.state != "failed")
         await ready(on)
 
@@ -351,14 +352,14 @@ async def test_command_that_cannot_be_run_is_a_failed_start(tmp_path: Path) -> N
     )
     async with upstream:
         with pytest.raises(NotAdmitted, match="nothing: No such file or directory"):
-            await upstream.wait_ready()
+            await until_ready(upstream)
 
 
 async def test_start_has_a_deadline(tmp_path: Path) -> None:
     """A worker that hangs is killed, and who waits hears of it."""
     async with stage(tmp_path, ([("pause", "for ever")], {}), start_timeout_s=1.5) as on:
         with pytest.raises(NotAdmitted, match=r"it was not ready within 1\.5 s"):
-            await on.upstream.wait_ready()
+            await until_ready(on.upstream)
 
 
 async def test_closing_lets_a_stream_finish(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ async def test_closing_lets_a_stream_finish(tmp_path: Path) -> None:
             closing = asyncio.create_task(on.upstream.close())
             await worker.saw("stopping")
             with pytest.raises(NotAdmitted):
-                await on.upstream.wait_ready()
+                await until_ready(on.upstream)
             worker.open("generating")
             assert await read(reply) == b"data: 2\n\ndata: [DONE]\n\n"
         await closing
@@ -392,7 +393,7 @@ async def test_closing_kills_what_does_not_drain(tmp_path: Path) -> None:
 async def test_closing_while_starting_turns_waiters_away(tmp_path: Path) -> None:
     """Nobody is left waiting for a worker that never comes."""
     async with stage(tmp_path, ([("pause", "loading")], {})) as on:
-        waiting = asyncio.create_task(on.upstream.wait_ready())
+        waiting = asyncio.create_task(until_ready(on.upstream))
         worker = await on.director.worker()
         await worker.saw("paused", "loading")
         await on.upstream.close()

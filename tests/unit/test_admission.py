@@ -147,10 +147,21 @@ async def test_nobody_passes_those_who_wait() -> None:
     await on.waiting(1)
     on.pool.give(1)
     assert (on.front.waiting, on.pool.free, on.asked) == (0, 1, [])
-    late = on.asks(chat(2))
-    await asyncio.gather(first, late)
+    await on.answered(chat(2))
+    await first
     assert on.asked == [1, 2]
     assert on.outcomes == ["waited", "waited"]
+
+
+async def test_nobody_passes_those_who_have_not_been_called_yet() -> None:
+    """Whoever comes before the pool has said that there is room again comes after those who wait."""
+    on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True))
+    first = on.asks(chat(1))
+    await on.waiting(1)
+    on.pool.capacity = 1
+    await on.answered(chat(2))
+    await first
+    assert on.asked == [1, 2]
 
 
 async def test_what_only_asks_needs_no_place() -> None:
@@ -164,6 +175,7 @@ async def test_what_only_asks_needs_no_place() -> None:
     busy = on.asks(chat())
     await on.app.gate("busy").reached.wait()
     assert await on.answered(models) == (200, b"{}")
+    assert on.front._served_s == SERVED_GUESS_S, "it says nothing of how long a place is taken"
     on.app.gate("busy").opened.set()
     await busy
 
@@ -258,6 +270,41 @@ async def test_bodies_are_bounded_too() -> None:
         await ask()
     pool.give(1)
     assert await first == 200
+
+
+async def test_a_visitor_hears_that_a_worker_has_its_request() -> None:
+    """Each time: at once, after a wait, and when the next one has it."""
+    on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True), places=1)
+    taken: list[int] = []
+    await on.answered(replace(chat(), visit=Visit(taken=lambda: taken.append(1))))
+    assert taken == [1]
+    on.pool.losing.append(LOST_AFTER_S)
+    task = on.asks(replace(chat(), visit=Visit(taken=lambda: taken.append(len(on.pool.visits)))))
+    await on.pool.lost.wait()
+    await on.waiting(1)
+    assert taken == [1, 1]
+    on.pool.give(1)
+    await task
+    assert taken == [1, 1, 2]
+
+
+async def test_bounds_can_be_changed_while_somebody_waits() -> None:
+    """Who waits stays."""
+    on = Stage(ScriptedApp({CHAT: answer({})}, repeat=True), limit=2)
+    tasks = [on.asks(chat(n)) for n in range(2)]
+    await on.waiting(2)
+    on.front.adjust(limit=1, queue_timeout_s=60, keep_alive_s=60, check=lambda _: None)
+    with pytest.raises(NotAdmitted):
+        await on.answered(chat())
+    on.front.adjust(limit=3, queue_timeout_s=60, keep_alive_s=60, check=raises(BadRequest("no")))
+    with pytest.raises(BadRequest):
+        await on.answered(chat())
+    on.front.adjust(limit=3, queue_timeout_s=60, keep_alive_s=60, check=lambda _: None)
+    tasks.append(on.asks(chat(2)))
+    await on.waiting(3)
+    on.pool.give(1)
+    await asyncio.gather(*tasks)
+    assert on.asked == [0, 1, 2]
 
 
 async def test_client_that_leaves_frees_its_place() -> None:
@@ -413,6 +460,16 @@ async def test_only_a_request_that_waited_for_a_start_tells_how_long_it_took(
     await on.waiting(1)
     on.app.gate("busy").opened.set()
     assert [await busy, await waits] == [expected, expected]
+
+
+async def test_a_start_is_told_whoever_answers_in_the_end() -> None:
+    """Here another worker than the one that was waited for."""
+    on = Stage(ScriptedApp({CHAT: answer({})}))
+    on.pool.losing.append(LOST_AFTER_S)
+    on.pool.left = 1
+    asyncio.get_running_loop().call_soon(on.pool.give, 1)
+    async with on.front.call(chat()) as reply:
+        assert reply.header("x-cold-start") == "4.250"
 
 
 # --- what streams hear ------------------------------------------------------------------------

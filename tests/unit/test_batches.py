@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from gateway import batch_run, batch_runs, batch_table, usage
+from gateway import batch_results, batch_runs, batch_table, usage
 from gateway.batch_run import Means
 from gateway.batch_runs import BatchRuns
 from gateway.batches import Batches
@@ -24,7 +25,7 @@ from gateway.files import Files
 from gateway.keys import Key, Keys
 from gateway.store import Store
 from handler import batch_ask, batch_lines, early
-from handler.errors import NotAdmitted, RequestError, UpstreamFailed
+from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed, retry_after
 from handler.messages import Reply, Request, Visit, once, read
 from tests import gateways
 from tests.asgi_client import turns
@@ -152,10 +153,11 @@ class Place:
 
     async def over(self, batch: Mapping[str, Any], key: str = "k1") -> dict[str, Any]:
         """The batch once it is over."""
-        while True:
-            _, found = await self.ask("GET", f"/batches/{batch['id']}", key=key)
-            if found["status"] in {"completed", "failed", "cancelled", "expired"}:
-                return dict(found)
+        async with asyncio.timeout(60):
+            while True:
+                _, found = await self.ask("GET", f"/batches/{batch['id']}", key=key)
+                if found["status"] in {"completed", "failed", "cancelled", "expired"}:
+                    return dict(found)
 
     async def lines(self, file_id: str | None, key: str = "k1") -> list[dict[str, Any]]:
         """The lines of a file of results."""
@@ -256,6 +258,26 @@ async def test_no_more_lines_are_in_work_than_the_workers_take_and_one_that_wait
     await running.over(batch)
 
 
+async def test_more_lines_are_in_work_once_there_are_more_workers(running: Place) -> None:
+    """One while there is none: the worker that starts for it is asked for more when it has answered."""
+    for gate in "0123456":
+        running.endpoint.gate(gate)
+    served = running.endpoints["local"]
+    running.endpoints["local"] = replace(served, workers=gateways.Workers(capacity=0))
+    batch = await running.create(*(line(str(n)) for n in range(7)))
+    await running.endpoint.reached["0"].wait()
+    await turns()
+    assert running.endpoint.asked == ["0"]
+    running.endpoints["local"] = replace(served, workers=gateways.Workers(capacity=4))
+    running.endpoint.gates["0"].set()
+    await running.endpoint.reached["5"].wait()
+    await turns()
+    assert running.endpoint.asked == ["0", "1", "2", "3", "4", "5"]
+    for gate in "123456":
+        running.endpoint.gates[gate].set()
+    assert (await running.over(batch))["request_counts"]["completed"] == 7
+
+
 async def test_what_the_workers_refuse_is_among_the_errors(running: Place) -> None:
     """As their answer; it costs nothing."""
     running.endpoint.bad = {"1", "3"}
@@ -277,14 +299,19 @@ async def test_a_line_is_asked_again_while_there_is_no_room_and_a_few_times_when
     monkeypatch.setattr("gateway.batch_run.PAUSE_S", 0.0)
     running.endpoint.failures = {
         "busy": [NotAdmitted("full", retry_after_s=1) for _ in range(9)],
+        "late": [DeadlineExceeded("no turn", headers=retry_after(1)) for _ in range(9)],
+        "slow": [DeadlineExceeded("too long") for _ in range(3)],
         "lost": [UpstreamFailed("lost"), UpstreamFailed("lost")],
         "broken": [UpstreamFailed("lost") for _ in range(3)],
     }
-    batch = await running.over(await running.create(line("busy"), line("lost"), line("broken")))
-    assert texts(await running.lines(batch["output_file_id"])) == ["busy", "lost"]
-    (error,) = await running.lines(batch["error_file_id"])
-    assert (error["custom_id"], error["response"]["status_code"]) == ("broken", 502)
-    assert Counter(running.endpoint.asked) == {"busy": 10, "lost": 3, "broken": 3}
+    batch = await running.over(await running.create(*map(line, running.endpoint.failures)))
+    assert texts(await running.lines(batch["output_file_id"])) == ["busy", "late", "lost"]
+    errors = await running.lines(batch["error_file_id"])
+    assert [(one["custom_id"], one["response"]["status_code"]) for one in errors] == [
+        ("slow", 504),
+        ("broken", 502),
+    ]
+    assert Counter(running.endpoint.asked) == {"busy": 10, "late": 10, "slow": 3, "lost": 3, "broken": 3}
 
 
 @pytest.mark.parametrize(
@@ -452,7 +479,7 @@ async def test_what_was_written_and_not_committed_is_written_anew(place: Place) 
         await place.endpoint.reached["2"].wait()
     row = place.store.read_now(lambda connection: batch_table.one(connection, batch["id"]))
     with (place.folder / row.output_file_id).open("ab") as output:
-        output.write(b'{"half of a li')
+        output.write(b'{"half of a li' * 1000)
     place.endpoint.gates["2"].set()
     async with place.gateway():
         done = await place.over(batch)
@@ -490,7 +517,7 @@ async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch:
     """It is tried again, and nothing is lost or counted twice."""
     monkeypatch.setattr(batch_runs, "AGAIN_S", 0.0)
     failures = [OSError(28, "No space left on device")] * 3
-    real = batch_run._Outputs.append
+    real = batch_results.Results.append
 
     def full(self: Any, *pieces: bytes) -> tuple[int, ...]:
         written = real(self, *pieces)
@@ -498,7 +525,7 @@ async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch:
             raise failures.pop()
         return written
 
-    monkeypatch.setattr(batch_run._Outputs, "append", full)
+    monkeypatch.setattr(batch_results.Results, "append", full)
     batch = await running.over(await running.create(*(line(str(n)) for n in range(9))))
     assert failures == []
     assert texts(await running.lines(batch["output_file_id"])) == [str(n) for n in range(9)]
@@ -534,6 +561,24 @@ async def test_an_endpoint_that_is_gone_is_waited_for(
     await asyncio.sleep(0)
     running.endpoints["local"] = gone
     assert (await running.over(batch))["request_counts"]["completed"] == 4
+
+
+async def test_a_client_that_leaves_while_its_batch_is_made_leaves_one_that_runs(running: Place) -> None:
+    """It was written down, so somebody has to work on it."""
+    file_id = await running.upload(line("0"))
+    blocked = threading.Event()
+    blocking = asyncio.ensure_future(running.store.write(lambda _: blocked.wait()))
+    wanted = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    creating = asyncio.ensure_future(running.ask("POST", "/batches", wanted))
+    await turns()
+    creating.cancel()
+    await turns()
+    blocked.set()
+    await blocking
+    with pytest.raises(asyncio.CancelledError):
+        await creating
+    (batch,) = (await running.ask("GET", "/batches"))[1]["data"]
+    assert (await running.over(batch))["status"] == "completed"
 
 
 async def test_a_file_in_use_is_neither_deleted_nor_expires(running: Place) -> None:
@@ -586,6 +631,7 @@ async def test_a_list_of_batches_is_paged(running: Place) -> None:
     [
         ({"input_file_id": None}, "input_file_id"),
         ({"input_file_id": "file-none"}, "input_file_id"),
+        ({"input_file_id": "\ud800"}, "input_file_id"),
         ({"endpoint": None}, "endpoint"),
         ({"endpoint": "/v1/audio/transcriptions"}, "endpoint"),
         ({"endpoint": "/v1/models"}, "endpoint"),

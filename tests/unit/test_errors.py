@@ -25,7 +25,9 @@ EXAMPLES: tuple[RequestError, ...] = (
     errors.NoSuchEndpoint("other"),
     errors.NoSuchJob("other"),
     errors.MethodNotAllowed("PUT", "/v1/models", ["POST", "GET"]),
+    errors.Conflict("why"),
     errors.BodyTooLarge(10),
+    errors.StorageFull("why"),
     errors.BadFile(["endpoints.toml: no TOML"]),
     errors.RateLimited("why", retry_after_s=3),
     errors.EngineDead(),
@@ -51,6 +53,8 @@ EXPECTED = {
     "NoSuchEndpoint": (404, "invalid_request_error", None, "endpoint_not_found", {}),
     "MethodNotAllowed": (405, "invalid_request_error", None, "method_not_allowed", {"allow": "GET, POST"}),
     "BodyTooLarge": (413, "invalid_request_error", None, "request_too_large", {}),
+    "Conflict": (409, "invalid_request_error", None, "conflict", {}),
+    "StorageFull": (413, "invalid_request_error", None, "storage_full", {}),
     "BadFile": (422, "invalid_request_error", None, "bad_settings", {}),
     "RateLimited": (429, "rate_limit_error", None, "rate_limit_exceeded", {"retry-after": "3"}),
     "EngineDead": (500, "server_error", None, "engine_dead", {}),
@@ -158,7 +162,8 @@ async def test_a_lone_surrogate_in_a_message_can_be_answered() -> None:
 
 def test_start_errors_exit_with_sysexits() -> None:
     """Each has the code that the platform and the gateway read."""
-    codes = {cls.__name__: cls.exit_code for cls in StartError.__subclasses__()}
+    ours = [cls for cls in StartError.__subclasses__() if cls.__module__ == errors.__name__]
+    codes = {cls.__name__: cls.exit_code for cls in ours}
     assert codes == {
         "UsageError": 64,
         "ManifestMismatch": 65,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import resource
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from gateway.file_store import FILES, FileStore, new_id
 from gateway.files import Files
 from gateway.keys import Key, Keys
 from gateway.store import Store
-from handler.errors import Conflict, RequestError
+from handler.errors import Conflict, RequestError, StorageFull
 from handler.messages import Request, Visit, read
 
 BASE = "/v2/local/openai/v1/files"
@@ -248,6 +249,32 @@ async def test_all_files_together_have_a_largest_size(desk: Desk) -> None:
     assert desk.on_disk() == {file["id"]}
     await desk.ask("DELETE", f"/{file['id']}")
     assert (await desk.upload(b"1234"))[0] == 200
+
+
+async def test_a_full_disk_is_told_and_leaves_nothing(desk: Desk) -> None:
+    """As a bound of our own, and not as a fault of the server, after which a client sends it all again."""
+    desk.max_file_bytes = desk.max_stored_bytes = 8 << 20
+    await desk.open()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, hard))
+    try:
+        status, error = await desk.upload(b"x" * (3 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status, error["code"], error["message"]) == (413, "storage_full", "The disk is full.")
+    assert desk.on_disk() == set()
+
+
+async def test_what_is_on_its_way_counts(desk: Desk) -> None:
+    """However many come at once, and whatever they announce."""
+    desk.max_stored_bytes = 8
+    await desk.open()
+    with desk.files.draft() as one, desk.files.draft() as two:
+        await one.write(b"12345")
+        await two.write(b"123")
+        with pytest.raises(StorageFull):
+            await two.write(b"4")
+    assert (await desk.upload(b"12345678"))[0] == 200
 
 
 async def test_a_start_removes_what_has_no_row(desk: Desk) -> None:

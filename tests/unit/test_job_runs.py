@@ -199,18 +199,6 @@ async def test_workers_that_cant_start_fail_jobs_with_the_reason(
     assert (last.state, len(endpoint.asked)) == (State.COMPLETED, 6)  # 3 for the first, 1 for each other
 
 
-async def test_a_batch_waits_for_workers_that_cant_start(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has a day."""
-    monkeypatch.setattr(runner, "_retry_after_s", lambda _: 0.001)
-    endpoint = ScriptedEndpoint(ScriptedApp({CHAT: whole()}))
-    endpoint.failing = [NotAdmitted("no", retry_after_s=60, code="worker_start_failed")] * 5
-    async with running(store, endpoint) as jobs:
-        job = await jobs.wait(await jobs.submit(chat(kind="batch", batch_id="b", line=1)), 60)
-    assert job.state is State.COMPLETED
-
-
 async def test_a_job_that_runs_for_too_long_times_out(store: Store) -> None:
     """Its executionTimeout counts from when a worker has it, and the worker stops."""
     app = ScriptedApp({CHAT: Script((Pause("here"),))})
@@ -264,17 +252,22 @@ async def test_a_job_that_waits_is_cancelled_and_never_asked(store: Store) -> No
 
 
 async def test_a_job_whose_ttl_is_over_is_gone(store: Store) -> None:
-    """It is not found, stops in the worker, and whoever waits for it hears of it."""
-    app, clock = ScriptedApp({CHAT: Script((Pause("here"),))}), Clock()
+    """It is not found, stops in the worker, whoever waits for it hears of it, and nothing is left of it."""
+    script = Script((Say("data: 1\n\n"), Pause("here")), headers=EVENT_STREAM)
+    app, clock = ScriptedApp({CHAT: [frames("a"), script]}), Clock()
     async with running(store, ScriptedEndpoint(app), clock=clock) as jobs:
-        job = await jobs.submit(chat(ttl_s=10))
+        ended = await jobs.wait(await jobs.submit(chat(streams=True)), 60)
+        await jobs.stream(ended, 60)
+        job = await jobs.submit(chat(streams=True, ttl_s=10))
+        await jobs.stream(job, 60)
         waiting = asyncio.ensure_future(jobs.wait(job, 60))
-        await app.gate("here").reached.wait()
-        clock.now += 10
+        clock.now += 1800
         assert await jobs.find(job.id) is None
         await waiting  # the sweep is a second away at most
-        await app.seen[0].over.wait()
-    assert app.seen[0].ended == "disconnected"
+        await app.seen[1].over.wait()
+    assert app.seen[1].ended == "disconnected"
+    assert store.read_now(lambda connection: connection.execute(JOBS.select()).all()) == []
+    assert jobs._desk._told == {}
 
 
 async def test_as_many_jobs_are_asked_for_as_are_worked_on(store: Store) -> None:
@@ -314,14 +307,15 @@ async def test_keys_take_turns(store: Store) -> None:
 
 async def test_what_a_stopped_gateway_has_not_finished_the_next_one_does(store: Store) -> None:
     """A clean stop gives back what runs: it is no attempt that failed."""
-    app = ScriptedApp({CHAT: [Script((Pause("here"),)), whole()]})
-    endpoint = ScriptedEndpoint(app)
+    half = Script((Say('data: {"model":"m"}\n\n'), Pause("here")), headers=EVENT_STREAM)
+    endpoint = ScriptedEndpoint(ScriptedApp({CHAT: [half, frames("a")]}))
     async with running(store, endpoint) as jobs:
-        job = await jobs.submit(chat())
-        await app.gate("here").reached.wait()
+        job = await jobs.submit(chat(streams=True))
+        await jobs.stream(job, 60)
     async with running(store, endpoint) as jobs:
         job = await jobs.wait(job, 60)
     assert (job.state, job.retries, job.attempt) == (State.COMPLETED, 0, 2)
+    assert await spent(store) == [(job.id, 5)]
 
 
 async def test_a_failed_job_is_lined_up_again_by_its_client(store: Store) -> None:
@@ -371,20 +365,19 @@ async def test_a_stream_is_told_as_it_comes_each_part_once(store: Store) -> None
     app = ScriptedApp({CHAT: Script(steps, headers=EVENT_STREAM)})
     async with running(store, ScriptedEndpoint(app)) as jobs:
         job = await jobs.submit(chat(streams=True))
-        polls = [await jobs.stream(job, 60)]
+        polls, rest = [await jobs.stream(job, 60)], []
         app.gate("one").opened.set()
         await app.gate("two").reached.wait()
         polls += [await jobs.stream(job, 60), await jobs.stream(job, 0.01)]
         app.gate("two").opened.set()
-        await jobs.wait(job, 60)
-        polls += [await jobs.stream(job, 60), await jobs.stream(job, 60)]
+        while (poll := await jobs.stream(job, 60)) and (poll.outputs or poll.status != "COMPLETED"):
+            rest.append(poll)
     assert [(poll.status, poll.attempt, list(map(json.loads, poll.outputs))) for poll in polls if poll] == [
         ("IN_PROGRESS", 1, [one]),
         ("IN_PROGRESS", 1, [two + three]),
         ("IN_PROGRESS", 1, []),
-        ("COMPLETED", 1, [four]),
-        ("COMPLETED", 1, []),
     ]
+    assert [json.loads(output) for poll in rest for output in poll.outputs] == [four]
 
 
 async def test_a_stream_that_no_job_could_hold_is_stopped(

@@ -27,6 +27,7 @@ from gateway.jobs.table import (
 from gateway.store import metadata
 
 TTL_S = 100.0
+RETRIABLE = (State.FAILED, State.TIMED_OUT)
 
 
 def connect() -> Connection:
@@ -63,17 +64,17 @@ class Model:
 
     kind: str
     background: bool
+    expires_at: float
     state: State = State.IN_QUEUE
     attempt: int = 0
     retries: int = 0
-    expires_at: float | None = None
     output: bytes | None = None
     ends: list[int] = field(default_factory=list)
     """The attempts whose end was taken, or 0 for a cancellation, since it was last lined up by a client."""
 
     def is_over(self, now: float) -> bool:
         """Whether its time is."""
-        return self.expires_at is not None and self.expires_at <= now
+        return self.expires_at <= now
 
 
 class Lives(RuleBasedStateMachine):
@@ -93,9 +94,9 @@ class Lives(RuleBasedStateMachine):
         self.connection.close()
         self.connection.engine.dispose()
 
-    def kept(self, kind: str) -> float | None:
+    def kept(self, kind: str) -> float:
         """Until when what has ended now is kept."""
-        return {"run": self.now + RUN_KEPT_S, "runsync": self.now + RUNSYNC_KEPT_S, "batch": None}[kind]
+        return {"run": self.now + RUN_KEPT_S, "runsync": self.now + RUNSYNC_KEPT_S}[kind]
 
     def current(self, token: Job, *states: State) -> Model | None:
         """The model of the attempt `token`, if that still counts in one of `states`."""
@@ -112,12 +113,11 @@ class Lives(RuleBasedStateMachine):
             model.state = State.IN_QUEUE
             model.retries += 1
 
-    @rule(key=st.sampled_from("abc"), kind=st.sampled_from(["run", "runsync", "batch"]), low=st.booleans())
+    @rule(key=st.sampled_from("abc"), kind=st.sampled_from(["run", "runsync"]), low=st.booleans())
     def submit(self, key: str, kind: str, low: bool) -> None:
         """A client, or a batch."""
         job = table.add(self.connection, new(key, kind=kind, background=low), self.now)
-        expires_at = None if kind == "batch" else self.now + TTL_S
-        self.models[job.id] = Model(kind, low, expires_at=expires_at)
+        self.models[job.id] = Model(kind, low, self.now + TTL_S)
 
     @rule(
         target=attempts, most=st.integers(1, 3), low=st.booleans(), after=st.sampled_from(["", "a", "b", "c"])
@@ -181,7 +181,7 @@ class Lives(RuleBasedStateMachine):
     def cancel(self, token: Job) -> None:
         """Its client wants it no more: that wins whenever it comes first."""
         model = self.models.get(token.id)
-        cancelled = table.cancel(self.connection, JOBS.c.id == token.id, table.OPEN, self.now)
+        cancelled = table.cancel(self.connection, JOBS.c.id == token.id, table.OPEN, 1, self.now)
         assert bool(cancelled) is bool(model and model.state in table.OPEN)
         if model and cancelled:
             model.state = State.CANCELLED
@@ -194,10 +194,10 @@ class Lives(RuleBasedStateMachine):
         job = table.find(self.connection, token.id, self.now)
         again = table.retry(self.connection, job, self.now) if job else None
         model = self.models.get(token.id)
-        assert (again is not None) is bool(job and model and model.state in {State.FAILED, State.TIMED_OUT})
+        assert (again is not None) is bool(job and model and model.state in RETRIABLE)
         if model and again:
             model.state, model.retries, model.output, model.ends = State.IN_QUEUE, 0, None, []
-            model.expires_at = None if model.kind == "batch" else self.now + TTL_S
+            model.expires_at = self.now + TTL_S
 
     @rule()
     def kill(self) -> None:
@@ -220,11 +220,7 @@ class Lives(RuleBasedStateMachine):
     @rule(most=st.integers(1, 3))
     def forget(self, most: int) -> None:
         """Their rows go, a few at a time."""
-        over = {
-            name
-            for name, one in self.models.items()
-            if one.expires_at is not None and one.expires_at <= self.now
-        }
+        over = {name for name, one in self.models.items() if one.is_over(self.now)}
         gone = {job.id for job in table.expire(self.connection, self.now, most)}
         assert gone <= over
         assert len(gone) == min(most, len(over))
@@ -296,31 +292,12 @@ def test_an_idempotency_key_is_one_job(connection: Connection) -> None:
     assert table.add(connection, asked, TTL_S).id != job.id
 
 
-def test_only_clients_jobs_count_for_the_bound(connection: Connection) -> None:
-    """And only those that wait."""
-    for kind in ("run", "runsync", "batch"):
-        table.add(connection, new("a", kind=kind), 0)
+def test_jobs_that_wait_count_for_the_bound(connection: Connection) -> None:
+    """Also while a runner asks a worker for them."""
+    for _ in range(2):
+        table.add(connection, new("a"), 0)
     assert table.queued(connection, "e") == (2, 4)
     (claimed,) = take(connection)
     assert table.queued(connection, "e") == (2, 4)
     table.begin(connection, claimed, 0)
     assert table.queued(connection, "e") == (1, 2)
-
-
-def test_a_batch_is_read_by_its_lines_and_forgotten_whole(connection: Connection) -> None:
-    """Its jobs do not expire."""
-    for line in range(5):
-        table.add(connection, new("a", kind="batch", batch_id="b", line=line, custom_id=f"c{line}"), 0)
-    for job in take(connection, 3):
-        table.end(connection, job, Ending(State.COMPLETED, b"[%d]" % (job.line or 0)), 0)
-    assert table.expire(connection, 1e12, 10) == []
-    read = table.of_batch(connection, "b", 0, 3)
-    assert [(job.custom_id, job.state, body) for job, body in read] == [
-        ("c1", State.COMPLETED, b"[1]"),
-        ("c2", State.COMPLETED, b"[2]"),
-        ("c3", State.IN_QUEUE, None),
-    ]
-    assert table.batch_counts(connection, "b") == {State.COMPLETED: 3, State.IN_QUEUE: 2}
-    assert [table.forget_batch(connection, "b", 3) for _ in range(3)] == [3, 2, 0]
-    assert connection.execute(select(table.INPUTS)).all() == []
-    assert connection.execute(select(OUTPUTS)).all() == []

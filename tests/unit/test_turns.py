@@ -111,6 +111,16 @@ def test_who_had_a_turn_for_nothing_goes_first() -> None:
     assert taken(turns) == [early[0], early[1], *late]
 
 
+def test_a_limit_that_is_lowered_turns_nobody_away() -> None:
+    """Nor does whoever comes then and has less: one gives way to one."""
+    turns: Turns[Turn] = Turns(limit=8)
+    (*many, last) = lined_up(turns, *"aaaaaaaa")
+    turns.rebound(2)
+    refused, one = Turn("a"), Turn("b")
+    assert [turns.add(refused), turns.add(one)] == [[refused], [last]]
+    assert taken(turns) == [many[0], one, *many[1:]]
+
+
 class Queue(RuleBasedStateMachine):
     """Whatever is done, in whatever order."""
 
@@ -131,7 +141,11 @@ class Queue(RuleBasedStateMachine):
 
     def size(self, background: bool) -> int:
         """The bytes that wait in that band."""
-        return sum(turn.size_bytes for line in self.band(background).values() for turn in line)
+        return sum(turn.size_bytes for turn in self.all(background))
+
+    def all(self, background: bool) -> list[Turn]:
+        """Those who wait in that band, key by key."""
+        return list(itertools.chain(*self.band(background).values()))
 
     def leaves(self, turn: Turn) -> None:
         """Strike it from the model."""
@@ -144,20 +158,19 @@ class Queue(RuleBasedStateMachine):
     def add(self, key: str, size: int, background: bool) -> None:
         """Only who has most gives way, from its end, and never so that it has less than who comes."""
         turn = Turn(key, size, background, next(self.clock))
-        band, fits = self.band(background), self.size(background) + size <= LIMIT_BYTES
-        count = sum(map(len, band.values()))
-        full = count >= LIMIT or (count > 0 and not fits)
-        own = len(band.get(key, ())) + 1
+        present, fits = self.all(background), self.size(background) + size <= LIMIT_BYTES
+        full = len(present) >= LIMIT or (len(present) > 0 and not fits)
+        mine = [turn, *(each for each in present if each.key == key)]
         losers = self.turns.add(turn)
         assert bool(losers) == full
         if turn in losers:
             assert losers == [turn]
-            own_bytes = size + sum(each.size_bytes for each in band.get(key, ()))
-            small = fits and own_bytes / LIMIT_BYTES <= own / LIMIT
-            assert not (small and own <= LIMIT / len({*band, key})), "an even part is everybody's"
+            small = fits and sum(each.size_bytes for each in mine) / LIMIT_BYTES <= len(mine) / LIMIT
+            keys = len({key, *(each.key for each in present)})
+            assert not (small and len(mine) <= LIMIT / keys), "an even part is everybody's"
             return
         for loser in losers:
-            assert loser is self.lines[background, loser.key][-1]
+            assert loser is [each for each in self.all(background) if each.key == loser.key][-1]
             assert loser.key != key
             self.leaves(loser)
         if losers and fits:
@@ -221,7 +234,7 @@ class Queue(RuleBasedStateMachine):
     def bounds_are_kept(self) -> None:
         """By each band."""
         for background in (False, True):
-            count = sum(map(len, self.band(background).values()))
+            count = len(self.all(background))
             assert count <= LIMIT
             assert count <= 1 or self.size(background) <= LIMIT_BYTES
 

@@ -17,15 +17,25 @@ const answer = (body, { status = 200, headers = {} } = {}) => {
     return new Response(body, { status, headers: { "x-request-id": "req_1", ...headers } });
   };
 };
-const frames = (...values) => values.map((value) => `data: ${value === "[DONE]" ? value : JSON.stringify(value)}\n\n`).join("");
+const frames = (...values) =>
+  values.map((value) => `data: ${value === "[DONE]" ? value : JSON.stringify(value)}\n\n`).join("");
 const piece = (delta, finish_reason = null) => ({ choices: [{ index: 0, delta, finish_reason }] });
 const run = () => all(complete({ endpoint: "a b", key: "secret", body: { model: "m" }, signal: undefined }));
 
 beforeEach(() => (asked = undefined));
 
 test("an answer is its parts in order, and asks for usage", async () => {
-  answer(": keep-alive\n\n" + frames(piece({ role: "assistant", content: "" }), piece({ reasoning_content: "hm" }),
-    piece({ content: "Hel" }), piece({ content: "lo" }, "stop"), { choices: [], usage: { completion_tokens: 2 } }, "[DONE]"));
+  answer(
+    ": keep-alive\n\n" +
+      frames(
+        piece({ role: "assistant", content: "" }),
+        piece({ reasoning_content: "hm" }),
+        piece({ content: "Hel" }),
+        piece({ content: "lo" }, "stop"),
+        { choices: [], usage: { completion_tokens: 2 } },
+        "[DONE]",
+      ),
+  );
   assert.deepEqual(await run(), [
     { kind: "open", requestId: "req_1" },
     { kind: "wait" },
@@ -37,12 +47,25 @@ test("an answer is its parts in order, and asks for usage", async () => {
   ]);
   assert.equal(asked.url, "http://gateway.test/folder/v2/a%20b/openai/v1/chat/completions");
   assert.equal(asked.headers.authorization, "Bearer secret");
-  assert.deepEqual(JSON.parse(asked.body), { model: "m", stream: true, stream_options: { include_usage: true } });
+  assert.deepEqual(JSON.parse(asked.body), {
+    model: "m",
+    stream: true,
+    stream_options: { include_usage: true },
+  });
 });
 
 test("a refusal is what the API said", async () => {
-  answer(JSON.stringify({ error: { message: "Slow down.", code: "rate_limit_exceeded" } }), { status: 429, headers: { "retry-after": "12" } });
-  await assert.rejects(run(), { message: "Slow down.", status: 429, code: "rate_limit_exceeded", requestId: "req_1", retryAfter: "12" });
+  answer(JSON.stringify({ error: { message: "Slow down.", code: "rate_limit_exceeded" } }), {
+    status: 429,
+    headers: { "retry-after": "12" },
+  });
+  await assert.rejects(run(), {
+    message: "Slow down.",
+    status: 429,
+    code: "rate_limit_exceeded",
+    requestId: "req_1",
+    retryAfter: "12",
+  });
 });
 
 test("a proxy's own page is a refusal too", async () => {
@@ -55,6 +78,19 @@ test("an error in mid-stream and a stream without an end are errors", async () =
   await assert.rejects(run(), { message: "Gone.", code: "upstream_failed", requestId: "req_1" });
   answer(frames(piece({ content: "Hel" })));
   await assert.rejects(run(), { code: "stream_ended", requestId: "req_1" });
+});
+
+test("so is a connection that breaks", async () => {
+  answer(new ReadableStream({ pull: (controller) => controller.error(new TypeError("network error")) }));
+  await assert.rejects(run(), { code: "stream_ended", requestId: "req_1" });
+  globalThis.fetch = async () => {
+    throw new TypeError("Failed to fetch");
+  };
+  await assert.rejects(run(), {
+    message: "The gateway can't be reached.",
+    status: 0,
+    code: "connection_failed",
+  });
 });
 
 test("speed is that of generation: from the first token to the last", () => {

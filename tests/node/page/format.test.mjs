@@ -1,22 +1,58 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { bytes, compact, cost, count, day, elapsed, isoDay, perSecond, plural, relative, seconds } from "../../../gateway/page/format.js";
+import {
+  bytes,
+  compact,
+  cost,
+  count,
+  day,
+  elapsed,
+  isoDay,
+  perSecond,
+  plural,
+  relative,
+  seconds,
+} from "../../../gateway/page/format.js";
 
 const each = (format, ...pairs) => pairs.forEach(([value, text]) => assert.equal(format(value), text));
 
 test("a duration has the unit that fits it, and changes it without a jump", () => {
-  each(seconds, [null, "–"], [0, "0 ms"], [0.3404, "340 ms"], [0.9994, "999 ms"], [0.9996, "1.00 s"], [2.944, "2.94 s"],
-    [9.996, "10.0 s"], [36.71, "36.7 s"], [59.94, "59.9 s"], [59.96, "1 min"], [185, "3 min 5 s"], [3599.4, "59 min 59 s"],
-    [3600, "1 h"], [7440, "2 h 4 min"], [90_000, "1 d 1 h"]);
+  each(
+    seconds,
+    [null, "–"],
+    [0, "0 ms"],
+    [0.3404, "340 ms"],
+    [0.9994, "999 ms"],
+    [0.9996, "1.00 s"],
+    [2.944, "2.94 s"],
+    [9.996, "10.0 s"],
+    [36.71, "36.7 s"],
+    [59.94, "59.9 s"],
+    [59.96, "1 min"],
+    [185, "3 min 5 s"],
+    [3599.4, "59 min 59 s"],
+    [3600, "1 h"],
+    [7440, "2 h 4 min"],
+    [90_000, "1 d 1 h"],
+  );
   each(elapsed, [0.9, "0 s"], [12.9, "12 s"], [60.9, "1 min"], [61, "1 min 1 s"]);
 });
 
 test("a moment is as far away as the largest unit says", () => {
   const now = 1_000_000;
   const away = (at) => relative(at, now);
-  each(away, [null, "never"], [undefined, "never"], [now - 2, "just now"], [now - 42, "42 s ago"], [now - 301, "5 min ago"],
-    [now - 7300, "2 h ago"], [now - 90_000, "1 d ago"], [now + 86_400 * 3, "in 3 d"]);
+  each(
+    away,
+    [null, "never"],
+    [undefined, "never"],
+    [now - 2, "just now"],
+    [now - 42, "42 s ago"],
+    [now - 301, "5 min ago"],
+    [now - 7300, "2 h ago"],
+    [now - 90_000, "1 d ago"],
+    [now + 86_400 * 3 - 9, "in 3 d"],
+  );
 });
 
 test("numbers are grouped, shortened and rounded", () => {

@@ -14,7 +14,8 @@ const parse = (...pieces) => {
 };
 const message = (data) => ({ type: "message", data });
 
-const WHOLE = '\uFEFF: keep-alive\r\n\r\ndata: {"a":1}\n\nevent: done\rdata:é 😀\rdata:  two\r\revent: none\n\nid: 7\ndata\n\ndata: cut';
+const WHOLE =
+  '\uFEFF: keep-alive\r\n\r\ndata: {"a":1}\n\nevent: done\rdata:é 😀\rdata:  two\r\revent: none\n\nid: 7\ndata\n\ndata: cut';
 const EVENTS = [
   { type: "comment", data: "keep-alive" },
   message('{"a":1}'),
