@@ -256,7 +256,7 @@ class _Attempt:
 
     def __init__(self, tracer: Tracer, parent: Span, request: Request) -> None:
         operation = _OPERATIONS.get(request.path, request.path.removeprefix("/v1/"))
-        asked = _asked(request)
+        asked = _asked(request) if parent.is_recording() else {}
         model = asked.get("gen_ai.request.model")
         self._tracer = tracer
         self.span = tracer.start_span(
