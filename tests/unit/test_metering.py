@@ -209,7 +209,7 @@ async def test_a_stream_that_ends_while_its_checkpoint_waits_is_counted_once(sto
                 await asyncio.sleep(0)
             for frame in (USAGE_CHUNK, sse.DONE):
                 stream.frames.put_nowait(frame)
-            ends.append(asyncio.create_task(anext(reply.frames)))
+            ends.append(asyncio.ensure_future(anext(reply.frames)))
             for _ in range(5):
                 await asyncio.sleep(0)
         busy.set()
