@@ -28,8 +28,9 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it. A shell's
-background jobs ignore that, and what they start."""
+"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it.
+
+A shell's background jobs ignore that, and what they start."""
 
 
 def environ(tmp_path: Path, **more: str) -> dict[str, str]:
