@@ -80,7 +80,7 @@ class JobRoutes:
 
     def find(self, request: Request) -> Call | None:
         """The call for an operation. Raises what tells that there is no such thing, and `BodyTooLarge`."""
-        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), "", "", ""]
+        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), *[""] * 4]
         job_id = rest[0]
         methods = _METHODS.get((operation, bool(job_id)))
         if top != "v2" or methods is None or any(rest[1:]):
