@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import parse_qsl
 
 from gateway import key_table
 from gateway.report import Question, report
@@ -66,7 +65,7 @@ class Admin:
 
     @asynccontextmanager
     async def _usage(self, request: Request) -> AsyncIterator[Reply]:
-        fields = dict(parse_qsl(request.query, keep_blank_values=True))
+        fields = request.parameters
         form = fields.pop("format", "json")
         if form not in {"json", "csv"}:
             raise BadRequest("`format` must be json or csv.", param="format", code="invalid_question")

@@ -108,7 +108,7 @@ class Batches:
 
     @asynccontextmanager
     async def _list(self, endpoint_id: str, request: Request) -> AsyncIterator[Reply]:
-        given = openai_route.query(request)
+        given = request.parameters
         limit = openai_route.limit(given, most=LIST_MAX, otherwise=LIST_DEFAULT)
         wanted = partial(
             table.listed,

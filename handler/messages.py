@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import parse_qsl
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
@@ -81,6 +82,11 @@ class Request:
     def header(self, name: str) -> str | None:
         """The first value of `name` (lower case), or None."""
         return first(self.headers, name)
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What `query` says; of a name that stands there more than once its last value."""
+        return dict(parse_qsl(self.query, keep_blank_values=True))
 
 
 @dataclass(frozen=True, slots=True)

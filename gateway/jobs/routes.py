@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs
 
 from gateway.jobs import status, table, webhooks
 from gateway.jobs.jobs import Jobs
@@ -282,7 +281,7 @@ def _policy(policy: Mapping[str, Any], name: str) -> float | None:
 
 def _milliseconds(request: Request, name: str, low_s: float, high_s: float) -> float | None:
     """The query's `name`, in seconds. Raises `BadRequest`."""
-    given = parse_qs(request.query).get(name, [""])[-1]
+    given = request.parameters.get(name)
     if not given:
         return None
     if re.fullmatch(r"[0-9]{1,12}", given) and low_s <= int(given) / 1000 <= high_s:
