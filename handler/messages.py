@@ -7,6 +7,7 @@ worker behind a socket, a remote endpoint. Platform adapters translate an event 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
@@ -132,6 +133,13 @@ def without(headers: Headers, names: Iterable[str]) -> Headers:
     """`headers` without the fields called `names` (lower case)."""
     drop = frozenset(names)
     return tuple(pair for pair in headers if pair[0] not in drop)
+
+
+def as_json(value: object) -> bytes:
+    """`value` as JSON, in UTF-8 and without spaces."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
+    return text.encode(errors="backslashreplace")
 
 
 async def once(body: bytes) -> AsyncIterator[bytes]:

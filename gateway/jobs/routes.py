@@ -25,7 +25,7 @@ from handler.errors import (
     NoSuchJob,
     json_reply,
 )
-from handler.messages import Call, Reply, Request, once
+from handler.messages import Call, Reply, Request, as_json, once
 
 BODY_MAX_BYTES: Mapping[str, int] = {"run": 10 << 20, "runsync": 20 << 20}
 WAIT_S, WAIT_MIN_S, WAIT_MAX_S = 90.0, 1.0, 300.0
@@ -166,7 +166,7 @@ class JobRoutes:
         if told is None:
             raise NoSuchJob(job.id)
         parts = b",".join(b'{"output":' + output + b"}" for output in told.outputs)
-        head = status.dump({"attempt": told.attempt, "status": told.status})
+        head = as_json({"attempt": told.attempt, "status": told.status})
         return _json(head[:-1] + b',"stream":[' + parts + b"]}")
 
     async def _cancel(self, _: Request, job: Job) -> Reply:
@@ -251,7 +251,7 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
     new = NewJob(
         endpoint_id=endpoint_id,
         key_id=request.visit.caller,
-        body=status.dump(body["input"]),
+        body=as_json(body["input"]),
         kind=kind,
         background=background,
         webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
