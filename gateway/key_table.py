@@ -195,8 +195,10 @@ class Following:
             self._keys.used_s = {}
             await self._store.write(lambda connection: _touch(connection, used_s))
         if await self._store.read(_revision) != self._seen:
-            stored, self._seen = await self._store.read(load)
-            self._keys.store(stored)
+            stored, revision = await self._store.read(load)
+            if revision > self._seen:  # else another look was faster, and has seen more
+                self._seen = revision
+                self._keys.store(stored)
 
     async def run(self) -> None:
         """Look again and again. A database that fails now may be there the next time."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from handler.messages import Headers
+from handler.messages import Headers, as_json
 
 UNBUFFERED: Headers = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 """So that no cache and no proxy collects a stream; the second is for nginx."""
@@ -69,6 +69,4 @@ def data(frame: bytes) -> Any:
 
 def event(value: object) -> bytes:
     """One frame whose data is `value` as JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    return b"data: " + text.encode(errors="backslashreplace") + b"\n\n"
+    return b"data: " + as_json(value) + b"\n\n"

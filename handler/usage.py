@@ -14,7 +14,7 @@ from typing import Any
 
 from handler import sse
 from handler.body import asks_for_stream
-from handler.messages import Call, Reply, Request
+from handler.messages import Call, Reply, Request, as_json
 
 _SAYS_ONLY_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
 _ASK = b'{"stream_options":{"include_usage":true},'
@@ -81,9 +81,7 @@ def with_usage(request: Request) -> tuple[Request, bool]:
     if not isinstance(options, dict) or options.get("include_usage"):
         return request, False  # the client asks, or is told what is wrong with it
     body["stream_options"] = {**options, "include_usage": True}
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
-    return replace(request, body=raw), True
+    return replace(request, body=as_json(body)), True
 
 
 async def _nothing() -> None:

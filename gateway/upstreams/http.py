@@ -202,7 +202,7 @@ class HttpPool:
 
     def _is_gone(self) -> None:
         """It can't be reached, or was never asked: look until it can."""
-        if self._probing is not None and not self._probing.done():
+        if self._stopping or (self._probing is not None and not self._probing.done()):
             return
         if self._up.is_set():
             self._tell(Ended(NAME, "it can't be reached", expected=False))

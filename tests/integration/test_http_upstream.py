@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
@@ -227,6 +227,26 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
                 pass
         assert [type(event) for event in events] == [Starting, Ready, Ended, Starting]
         assert opened.free == 0
+
+
+async def test_who_finds_it_away_as_the_gateway_stops_is_told_so() -> None:
+    """Nobody waits for it any more, and nobody looks for it."""
+    events: list[Event] = []
+    async with AsyncExitStack() as stack:
+        async with served(Scripted(whole("200 OK", "application/json", "{}"))) as port:
+            opened = await stack.enter_async_context(pool(port, tell=events.append))
+
+            async def ask() -> None:
+                async with opened.call(chat()):
+                    pass
+
+            await ask()  # its connection is closed with it
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)  # it is being connected
+        opened.stop_taking()
+        with pytest.raises(NotAdmitted, match="stopping"):
+            await asking
+    assert [type(event) for event in events] == [Starting, Ready]
 
 
 def patient(request: Request) -> Request:

@@ -117,6 +117,7 @@ async def test_model_ids_may_hold_slashes() -> None:
         ("POST", f"{BASE}/v1/load_lora_adapter", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", f"{BASE}/metrics", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", "/", (), 404, ("invalid_request_error", None, "unknown_url")),
+        ("OPTIONS", "*", (), 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", "/v1/models", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", "/docs", (), 404, ("invalid_request_error", None, "unknown_url")),
         (

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -144,6 +144,35 @@ async def test_a_gateway_hears_of_changes(store: Store) -> None:
     with pytest.raises(Unauthorized):
         keys.check(bearing(made))
     assert keys.of(key.id).revoked_s == NOW_S + 5
+
+
+async def test_a_slow_look_does_not_bring_a_revoked_key_back(store: Store) -> None:
+    """Two look at once, and what the slower one has read is older."""
+
+    class Slow:
+        """Reads at once and tells late, while `late` is not set."""
+
+        def __init__(self) -> None:
+            self.has_read, self.late = asyncio.Event(), asyncio.Event()
+
+        async def read(self, work: Any) -> Any:
+            found = await store.read(work)
+            if work is key_table.load and not self.has_read.is_set():
+                self.has_read.set()
+                await self.late.wait()
+            return found
+
+    slow, keys = Slow(), Keys()
+    following = Following(keys, cast("Store", slow))
+    key, made = create(store, name="a")
+    looking = asyncio.create_task(following.look())
+    await slow.has_read.wait()
+    revoke(store, key.id)
+    await following.look()
+    slow.late.set()
+    await looking
+    with pytest.raises(Unauthorized):
+        keys.check(bearing(made))
 
 
 async def test_a_gateway_looks_again_after_a_failure(
