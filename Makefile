@@ -10,7 +10,7 @@ INSTALL = $(PYTHON) -m scripts.install
 
 .PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image test-ray \
         soak chaos judge-vllm judge-openai \
-        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
+        bench-overhead bench-gateway bench-stream bench-lambda bench-ray bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,10 @@ bench-gateway: ## What the way through the gateway costs, beside the same worker
 bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token at none
 	@$(INSTALL) $(ENGINE) dev runpod
 	@$(PY) -m bench.stream
+
+bench-ray: ## What a second replica of Ray Serve gives, through the gateway
+	@$(INSTALL) $(ENGINE) dev ray
+	@$(PY) -m bench.ray_replicas
 
 bench-bake: ## A start from a bake, from the same model unbaked, and of vLLM's own server
 	@$(INSTALL) $(ENGINE) dev
