@@ -177,6 +177,13 @@ def _asked(trigger: Object, one: Object, objects: Sequence[Object]) -> Iterator[
         yield f"there are no metrics at {metadata.get('url')}"
     if namespace.partition(".")[0] != one["metadata"].get("namespace"):
         yield f"{url.hostname} is not in the namespace {one['metadata'].get('namespace')}"
+    gateways = sum(
+        it["spec"].get("replicas", 1)
+        for it in objects
+        if it["kind"] == "Deployment" and it["metadata"]["name"] == host
+    )
+    if gateways > 1 and metadata.get("aggregateFromKubeServiceEndpoints") != "true":
+        yield f"of {gateways} gateways one is asked: each knows of its own requests"
     reference = trigger.get("authenticationRef", {}).get("name")
     keys = [
         it for it in objects if it["kind"] == "TriggerAuthentication" and it["metadata"]["name"] == reference

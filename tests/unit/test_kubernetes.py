@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -14,9 +16,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.kubernetes import check, schema
+from scripts.install import ROOT
+from scripts.kubernetes import check, names, schema
 from scripts.kubernetes.crds import SOURCES
-from scripts.kubernetes.pods import name
+from scripts.kubernetes.pods import environ, name, pods
 
 OVERLAYS = {folder.name: check.rendered(folder) for folder in check.overlays(check.FOLDER)}
 
@@ -92,6 +95,33 @@ def test_there_is_a_slip_for_every_overlay_and_for_each_file() -> None:
         "components/model-cache/volume.yaml",
         "overlays/rayservice/network.yaml",
     }
+
+
+def test_one_of_two_gateways_is_not_asked_for_both(copy: Path) -> None:
+    """Each counts its own requests."""
+    component = copy / "components" / "postgres" / "kustomization.yaml"
+    component.write_text(component.read_text().replace('value: "true"', 'value: "false"', 1))
+    folders = {folder.name: folder for folder in check.combined(copy, copy.parent / "combined")}
+    (fault,) = check.found(folders["keda+postgres"])
+    assert "of 2 gateways one is asked" in fault
+
+
+def test_the_overlay_of_the_docs_can_be_applied(copy: Path) -> None:
+    """What people paste: its model and its images are in what is rendered, and no Secret is left out."""
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (snippet,) = re.findall(r"(?s)```yaml\n(.*?)```", page)
+    (copy.parent / "deploy").mkdir()
+    copy.rename(copy.parent / "deploy" / "kubernetes")
+    mine = copy.parent / "my"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text(textwrap.dedent(snippet))
+    assert check.found(mine) == []
+    objects = check.rendered(mine)
+    told = {pod.component: environ(pod.containers[0], objects) for pod in pods(objects)}
+    assert {one["MODEL_NAME"] for one in told.values()} == {"Qwen/Qwen3-8B"}
+    images = {pod.containers[0]["image"] for pod in pods(objects)}
+    assert images == {f"registry.example/team/{name}:1" for name in ("firsttoken", "firsttoken-gateway")}
+    assert {*re.findall(r"create secret generic (\w+)", page)} == {*names.SECRETS}
 
 
 FREE = {"data", "limits", "requests", "metadata", "rayStartParams"}
