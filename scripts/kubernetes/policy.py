@@ -14,7 +14,7 @@ TO_END_S = 20
 """What a process of ours may take beyond its drain: to flush, to write down, to let go of a device."""
 SILENCE_S = 60
 """How long a worker may not answer before it is killed: no prefill takes that."""
-DRAINS = {"worker": "Deployment InferenceService", "gateway": "Deployment"}
+DRAINS = {"worker": ("Deployment", "InferenceService"), "gateway": ("Deployment",)}
 """Whose pods drain by themselves when they are told to stop; Ray has its own way."""
 ANSWERED: Mapping[str, Sequence[str]] = {
     "worker": PROBES,
@@ -112,7 +112,7 @@ def _probes(pod: Pod, objects: Sequence[Object]) -> Iterator[str]:
 
 
 def _grace(pod: Pod, objects: Sequence[Object]) -> Iterator[str]:
-    if pod.owner.partition(" ")[0] not in DRAINS.get(pod.component, ""):
+    if pod.owner.partition(" ")[0] not in DRAINS.get(pod.component, ()):
         return
     (container,) = pod.spec["containers"]
     before = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
