@@ -8,7 +8,7 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image test-ray \
+.PHONY: help serve test unit lint lint-aws lint-kubernetes format types test-batch test-large test-criu test-image test-ray \
         soak chaos judge-vllm judge-openai \
         bench-overhead bench-gateway bench-stream bench-lambda bench-ray bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
@@ -23,7 +23,7 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 
 test: ## All that CI checks: lint, types, every test
 	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with node npm chromium nginx
-	@$(MAKE) --no-print-directory lint types lint-aws
+	@$(MAKE) --no-print-directory lint types lint-aws lint-kubernetes
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
 unit: ## The tests that take seconds and need no engine
@@ -32,13 +32,17 @@ unit: ## The tests that take seconds and need no engine
 
 lint: ## ruff, the format, and hadolint where it has a build
 	@$(INSTALL) dev
-	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile
+	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile deploy/gateway/Dockerfile
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
 
 lint-aws: ## template.yaml: cfn-lint, sam validate and checkov, in environments of their own
 	@$(INSTALL) --tools cfn checkov
 	@$(PYTHON) -m scripts.lint_aws
+
+lint-kubernetes: ## deploy/kubernetes: each overlay rendered, held against schemas and what pods of ours keep to
+	@$(INSTALL) dev
+	@$(PY) -m scripts.kubernetes
 
 format: ## Let ruff lay out the code, and fix what it can
 	@$(INSTALL) dev

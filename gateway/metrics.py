@@ -63,6 +63,12 @@ class Row:
 STATE: tuple[Row, ...] = (
     Row(PREFIX + "queue_depth", "gauge", ("endpoint",), "Requests that wait for a worker."),
     Row(
+        PREFIX + "outstanding",
+        "gauge",
+        ("endpoint",),
+        "Requests that wait for a worker or have one, those of jobs and batches too: what to scale by.",
+    ),
+    Row(
         PREFIX + "capacity",
         "gauge",
         ("endpoint",),
@@ -302,12 +308,13 @@ class EndpointMetrics:
 
 def _state(statuses: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
     """How the endpoints are now."""
-    waiting, capacity, workers, jobs = families = [
+    waiting, outstanding, capacity, workers, jobs = families = [
         GaugeMetricFamily(row.name, row.help, labels=row.labels) for row in STATE
     ]
     for status in statuses:
         of = status["id"]
         waiting.add_metric([of], status.get("waiting", 0))
+        outstanding.add_metric([of], status.get("waiting", 0) + status.get("in_flight", 0))
         capacity.add_metric([of], status.get("capacity", 0))
         states = Counts(worker["state"] for worker in status.get("workers", ()))
         for state in LIVING:
