@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from gateway import client
-from gateway.client import Client, Place, connected
-from gateway.commands import INTERRUPTED
+from gateway.commands import INTERRUPTED, client
+from gateway.commands.client import Client, Place, connected
 from gateway.commands.tables import table
-from gateway.terminal import plain
+from gateway.commands.terminal import plain
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers

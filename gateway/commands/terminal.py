@@ -12,8 +12,8 @@ from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from gateway.client import Client
-from gateway.conversation import Conversation
+from gateway.commands.client import Client
+from gateway.commands.conversation import Conversation
 from handler.errors import Unreachable
 
 CLEAR_LINE = "\r\x1b[2K"

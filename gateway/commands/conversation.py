@@ -10,7 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from gateway.client import Client
+from gateway.commands.client import Client
 
 
 class Conversation:
