@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from gateway.commands import INTERRUPTED, client
 from gateway.commands.client import Client, Place, connected
 from gateway.commands.conversation import Conversation
-from gateway.commands.terminal import Answering, history, plain
+from gateway.commands.tables import plain
+from gateway.commands.terminal import Answering, history
 from handler.errors import Unreachable, UsageError
 
 if TYPE_CHECKING:

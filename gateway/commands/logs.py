@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gateway.commands import client
 from gateway.commands.client import Place, connected
-from gateway.commands.terminal import plain
+from gateway.commands.tables import plain
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
