@@ -22,6 +22,8 @@ WORKERS_ARE_MADE_OF = (
     *("warm_parent", "start_timeout_s", "execution_timeout_s"),
 )
 """Settings of the gateway that its workers are started with, beside their environment."""
+OTHERS_HOLD = ("queue_limit", "queue_timeout_s")
+"""What else a pool is made with that lets requests wait by itself: all but that of `local`."""
 
 
 class Means(Protocol):
@@ -138,4 +140,5 @@ def refusals(described: Described) -> Callable[[Request], None]:
 
 def _made_of(described: Described) -> object:
     settings = described.settings
-    return described.environ, [getattr(settings, name) for name in WORKERS_ARE_MADE_OF]
+    names = (*WORKERS_ARE_MADE_OF, *(OTHERS_HOLD if settings.upstream != "local" else ()))
+    return described.environ, [getattr(settings, name) for name in names]
