@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 from gateway.admission import Admission
-from gateway.endpoints_file import Described
+from gateway.endpoints import Endpoints
+from gateway.endpoints_file import Described, Description
 from gateway.served import Served
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool
+from handler.errors import NotAdmitted
 from handler.messages import Call
 from tests.pools import OwnedPool
 from tests.scripted_app import ScriptedApp
@@ -93,6 +95,18 @@ async def test_workers_are_replaced_only_if_they_would_be_others(
         assert site.adjusted == [after]
         assert endpoint.endpoint.settings == after.settings
     assert ["left" in pool.life for pool in site.pools] == [True] * len(site.pools)
+
+
+async def test_a_gateway_that_stops_is_not_reloaded() -> None:
+    """Nobody starts workers to drain them."""
+    site, one = Site(), described(LOCAL)
+    other = described({**LOCAL, "ENDPOINT_ID": "other"})
+    endpoints = Endpoints([one], lambda new: Served(new, site), lambda: Description((one, other)))
+    async with endpoints:
+        endpoints.stop_taking()
+        with pytest.raises(NotAdmitted, match="stopping"):
+            await endpoints.reload()
+        assert (list(endpoints), len(site.pools)) == (["local"], 1)
 
 
 async def test_another_environment_has_other_workers() -> None:
