@@ -24,7 +24,7 @@ from gateway.upstreams.devices import VISIBLE, Devices
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.folder import PrivateFolder
 from gateway.upstreams.launch import Launcher
-from gateway.upstreams.output import secrets_of
+from gateway.upstreams.output import is_held, secrets_of
 from gateway.upstreams.process import PERMANENT, SLOTS_GUESS, Exit
 from gateway.upstreams.waits import first
 from gateway.upstreams.worker import Worker
@@ -118,7 +118,8 @@ class WorkerPool(ABC):
         self.starts = 0
 
     async def __aenter__(self) -> Self:
-        for file in sorted(self._logs.glob("worker-*.log"), key=_changed_at)[:-ENDED_SHOWN]:
+        ended = [file for file in self._logs.glob("worker-*.log") if not is_held(file)]
+        for file in sorted(ended, key=_changed_at)[:-ENDED_SHOWN]:
             _remove_log(file)
         self._devices.join(self, self._look_soon)
         self._entered = True
