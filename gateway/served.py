@@ -114,17 +114,21 @@ class Served:
         """The workers, those of older descriptions last."""
         return self._pool.workers
 
+    @property
+    def load(self) -> Mapping[str, int]:
+        """Of requests, how many are `waiting` and `in_flight`, and the `capacity`."""
+        waiting = self._line.waiting
+        return {"waiting": waiting, "in_flight": self._asked.number - waiting, "capacity": self.capacity}
+
     def status(self) -> Mapping[str, Any]:
         """The fields of `/admin/status` that are about workers and those who wait for them."""
-        settings, waiting = self._described.settings, self._line.waiting
+        settings = self._described.settings
         refusal = self._pool.refusal
         return {
             "min_workers": settings.min_workers,
             "max_workers": settings.max_workers,
             "idle_timeout_s": settings.idle_timeout_s,
-            "waiting": waiting,
-            "in_flight": self._asked.number - waiting,
-            "capacity": self.capacity,
+            **self.load,
             "error": refusal.message if refusal else None,
             "workers": [view.json() for view in self.views],
         }
