@@ -58,11 +58,12 @@ def split(chunk: bytes) -> list[bytes]:
 
 
 def data(frame: bytes) -> Any:
-    """The JSON value of a frame's single `data:` line, or None if it holds none."""
-    if not frame.startswith(b"data:"):
+    """The JSON value of a frame's `data:` line, its last, or None if it holds none."""
+    line = frame if frame.startswith(b"data:") else frame[frame.find(b"\ndata:") + 1 :]
+    if not line.startswith(b"data:"):
         return None
     try:
-        return json.loads(frame[5:])
+        return json.loads(line[5:])
     except ValueError:
         return None
 

@@ -155,8 +155,8 @@ class Meter:
 
     def _shows(self, frame: bytes) -> bool:
         """Whether the client sees `frame`."""
-        value = _data(frame)
-        if value is None:
+        value = sse.data(frame)
+        if not isinstance(value, dict):
             return True
         if not self._find(value):
             self._frames += not _opens(value)
@@ -207,13 +207,6 @@ def _opens(value: Mapping[str, Any]) -> bool:
     return all(
         isinstance(delta, dict) and {name for name in delta if delta[name]} == {"role"} for delta in deltas
     )
-
-
-def _data(frame: bytes) -> dict[str, Any] | None:
-    """The JSON object of a frame, named events (`event: ...`) included."""
-    at = frame.find(b"data:")
-    value = sse.data(frame[at:]) if at >= 0 else None
-    return value if isinstance(value, dict) else None
 
 
 def _first(usage: Mapping[str, Any], names: tuple[str, str], otherwise: int) -> int:

@@ -216,8 +216,6 @@ class ControlPlane:
 
     @asynccontextmanager
     async def _ping(self, worker_id: str, request: Request) -> AsyncIterator[Reply]:
-        if lease := self.leases.get(worker_id):
-            lease.pinged_s = time.monotonic()
         asked = request.parameters
         if asked.get("status") == "unhealthy":
             why = {name: asked.get(name, "") for name in ("check", "reason")}
