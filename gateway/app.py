@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from gateway.bodies import HELD_MAX_BYTES, Bodies
 from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
 from handler import asgi, edge
-from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
+from handler.errors import (
+    Forbidden,
+    NoSuchEndpoint,
+    NoSuchRoute,
+    RequestError,
+    StorageDown,
+    Unauthorized,
+)
 from handler.messages import Call, Headers, Reply, Request
 
 if TYPE_CHECKING:
     from handler.otel import Traces
+
+log = logging.getLogger("gateway")
 
 
 class Part(Protocol):
@@ -73,7 +86,12 @@ class Gateway:
             limited = self._limited(edge.front(call, cors_origins=cors_origins))
             return self._counted(self.traces.follow(limited, _route) if self.traces else limited)
 
-        return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
+        bodies = Bodies(max(HELD_MAX_BYTES, 2 * max_body_bytes))
+
+        def hold(request: Request) -> AbstractContextManager[Callable[[int], None]]:
+            return bodies.hold(self._known(request).visit.caller)
+
+        return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front, hold=hold)
 
     def check(self, request: Request) -> int | None:
         """Raise the `RequestError` that `request` gets whatever its body says.
@@ -85,13 +103,19 @@ class Gateway:
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
-        """Answer `request`."""
+        """Answer `request`. Raises `StorageDown`, and what a part does."""
         request = self._known(request)
-        async with self._find(request)(request) as reply:
-            yield reply
+        try:
+            async with self._find(request)(request) as reply:
+                yield reply
+        except (InterfaceError, OperationalError) as error:  # a full disk, another process that has it
+            log.warning("the database failed a request", extra={"reason": str(error.orig)})
+            raise StorageDown from error
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""
+        if not request.path.startswith("/"):  # `OPTIONS *`
+            raise NoSuchRoute(request.method, request.path)
         if (key := self._key(request)) is None:
             return request
         top, endpoint_id = _head(request.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from gateway.metering import Metering
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session
-from gateway.parts import OpenAI, Operations
+from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
 from gateway.site import Site
@@ -107,7 +106,7 @@ class Assembly:
             OpenAI(endpoints),
             Admin(store, base.following),
             self._control,
-            Operations(keys, self._metrics, endpoints, open_metrics=_is_loopback(settings.host)),
+            Operations(keys, self._metrics, endpoints, open_metrics=is_loopback(settings.host)),
             Session(keys, endpoints),
             Page.open(),
         ]
@@ -166,10 +165,3 @@ def _targets(endpoints: Endpoints) -> list[Target]:
         for endpoint_id, endpoint in endpoints.items()
         for worker_id, call in endpoint.workers.askable.items()
     ]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -36,6 +36,8 @@ from handler.usage import Meter, with_usage
 log = logging.getLogger("gateway")
 
 CHECKPOINT_S = 1.0
+SETTLE_MAX_S = 5.0
+"""How long an answer waits until it is on its account, where another process has the database."""
 
 _OPEN = Table(
     "open_requests",
@@ -183,11 +185,14 @@ class Metering:
                 log.warning("usage could not be written down", extra={"reason": str(error)})
 
     async def _settle(self, one: _Open) -> None:
-        """Count what is whole. An answer is not held up by a database that fails: it is tried again."""
+        """Count what is whole. An answer is not held up by a database that fails: it is tried again.
+
+        Nor for long by one that somebody else has locked: the write has its turn after that.
+        """
         if (counting := self._close(one)) is not None:
             over = asyncio.wrap_future(counting)
-            await asyncio.wait({over})
-            over.exception()  # heard by `_count`
+            over.add_done_callback(asyncio.Future.exception)  # heard by `_over`
+            await asyncio.wait({over}, timeout=SETTLE_MAX_S)
 
     def _close(self, one: _Open) -> Future[None] | None:
         """Count it, if it was not and something was answered."""

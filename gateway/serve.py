@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import sys
 import time
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
     from handler.otel import Traces
 
 
+FILES_MAX = 65536
+"""How many files a gateway may have open at most, as vLLM has it for itself."""
+
+
+def raise_files_limit() -> None:
+    """Have as many files open as the system lets: a stream takes two, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(
     settings: GatewaySettings, description: Description, environ: Mapping[str, str], worker: Sequence[str]
 ) -> int:
@@ -37,6 +50,7 @@ async def serve(
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
     """
+    raise_files_limit()
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),

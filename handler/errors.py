@@ -22,7 +22,8 @@ FirstTokenError
 │   ├── UpstreamFailed      502  upstream_failed
 │   │   └── AwsFailed       502  a service of AWS, or of its kind, has refused or can't be reached
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
-│   │   └── StartFailed     503  worker_start_failed, with Retry-After
+│   │   ├── StartFailed     503  worker_start_failed, with Retry-After
+│   │   └── StorageDown     503  storage_unavailable, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
 ├── BatchLost               another worker has the batch, or a newer input has taken its place
 ├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
@@ -54,6 +55,8 @@ from handler.messages import Headers, Reply, as_json, once
 
 START_FAILED_RETRY_AFTER_S = 60
 """A worker that could not start never will: whoever asks again needs another one by then."""
+
+STORAGE_RETRY_AFTER_S = 5
 
 MAX_RETRY_AFTER_S = 120
 """openai-python does not retry at all when `Retry-After` is longer than this."""
@@ -289,6 +292,15 @@ class StartFailed(NotAdmitted):
             retry_after_s=START_FAILED_RETRY_AFTER_S,
             code="worker_start_failed",
         )
+
+
+class StorageDown(NotAdmitted):
+    """The database can't be read or written now. What it says itself is in the log and for no client."""
+
+    code = "storage_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The gateway's database can't be used now.", retry_after_s=STORAGE_RETRY_AFTER_S)
 
 
 class DeadlineExceeded(RequestError):

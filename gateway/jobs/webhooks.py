@@ -114,8 +114,9 @@ def _inside(address: Address) -> Address:
 
 def checked(url: object, allowed: Allowed) -> str:
     """`url`, if webhooks may be sent there as far as it says. Raises `BadRequest`."""
-    if not isinstance(url, str) or len(url) > URL_MAX_CHARS:
-        raise BadRequest(f'"webhook" is a URL of at most {URL_MAX_CHARS} characters.', param="webhook")
+    if not isinstance(url, str) or len(url) > URL_MAX_CHARS or not url.isprintable():
+        why = f'"webhook" is a URL of at most {URL_MAX_CHARS} printable characters.'
+        raise BadRequest(why, param="webhook")
     try:
         parsed = URL(url)
         host = parsed.host

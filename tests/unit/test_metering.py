@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -246,6 +247,21 @@ async def test_a_database_that_fails_holds_no_answer_up_and_is_tried_again(store
         await metering.checkpoint()
         assert await store.write(counted) == [ONE]
     assert await store.write(counted) == [ONE]
+
+
+async def test_a_database_that_is_locked_holds_no_answer_up(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has its answer though another process has the database, which counts it after that."""
+    monkeypatch.setattr("gateway.metering.SETTLE_MAX_S", 0.01)
+    async with gateway(store) as metering:
+        stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE, b"")
+        with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            async with metered(metering, stream.call)(request(stream=True)) as reply:
+                assert await read(reply) == chunk("a") + sse.DONE
+            assert store.read_now(counted) == []
+        assert await store.write(counted) == [ONE]
 
 
 async def test_tokens_come_out_of_the_keys_limit_while_they_are_made(store: Store) -> None:
