@@ -118,7 +118,7 @@ class Gateway:
             raise NoSuchRoute(request.method, request.path)
         if (key := self._key(request)) is None:
             return request
-        _, top, endpoint_id, *_ = [*request.path.split("/", 3), ""]
+        top, endpoint_id = _head(request.path)
         if top == "admin" and not key.admin:
             raise Forbidden("This needs an admin key.")
         if top == "v2" and not key.may_use(endpoint_id):
@@ -127,9 +127,8 @@ class Gateway:
 
     def _key(self, request: Request) -> Key | None:
         """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
-        _, top, *_ = [*request.path.split("/", 2), ""]
-        wanted = top in {"v2", "admin"}
-        return self.keys.check(request) if wanted else None
+        top, _ = _head(request.path)
+        return self.keys.check(request) if top in {"v2", "admin"} else None
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
@@ -186,9 +185,15 @@ def _route(request: Request) -> tuple[str, str] | None:
     return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}"), endpoint_id
 
 
+def _head(path: str) -> tuple[str, str]:
+    """The first two parts of `path`; of one that has fewer, as `/health` and HTTP's own `*`, empty ones."""
+    _, top, below, *_ = [*path.split("/", 3), "", ""]
+    return top, below
+
+
 def _endpoint_id(path: str) -> str:
-    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
-    return endpoint_id if top == "v2" else ""
+    top, below = _head(path)
+    return below if top == "v2" else ""
 
 
 def _label(path: str) -> str:

@@ -107,22 +107,24 @@ class BatchRuns:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, row: Row) -> None:
-        again_s = AGAIN_S
+        again_s, failed = AGAIN_S, False
         while not self._stopping.is_set():
-            run = self._runs[row.id] = BatchRun(self.means, row, self._turn(row))
             try:
+                if failed:  # how far it has come by then, its row knows
+                    row = await self.means.store.read(partial(table.one, batch_id=row.id))
+                run = self._runs[row.id] = BatchRun(self.means, row, self._turn(row))
                 await run.run()
             except Exception:  # of one batch: the others go on
+                failed = True
                 log.exception(
                     "a batch could not be gone on with", extra={"batch": row.id, "again_s": again_s}
                 )
             else:
                 return
             finally:
-                del self._runs[row.id]
+                self._runs.pop(row.id, None)
             await self._pause(again_s)
             again_s = min(2 * again_s, AGAIN_MAX_S)
-            row = await self.means.store.read(partial(table.one, batch_id=row.id))
 
     @asynccontextmanager
     async def _turn(self, row: Row) -> AsyncIterator[None]:

@@ -77,9 +77,9 @@ class Endpoints(Mapping[str, Endpoint]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing = True
+        self.stop_taking()
         async with self._changing:
-            self.stop_taking()
+            self.stop_taking()  # what a reload has brought meanwhile
             await asyncio.gather(
                 *(served.close() for served in self._served.values()), *self._leaving.values()
             )
@@ -143,7 +143,8 @@ class Endpoints(Mapping[str, Endpoint]):
         return [*self._served.values(), *self._leaving]
 
     def stop_taking(self) -> None:
-        """Turn away whoever waits or comes, and have all workers drain."""
+        """Turn away whoever waits or comes, and have all workers drain; no reload brings new ones."""
+        self._closing = True
         for served in self._all():
             served.stop_taking()
 

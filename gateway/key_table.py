@@ -194,13 +194,19 @@ class Following:
         self._seen = -1
 
     async def look(self) -> None:
-        """Write down which keys were used, and read them if they have changed."""
-        if used_s := self._keys.used_s:
-            self._keys.used_s = {}
-            await self._store.write(lambda connection: _touch(connection, used_s))
+        """Read the keys if they have changed, and write down which were used."""
         if await self._store.read(_revision) != self._seen:
-            stored, self._seen = await self._store.read(load)
-            self._keys.store(stored)
+            stored, revision = await self._store.read(load)
+            if revision > self._seen:  # else another look was faster, and has seen more
+                self._seen = revision
+                self._keys.store(stored)
+        used_s, self._keys.used_s = self._keys.used_s, {}
+        if used_s:
+            try:
+                await self._store.write(lambda connection: _touch(connection, used_s))
+            except SQLAlchemyError:
+                self._keys.used_s = used_s | self._keys.used_s
+                raise
 
     async def run(self) -> None:
         """Look again and again. A database that fails now may be there the next time."""
@@ -209,7 +215,7 @@ class Following:
             try:
                 await self.look()
             except SQLAlchemyError as error:
-                log.warning("keys could not be read", extra={"reason": str(error)})
+                log.warning("keys could not be read or written", extra={"reason": str(error)})
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:

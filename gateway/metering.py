@@ -172,6 +172,8 @@ class Metering:
                 }
             )
         if rows:
+            with self._turn:
+                self._next = None  # what ends from now on is counted after this, and takes its row away
             await self._store.write(partial(_keep, rows=rows))
 
     async def _tick(self) -> None:

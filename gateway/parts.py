@@ -96,7 +96,5 @@ def is_loopback(host: str) -> bool:
 
 def _health(endpoint: Endpoint) -> Mapping[str, Any]:
     """What anyone may see of it: numbers."""
-    states = Counter(view.state for view in endpoint.workers.views)
-    status = endpoint.status()
-    numbers = {name: status[name] for name in ("waiting", "in_flight", "capacity")}
-    return {"id": endpoint.id, **numbers, "workers": states}
+    workers = endpoint.workers
+    return {"id": endpoint.id, **workers.load, "workers": Counter(view.state for view in workers.views)}

@@ -61,18 +61,18 @@ async def serve(
         folder.sweep()
         keys = Keys(settings.api_key)
         made = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
-        following = Following(keys, store)
-        await following.look()
-        console = Console(_addresses(settings, description, listener, made), sys.stdout, sys.stderr)
-        running = Running(settings, console)
-        base = Base(settings, environ, worker, store, keys, following, tracing, running.tell)
-        async with Assembly(base, description) as assembly, beside(following.run()):
-            running.begin(assembly, Notifier(environ.get("NOTIFY_SOCKET")))
-            await asyncio.gather(
-                running.answer(assembly.gateway(keys), listener),
-                running.answer(assembly.gateway(door.Owner()), owners),
-            )
-        console.close()
+        addresses = _addresses(settings, description, listener, made)
+        with closing(Console(addresses, sys.stdout, sys.stderr)) as console:
+            running = Running(settings, console)
+            following = Following(keys, store)
+            await following.look()
+            base = Base(settings, environ, worker, store, keys, following, tracing, running.tell)
+            async with Assembly(base, description) as assembly, beside(following.run()):
+                running.begin(assembly, Notifier(environ.get("NOTIFY_SOCKET")))
+                await asyncio.gather(
+                    running.answer(assembly.gateway(keys), listener),
+                    running.answer(assembly.gateway(door.Owner()), owners),
+                )
         return running.exit_code
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,10 +76,8 @@ def last(of: Iterable[Source], lines: int) -> list[str]:
     """The last `lines` of each log."""
     found: list[str] = []
     for source in of:
-        with suppress(FileNotFoundError):
-            reader = Reader(source.path)
+        with suppress(FileNotFoundError), closing(Reader(source.path)) as reader:
             found += map(source.signed, reader.tail(lines))
-            reader.close()
     return found
 
 
@@ -108,7 +106,7 @@ async def follow(
                 with suppress(FileNotFoundError):  # it has ended for so long that its file is gone
                     if source not in readers:
                         readers[source] = Reader(source.path)
-                    newest += map(source.signed, readers[source].more())
+                    newest += map(source.signed, await asyncio.to_thread(readers[source].more))
     finally:
         for reader in readers.values():
             reader.close()

@@ -287,7 +287,10 @@ def _parse(scope: Message) -> Request:
     headers = tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
     )
-    return Request(scope["method"], scope["path"], headers, b"", scope["query_string"].decode("latin-1"))
+    path = scope["path"].removeprefix(
+        scope.get("root_path", "")
+    )  # where an ASGI server has us below a folder
+    return Request(scope["method"], path, headers, b"", scope["query_string"].decode("latin-1"))
 
 
 def _check_announced(head: Request, limit_bytes: int) -> None:

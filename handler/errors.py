@@ -48,11 +48,10 @@ Bodies have the shape of OpenAI's: `{"error": {"message", "type", "param", "code
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from handler.messages import Headers, Reply, once
+from handler.messages import Headers, Reply, as_json, once
 
 START_FAILED_RETRY_AFTER_S = 60
 """A worker that could not start never will: whoever asks again needs another one by then."""
@@ -94,7 +93,7 @@ class RequestError(FirstTokenError):
 
     def frame(self) -> bytes:
         """This error as the last frame of an event stream that had already begun."""
-        return b"data: " + _json(self.body()) + b"\n\n"
+        return b"data: " + as_json(self.body()) + b"\n\n"
 
 
 class BadRequest(RequestError):
@@ -425,12 +424,6 @@ def error_body(
 
 def json_reply(status: int, body: object, headers: Headers = ()) -> Reply:
     """A reply whose body is `body` as JSON."""
-    raw = _json(body)
+    raw = as_json(body)
     head = (("content-type", "application/json"), ("content-length", str(len(raw))), *headers)
     return Reply(status, head, once(raw))
-
-
-def _json(value: object) -> bytes:
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode(errors="backslashreplace")

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs
 
 from gateway.jobs import status, table, webhooks
 from gateway.jobs.jobs import Jobs
@@ -26,7 +25,7 @@ from handler.errors import (
     NoSuchJob,
     json_reply,
 )
-from handler.messages import Call, Reply, Request, once
+from handler.messages import Call, Reply, Request, as_json, once
 
 BODY_MAX_BYTES: Mapping[str, int] = {"run": 10 << 20, "runsync": 20 << 20}
 WAIT_S, WAIT_MIN_S, WAIT_MAX_S = 90.0, 1.0, 300.0
@@ -80,7 +79,7 @@ class JobRoutes:
 
     def find(self, request: Request) -> Call | None:
         """The call for an operation. Raises what tells that there is no such thing, and `BodyTooLarge`."""
-        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), "", "", ""]
+        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), *[""] * 4]
         job_id = rest[0]
         methods = _METHODS.get((operation, bool(job_id)))
         if top != "v2" or methods is None or any(rest[1:]):
@@ -167,7 +166,7 @@ class JobRoutes:
         if told is None:
             raise NoSuchJob(job.id)
         parts = b",".join(b'{"output":' + output + b"}" for output in told.outputs)
-        head = status.dump({"attempt": told.attempt, "status": told.status})
+        head = as_json({"attempt": told.attempt, "status": told.status})
         return _json(head[:-1] + b',"stream":[' + parts + b"]}")
 
     async def _cancel(self, _: Request, job: Job) -> Reply:
@@ -252,7 +251,7 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
     new = NewJob(
         endpoint_id=endpoint_id,
         key_id=request.visit.caller,
-        body=status.dump(body["input"]),
+        body=as_json(body["input"]),
         kind=kind,
         background=background,
         webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
@@ -282,7 +281,7 @@ def _policy(policy: Mapping[str, Any], name: str) -> float | None:
 
 def _milliseconds(request: Request, name: str, low_s: float, high_s: float) -> float | None:
     """The query's `name`, in seconds. Raises `BadRequest`."""
-    given = parse_qs(request.query).get(name, [""])[-1]
+    given = request.parameters.get(name)
     if not given:
         return None
     if re.fullmatch(r"[0-9]{1,12}", given) and low_s <= int(given) / 1000 <= high_s:

@@ -73,9 +73,10 @@ class Runner:
         self._news.set()
 
     def stop_taking(self) -> None:
-        """Begin no more."""
-        self._closing = True
-        self._loop.cancel()
+        """Begin no more; again does nothing, for what was claimed is being given back."""
+        if not self._closing:
+            self._closing = True
+            self._loop.cancel()
 
     async def close(self, timeout_s: float) -> None:
         """Let what runs finish within `timeout_s`; the rest is for the next gateway."""

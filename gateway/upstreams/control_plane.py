@@ -26,7 +26,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qs
 
 from gateway.metrics import EndpointMetrics
 from gateway.upstreams.job import Job
@@ -217,11 +216,9 @@ class ControlPlane:
 
     @asynccontextmanager
     async def _ping(self, worker_id: str, request: Request) -> AsyncIterator[Reply]:
-        if lease := self.leases.get(worker_id):
-            lease.pinged_s = time.monotonic()
-        asked = parse_qs(request.query)
-        if asked.get("status") == ["unhealthy"]:
-            why = {name: " ".join(asked.get(name, [])) for name in ("check", "reason")}
+        asked = request.parameters
+        if asked.get("status") == "unhealthy":
+            why = {name: asked.get(name, "") for name in ("check", "reason")}
             log.error("worker is unhealthy", extra={"worker": worker_id, **why})
         yield json_reply(200, {})
 
@@ -278,5 +275,5 @@ def _posted(request: Request) -> Mapping[str, Any]:
 
 
 def _number(request: Request, name: str) -> int:
-    given = parse_qs(request.query).get(name, ["1"])[0]
+    given = request.parameters.get(name, "1")
     return max(1, int(given)) if given.isdecimal() and len(given) < 10 else 1

@@ -220,8 +220,8 @@ class _Forked:
 
 
 def _answer(line: bytes) -> dict[str, int]:
-    """What the parent says; nothing once it is gone."""
-    return json.loads(line) if line else {}
+    """What the parent says; nothing once it is gone, be it in the middle of a line."""
+    return json.loads(line) if line.endswith(b"\n") else {}
 
 
 async def _spawn(

@@ -23,11 +23,14 @@ from tests.scripted_worker import Scripts
 MODELS = "GET /v1/models"
 CLEAR = "\x1b[2K"
 IN_FRONT = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it."""
+"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it.
+
+A shell's background jobs ignore that, and what they start."""
 
 
 def environ(tmp_path: Path, **more: str) -> dict[str, str]:

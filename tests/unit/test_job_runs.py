@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from gateway.jobs import Jobs, State, runner, table
 from gateway.jobs.table import JOBS
@@ -316,6 +318,24 @@ async def test_what_a_stopped_gateway_has_not_finished_the_next_one_does(store: 
         job = await jobs.wait(job, 60)
     assert (job.state, job.retries, job.attempt) == (State.COMPLETED, 0, 2)
     assert await spent(store) == [(job.id, 5)]
+
+
+async def test_what_is_claimed_as_the_gateway_stops_is_given_back(store: Store) -> None:
+    """However often it is told to stop meanwhile."""
+    endpoint = ScriptedEndpoint(ScriptedApp({}))
+    written = threading.Event()
+    async with running(store, endpoint) as jobs:
+        job = await jobs.submit(chat())
+        store.begin_write(lambda _: written.wait(60))  # the claim waits behind it
+        for _ in range(3):
+            await asyncio.sleep(0)
+        jobs.stop_taking()
+        await asyncio.sleep(0)
+        jobs.stop_taking()
+        written.set()
+    row = store.read_now(lambda connection: connection.execute(select(JOBS.c.state, JOBS.c.attempt)).one())
+    assert (row.state, row.attempt) == (State.IN_QUEUE, 1), job.id
+    assert not endpoint.asked
 
 
 async def test_a_failed_job_is_lined_up_again_by_its_client(store: Store) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -188,6 +189,36 @@ async def test_the_end_of_a_stream_takes_its_row_away(store: Store) -> None:
     await metering.checkpoint()
     assert store.read_now(open_rows) == []
     assert store.read_now(counted) == [ONE]
+
+
+async def test_a_stream_that_ends_while_its_checkpoint_waits_is_counted_once(store: Store) -> None:
+    """What is counted together is written at the place of the first: its own row must not come after that."""
+    busy = threading.Event()
+    streams = [Gates(ROLE, chunk("a")), Gates(ROLE, chunk("a"))]
+    async with gateway(store) as metering, AsyncExitStack() as stack:
+        replies = []
+        for stream in streams:
+            call = metered(metering, stream.call)(request(stream=True))
+            replies.append(await stack.enter_async_context(call))
+            assert [await anext(replies[-1].frames) for _ in range(2)] == [ROLE, chunk("a")]
+        blocked = asyncio.create_task(store.write(lambda _: busy.wait(10)))
+        await asyncio.sleep(0)
+        ends = []
+        for number, (stream, reply) in enumerate(zip(streams, replies, strict=True)):
+            if number:  # the other one's end waits for the database by now
+                checkpoint = asyncio.create_task(metering.checkpoint())
+                await asyncio.sleep(0)
+            for frame in (USAGE_CHUNK, sse.DONE):
+                stream.frames.put_nowait(frame)
+            ends.append(asyncio.ensure_future(anext(reply.frames)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+        busy.set()
+        assert await asyncio.gather(*ends) == [sse.DONE] * 2
+        await asyncio.gather(blocked, checkpoint)
+        assert store.read_now(open_rows) == []
+    async with gateway(store):
+        assert await store.read(counted) == [(*ONE[:3], 2, 40, 6, 55_000)]
 
 
 async def test_a_client_that_leaves_at_the_last_frame_is_counted_once(store: Store) -> None:

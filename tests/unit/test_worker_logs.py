@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from gateway.control import Control
+from gateway.endpoints import Endpoints
 from gateway.upstreams import WorkerView
 from gateway.worker_logs import Reader, Source, follow, last, sources
+from handler.errors import BadRequest
+from handler.messages import Request, read
 
 
 def view(name: str, log: Path | None, started_at: float = 0.0) -> WorkerView:
@@ -74,3 +78,21 @@ async def test_following_hears_of_workers_that_come_and_go(
         assert await anext(looks) == []
         del there[0]
         assert await anext(looks) == []
+
+
+async def ask(query: str) -> bytes:
+    """What `/admin/logs` answers of a gateway without endpoints."""
+    endpoints = Endpoints([], lambda _: pytest.fail("there is none"), lambda: pytest.fail("nobody reloads"))
+    request = Request("GET", "/admin/logs", query=query)
+    call = Control(endpoints).find(request)
+    assert call is not None
+    async with call(request) as reply:
+        return await read(reply)
+
+
+@pytest.mark.parametrize("lines", ["10001", "-1", "1.5", "many", "٣", "9" * 5000])
+async def test_how_many_lines_is_a_number(lines: str) -> None:
+    """Within a bound; what is left out or empty is the default."""
+    assert await ask("endpoint=&worker=&lines=") == b""
+    with pytest.raises(BadRequest):
+        await ask(f"lines={lines}")
