@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from gateway import batch_table
 from gateway.admin import Admin
@@ -35,10 +37,10 @@ from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
 from gateway.site import Site
-from gateway.store import Store
+from gateway.store import Store, StoreUnusable
 from gateway.upstreams.events import Event
 from gateway.usage import Prices
-from handler.errors import BadSettings
+from handler.errors import BadSettings, NoResources
 
 if TYPE_CHECKING:
     from handler.otel import Traces
@@ -117,10 +119,12 @@ class Assembly:
         return Gateway(self._parts, keys, self._metrics, self._limits, self._traces)
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            for part in (self._metering, self.endpoints, self._jobs, self._batches):
-                await stack.enter_async_context(part)
-            self._stack = stack.pop_all()
+        """Raises `StartError`, and has then left nothing behind."""
+        with faults_told():
+            async with AsyncExitStack() as stack:
+                for part in (self._metering, self.endpoints, self._jobs, self._batches):
+                    await stack.enter_async_context(part)
+                self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -132,6 +136,18 @@ class Assembly:
         self._jobs.stop_taking()
         self._batches.stop()
         self.endpoints.stop_taking()
+
+
+@contextmanager
+def faults_told() -> Iterator[None]:
+    """Raises `StartError` for what the disk, the database or the system refuse."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        why = getattr(error, "orig", None) or error
+        raise StoreUnusable(f"the gateway's database can't be used: {why}") from error
+    except OSError as error:
+        raise NoResources(f"the gateway can't start: {error}") from error
 
 
 def _again(environ: Mapping[str, str]) -> Description:

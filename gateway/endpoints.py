@@ -45,7 +45,7 @@ class Endpoints(Mapping[str, Endpoint]):
         self._serve = serve
         self._describe = describe
         self._described = {one.id: one for one in described}
-        self._served = {one.id: serve(one) for one in described}
+        self._served: dict[str, Served] = {}
         self._last = {one.id: one.settings for one in described}
         self._leaving: dict[Served, asyncio.Task[None]] = {}
         self._listeners: list[Callable[[Changes], None]] = []
@@ -71,7 +71,12 @@ class Endpoints(Mapping[str, Endpoint]):
         self._listeners.append(heard)
 
     async def __aenter__(self) -> Self:
-        await asyncio.gather(*(served.open() for served in self._served.values()))
+        try:
+            for name, described in self._described.items():
+                self._served[name] = await self._opened(described)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
@@ -119,7 +124,7 @@ class Endpoints(Mapping[str, Endpoint]):
             del before[name]
             self._retire(self._served.pop(name))
         for name in added:
-            self._served[name] = await self._serve(now[name]).open()
+            self._served[name] = await self._opened(now[name])
             before[name] = now[name]
         for name in changed:
             await self._served[name].change(now[name])
@@ -133,6 +138,14 @@ class Endpoints(Mapping[str, Endpoint]):
             tuple(name for name in now if name not in {*added, *changed}),
             description.notes,
         )
+
+    async def _opened(self, described: Described) -> Served:
+        served = self._serve(described)
+        try:
+            return await served.open()
+        except BaseException:
+            await served.close()
+            raise
 
     def _retire(self, served: Served) -> None:
         task = asyncio.create_task(served.retire())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import door, key_table
 from gateway.alone import alone
-from gateway.assembly import Assembly, Base
+from gateway.assembly import Assembly, Base, faults_told
 from gateway.console import Address, Console
 from gateway.endpoints_file import Description
 from gateway.key_table import Following
@@ -49,6 +49,7 @@ async def serve(
     """Listen, keep workers, each a `worker` command, and answer until a signal comes.
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
+    Raises `StartError`.
     """
     raise_files_limit()
     with (
@@ -60,12 +61,14 @@ async def serve(
     ):
         folder.sweep()
         keys = Keys(settings.api_key)
-        made = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
+        with faults_told():
+            first = partial(key_table.first, now_s=time.time())
+            made = None if settings.api_key else await store.write(first)
+            following = Following(keys, store)
+            await following.look()
         addresses = _addresses(settings, description, listener, made)
         with closing(Console(addresses, sys.stdout, sys.stderr)) as console:
             running = Running(settings, console)
-            following = Following(keys, store)
-            await following.look()
             base = Base(settings, environ, worker, store, keys, following, tracing, running.tell)
             async with Assembly(base, description) as assembly, beside(following.run()):
                 running.begin(assembly, Notifier(environ.get("NOTIFY_SOCKET")))

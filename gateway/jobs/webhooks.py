@@ -15,12 +15,14 @@ import ipaddress
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 from sqlalchemy import (
     Column,
     Connection,
@@ -41,6 +43,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
+from gateway.jobs.lookups import Lookups
 from gateway.store import Store, metadata
 from handler.errors import BadRequest
 
@@ -50,19 +53,25 @@ TRIES_MAX = 3
 AGAIN_S = 10.0
 """As RunPod has them: two more tries, ten seconds apart."""
 TIMEOUT_S = 10.0
-AT_ONCE = 8
+AT_ONCE = 128
+HOST_AT_ONCE = 4
+"""Of them, to one host: one that is dead holds each for `TIMEOUT_S`, and nobody else's wait for it."""
+LARGE_BYTES = 1 << 20
+LARGE_AT_ONCE = 8
+"""How many larger ones are in memory at once: they may have 20 MB."""
 URL_MAX_CHARS = 2048
-WRITE_AGAIN_S = 1.0
+DATABASE_AGAIN_S = 1.0
 
 WEBHOOKS = Table(
     "job_webhooks",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("url", Text, nullable=False),
+    Column("host", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("tries", Integer, nullable=False),
     Column("due_at", Float, nullable=False),
-    Index("job_webhooks_due", "due_at"),
+    Index("job_webhooks_due", "due_at", "host"),
     sqlite_autoincrement=True,
 )
 
@@ -170,11 +179,27 @@ class Guard(AbstractResolver):
 
 def add(connection: Connection, url: str, body: bytes, now: float) -> None:
     """Have `body` told to `url`."""
-    connection.execute(insert(WEBHOOKS).values(url=url, body=body, tries=0, due_at=now))
+    host = URL(url).host or ""
+    connection.execute(insert(WEBHOOKS).values(url=url, host=host, body=body, tries=0, due_at=now))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A webhook that is to be sent, after `tries`."""
+
+    id: int
+    url: str
+    host: str
+    size_bytes: int
+    tries: int
+    due_at: float
 
 
 class Webhooks:
-    """Sends what is written down, and again what was not answered with 200."""
+    """Sends what is written down, and again what was not answered with 200.
+
+    A few at a time to each host, and many in all: a host that does not answer has its own wait.
+    """
 
     def __init__(
         self,
@@ -193,6 +218,9 @@ class Webhooks:
         self._again_s = again_s
         self._timeout_s = timeout_s
         self._news = asyncio.Event()
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._sending: dict[int, str] = {}
+        """The hosts of those that are on their way, by id."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -210,63 +238,84 @@ class Webhooks:
             await asyncio.wait({self._task})
 
     async def _send_all(self) -> None:
-        guard = Guard(self._allowed, self._resolver or ThreadedResolver())
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=guard, use_dns_cache=False, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"user-agent": "firsttoken", "content-type": "application/json"},
-        ) as session:
+        guard = Guard(self._allowed, self._resolver or Lookups())
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=AT_ONCE, resolver=guard, use_dns_cache=False, force_close=True
+                ),
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"user-agent": "firsttoken", "content-type": "application/json"},
+            ) as session,
+            asyncio.TaskGroup() as tasks,
+        ):
             while True:
                 self._news.clear()
                 try:
-                    wait_s = await self._send_due(session)
+                    wait_s = await self._begin_due(session, tasks)
                 except SQLAlchemyError:
-                    log.exception("webhooks can't be read or written")
-                    wait_s = WRITE_AGAIN_S
+                    log.exception("webhooks can't be read")
+                    wait_s = DATABASE_AGAIN_S
                 try:
                     async with asyncio.timeout(wait_s):
                         await self._news.wait()
                 except TimeoutError:
                     pass
 
-    async def _send_due(self, session: aiohttp.ClientSession) -> float | None:
-        """Send what is due; how long until something is again, None if there is nothing."""
-        while due := await self._store.read(self._due):
-            sent = await asyncio.gather(*(self._send(session, *row) for row in due), return_exceptions=True)
-            for failure in filter(None, sent):  # once none of the others is on its way any more
-                raise failure
-        next_at: float | None = await self._store.read(
-            lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)))
-        )
-        return None if next_at is None else max(0.0, next_at - self._clock())
+    async def _begin_due(self, session: aiohttp.ClientSession, tasks: asyncio.TaskGroup) -> float | None:
+        """Begin to send what is due, as far as there is room.
 
-    def _due(self, connection: Connection) -> list[tuple[int, str, bytes, int]]:
-        rows = connection.execute(
-            select(WEBHOOKS.c.id, WEBHOOKS.c.url, WEBHOOKS.c.body, WEBHOOKS.c.tries)
-            .where(WEBHOOKS.c.due_at <= self._clock())
-            .order_by(WEBHOOKS.c.due_at)
-            .limit(AT_ONCE)
-        )
-        return [(row.id, row.url, row.body, row.tries) for row in rows]
+        Returns how long until something else is due; None if it takes news for that.
+        """
+        while room := AT_ONCE - len(self._sending):
+            hosts = Counter(self._sending.values())
+            full = [host for host, number in hosts.items() if number >= HOST_AT_ONCE]
+            found = await self._store.read(partial(_next, list(self._sending), full, room))
+            if not found:
+                return None
+            for waiting in found:
+                wait_s = waiting.due_at - self._clock()
+                if wait_s > 0:
+                    return wait_s
+                if hosts[waiting.host] < HOST_AT_ONCE:  # else the next look leaves its host out
+                    hosts[waiting.host] += 1
+                    self._sending[waiting.id] = waiting.host
+                    tasks.create_task(self._send(session, waiting))
+        return None
 
-    async def _send(
-        self, session: aiohttp.ClientSession, number: int, url: str, body: bytes, tries: int
-    ) -> None:
-        target = URL(url)
-        why = await self._refused(session, target, body)
-        mine = WEBHOOKS.c.id == number
+    async def _send(self, session: aiohttp.ClientSession, waiting: Waiting) -> None:
+        try:
+            async with self._large if waiting.size_bytes > LARGE_BYTES else nullcontext():
+                body = partial(_body, waiting.id)
+                why = await self._refused(session, URL(waiting.url), await self._store.read(body))
+            await self._note(waiting, why)
+        except SQLAlchemyError:
+            log.exception("a webhook can't be read")
+            await asyncio.sleep(DATABASE_AGAIN_S)
+        finally:
+            del self._sending[waiting.id]
+            self._news.set()
+
+    async def _note(self, waiting: Waiting, why: str | None) -> None:
+        """Write down what came of it. A full disk has nothing sent again."""
+        mine = WEBHOOKS.c.id == waiting.id
         change: Delete | Update = delete(WEBHOOKS).where(mine)
-        if why is not None and tries + 1 < TRIES_MAX:
+        if why is not None and waiting.tries + 1 < TRIES_MAX:
             again_at = self._clock() + self._again_s
-            change = update(WEBHOOKS).where(mine).values(tries=tries + 1, due_at=again_at)
+            change = update(WEBHOOKS).where(mine).values(tries=waiting.tries + 1, due_at=again_at)
         elif why is not None:
-            log.warning("webhook given up", extra={"host": target.host, "reason": why})
+            log.warning("webhook given up", extra={"host": waiting.host, "reason": why})
 
         def note(connection: Connection) -> None:
             connection.execute(change)
 
-        await self._store.write(note)
+        while True:
+            try:
+                return await self._store.write(note)
+            except SQLAlchemyError:
+                log.exception("what came of a webhook can't be written")
+                await asyncio.sleep(DATABASE_AGAIN_S)
 
     async def _refused(self, session: aiohttp.ClientSession, url: URL, body: bytes) -> str | None:
         """Send once; why that was not enough, None if it was."""
@@ -278,5 +327,24 @@ class Webhooks:
                 return None if response.status == 200 else f"answered with {response.status}"
         except TimeoutError:
             return f"no answer within {self._timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a stranger's server must not end those of others
             return type(error).__name__
+
+
+def _next(sending: Sequence[int], full: Sequence[str], most: int, connection: Connection) -> list[Waiting]:
+    """The next to be sent but for those that are `sending` and those to hosts that are `full`."""
+    wanted = (
+        select(
+            *(WEBHOOKS.c[name] for name in ("id", "url", "host", "tries", "due_at")),
+            func.length(WEBHOOKS.c.body).label("size_bytes"),
+        )
+        .where(WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full))
+        .order_by(WEBHOOKS.c.due_at)
+        .limit(most)
+    )
+    return [Waiting(**row) for row in connection.execute(wanted).mappings()]
+
+
+def _body(number: int, connection: Connection) -> bytes:
+    found: bytes = connection.execute(select(WEBHOOKS.c.body).where(WEBHOOKS.c.id == number)).scalar_one()
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Self
 
 import pytest
 
@@ -115,3 +116,29 @@ async def test_another_environment_has_other_workers() -> None:
     async with served(site, described(LOCAL, MAX_MODEL_LEN="1")) as endpoint:
         await endpoint.change(described(LOCAL, MAX_MODEL_LEN="2"))
     assert len(site.pools) == 2
+
+
+@pytest.mark.parametrize("opens", [True, False])
+async def test_a_start_that_fails_leaves_no_workers(*, opens: bool) -> None:
+    """Those that were there by then are ended, whether the next ones can't be made or can't be begun."""
+
+    class Full(Site):
+        def pool(self, described: Described) -> OwnedPool:
+            if described.id != "other":
+                return super().pool(described)
+            if not opens:
+                raise OSError(28, "No space left on device")
+            pool = Unopened(ScriptedApp({}), places=1)
+            self.pools.append(pool)
+            return pool
+
+    class Unopened(OwnedPool):
+        async def __aenter__(self) -> Self:
+            raise OSError(28, "No space left on device")
+
+    site, all_ = Full(), [described({**LOCAL, "ENDPOINT_ID": name}) for name in ("one", "other", "third")]
+    endpoints = Endpoints(all_, lambda new: Served(new, site), lambda: pytest.fail("nobody reloads"))
+    with pytest.raises(OSError, match="No space"):
+        async with endpoints:
+            pass
+    assert [pool.life[-1] for pool in site.pools] == ["left"] * (1 + opens)
