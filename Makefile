@@ -21,7 +21,7 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node --with-chromium
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node --with-chromium --with-postgresql
 	@$(MAKE) --no-print-directory lint types lint-aws
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 

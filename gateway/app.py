@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,15 +10,28 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
+from sqlalchemy.exc import DataError
+
 from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
+from gateway.store import AWAY
 from handler import asgi, edge
-from handler.errors import Forbidden, NoSuchEndpoint, NoSuchRoute, RequestError, Unauthorized
+from handler.errors import (
+    BadRequest,
+    DatabaseAway,
+    Forbidden,
+    NoSuchEndpoint,
+    NoSuchRoute,
+    RequestError,
+    Unauthorized,
+)
 from handler.messages import Call, Headers, Reply, Request
 
 if TYPE_CHECKING:
     from handler.otel import Traces
+
+log = logging.getLogger("gateway")
 
 
 class Part(Protocol):
@@ -87,8 +101,14 @@ class Gateway:
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Answer `request`."""
         request = self._known(request)
-        async with self._find(request)(request) as reply:
-            yield reply
+        try:
+            async with self._find(request)(request) as reply:
+                yield reply
+        except AWAY as error:
+            log.warning("the database does not answer", extra={"reason": str(error)})
+            raise DatabaseAway from None
+        except DataError:  # PostgreSQL's texts have no zero; with SQLite nobody has such a name
+            raise BadRequest("Something in the request is no text that could be kept.") from None
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""

@@ -23,6 +23,7 @@ FirstTokenError
 │   │   └── AwsFailed       502  a service of AWS, or of its kind, has refused or can't be reached
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
 │   │   └── StartFailed     503  worker_start_failed, with Retry-After
+│   ├── DatabaseAway        503  database_unavailable, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
 ├── BatchLost               another worker has the batch, or a newer input has taken its place
 ├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
@@ -55,6 +56,8 @@ from handler.messages import Headers, Reply, once
 
 START_FAILED_RETRY_AFTER_S = 60
 """A worker that could not start never will: whoever asks again needs another one by then."""
+
+DATABASE_RETRY_AFTER_S = 5
 
 MAX_RETRY_AFTER_S = 120
 """openai-python does not retry at all when `Retry-After` is longer than this."""
@@ -290,6 +293,16 @@ class StartFailed(NotAdmitted):
             retry_after_s=START_FAILED_RETRY_AFTER_S,
             code="worker_start_failed",
         )
+
+
+class DatabaseAway(_RetryLater):
+    """The gateway's database does not answer. What was asked for may have been done all the same."""
+
+    status = 503
+    code = "database_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The gateway's database does not answer.", retry_after_s=DATABASE_RETRY_AFTER_S)
 
 
 class DeadlineExceeded(RequestError):

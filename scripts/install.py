@@ -1,6 +1,6 @@
 """Make .venv and install firsttoken in it, once.
 
-    python3 -m scripts.install EXTRA... [--with-node] [--with-chromium]
+    python3 -m scripts.install EXTRA... [--with-node] [--with-chromium] [--with-postgresql]
     python3 -m scripts.install --tools GROUP...
 
 The second makes an environment for each dependency group, apart from .venv: tools that pin much.
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
     parser.add_argument("--with-node", action="store_true", help="node and npm too, where they can be had")
     parser.add_argument("--with-chromium", action="store_true", help="Chromium too, where it can be had")
+    parser.add_argument("--with-postgresql", action="store_true", help="PostgreSQL's server too, as above")
     options = parser.parse_args(argv)
     if not (options.extras or options.tools):
         parser.error("nothing is to be installed")
@@ -105,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
                 "name one with `make PYTHON=/path/to/python3.11`"
             )
         chromium = options.with_chromium
-        provide(needs(options.extras, with_node=options.with_node, with_chromium=chromium))
+        wanted = needs(options.extras, with_node=options.with_node, with_chromium=chromium)
+        provide([*wanted, *([POSTGRESQL] if options.with_postgresql else [])])
         if options.extras:
             install(frozenset(options.extras))
         for group in options.tools:
@@ -116,6 +118,16 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def has_postgresql() -> bool:
+    """Whether there is a server, which Debian keeps out of the path."""
+    return bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
+
+
+POSTGRESQL = Need(
+    "postgresql", has_postgresql, "the tests of several gateways do not run without it", required=False
+)
 
 
 def needs(extras: Iterable[str], *, with_node: bool, with_chromium: bool) -> list[Need]:

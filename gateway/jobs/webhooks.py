@@ -23,24 +23,28 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from sqlalchemy import (
     Column,
+    ColumnElement,
     Connection,
     Delete,
     Float,
     Index,
     Integer,
     LargeBinary,
+    String,
     Table,
     Text,
     Update,
     delete,
     func,
     insert,
+    or_,
     select,
     update,
 )
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
+from gateway.instances import dead
 from gateway.store import Store, metadata
 from handler.errors import BadRequest
 
@@ -53,6 +57,8 @@ TIMEOUT_S = 10.0
 AT_ONCE = 8
 URL_MAX_CHARS = 2048
 WRITE_AGAIN_S = 1.0
+LOOK_S = 5.0
+"""How often what another gateway has left is looked for."""
 
 WEBHOOKS = Table(
     "job_webhooks",
@@ -61,7 +67,8 @@ WEBHOOKS = Table(
     Column("url", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("tries", Integer, nullable=False),
-    Column("due_at", Float, nullable=False),
+    Column("due_at", Float(53), nullable=False),
+    Column("instance", String(32)),  # the gateway that sends it
     Index("job_webhooks_due", "due_at"),
     sqlite_autoincrement=True,
 )
@@ -173,13 +180,17 @@ def add(connection: Connection, url: str, body: bytes, now: float) -> None:
 
 
 class Webhooks:
-    """Sends what is written down, and again what was not answered with 200."""
+    """Sends what is written down, and again what was not answered with 200.
+
+    What this gateway, `instance`, has on its way is no other's to send.
+    """
 
     def __init__(
         self,
         store: Store,
         allowed: Allowed,
         *,
+        instance: str | None = None,
         clock: Callable[[], float] = time.time,
         resolver: AbstractResolver | None = None,
         again_s: float = AGAIN_S,
@@ -187,6 +198,7 @@ class Webhooks:
     ) -> None:
         self._store = store
         self._allowed = allowed
+        self._instance = instance
         self._clock = clock
         self._resolver = resolver
         self._again_s = again_s
@@ -231,21 +243,34 @@ class Webhooks:
 
     async def _send_due(self, session: aiohttp.ClientSession) -> float | None:
         """Send what is due; how long until something is again, None if there is nothing."""
-        while due := await self._store.read(self._due):
+        while due := await self._store.write(self._due):
             sent = await asyncio.gather(*(self._send(session, *row) for row in due), return_exceptions=True)
             for failure in filter(None, sent):  # once none of the others is on its way any more
                 raise failure
         next_at: float | None = await self._store.read(
-            lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)))
+            lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)).where(self._ours))
         )
-        return None if next_at is None else max(0.0, next_at - self._clock())
+        wait_s = None if next_at is None else max(0.0, next_at - self._clock())
+        if not self._store.shared:
+            return wait_s
+        return LOOK_S if wait_s is None else min(LOOK_S, wait_s)
+
+    @property
+    def _ours(self) -> ColumnElement[bool]:
+        return or_(dead(WEBHOOKS.c.instance), WEBHOOKS.c.instance == self._instance)
 
     def _due(self, connection: Connection) -> list[tuple[int, str, bytes, int]]:
-        rows = connection.execute(
-            select(WEBHOOKS.c.id, WEBHOOKS.c.url, WEBHOOKS.c.body, WEBHOOKS.c.tries)
-            .where(WEBHOOKS.c.due_at <= self._clock())
+        due = (
+            select(WEBHOOKS.c.id)
+            .where(WEBHOOKS.c.due_at <= self._clock(), self._ours)
             .order_by(WEBHOOKS.c.due_at)
             .limit(AT_ONCE)
+        )
+        rows = connection.execute(
+            update(WEBHOOKS)
+            .where(WEBHOOKS.c.id.in_(due))
+            .values(instance=self._instance)
+            .returning(WEBHOOKS.c.id, WEBHOOKS.c.url, WEBHOOKS.c.body, WEBHOOKS.c.tries)
         )
         return [(row.id, row.url, row.body, row.tries) for row in rows]
 
@@ -258,7 +283,7 @@ class Webhooks:
         change: Delete | Update = delete(WEBHOOKS).where(mine)
         if why is not None and tries + 1 < TRIES_MAX:
             again_at = self._clock() + self._again_s
-            change = update(WEBHOOKS).where(mine).values(tries=tries + 1, due_at=again_at)
+            change = update(WEBHOOKS).where(mine).values(tries=tries + 1, due_at=again_at, instance=None)
         elif why is not None:
             log.warning("webhook given up", extra={"host": target.host, "reason": why})
 
