@@ -248,8 +248,11 @@ class Metering:
         for entry in sums(_less(entry, counted.get(one.id)) for one, entry in ended):
             add(connection, entry)
 
-    def _over(self, done: Future[None], ended: Sequence[tuple[_Open, Entry]]) -> None:
+    def _over(self, done: Future[None], ended: list[tuple[_Open, Entry]]) -> None:
         if (error := done.exception()) is not None:
+            with self._turn:
+                if self._next is ended:  # it was not even begun
+                    self._next = None
             log.error("usage could not be counted yet", extra={"reason": str(error)})
             self._failed.extend(ended)
 

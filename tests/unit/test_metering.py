@@ -217,6 +217,22 @@ async def test_a_database_that_fails_holds_no_answer_up_and_is_tried_again(store
     assert await store.write(counted) == [ONE]
 
 
+async def test_a_database_that_is_away_is_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that was not even begun is not waited for by all that end later."""
+
+    def away() -> None:
+        raise OperationalError("BEGIN", None, Exception("away"))
+
+    async with gateway(store) as metering:
+        with monkeypatch.context() as patched:
+            patched.setattr(store._engine, "begin", away)
+            stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE, b"")
+            async with metered(metering, stream.call)(request(stream=True)) as reply:
+                await read(reply)
+        await metering.checkpoint()
+        assert await store.write(counted) == [ONE]
+
+
 async def test_tokens_come_out_of_the_keys_limit_while_they_are_made(store: Store) -> None:
     """At each checkpoint, and at the end what is still missing: never twice."""
     limits = Limits(lambda: 0.0)
