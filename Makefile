@@ -22,7 +22,7 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with node npm chromium nginx
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with node npm chromium nginx postgres
 	@$(MAKE) --no-print-directory lint types lint-aws lint-kubernetes
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy import make_url
-
-from gateway.store import StoreUnusable
+from gateway.store import StoreUnusable, parsed
 
 NAME = "gateway.lock"
 
@@ -28,11 +26,11 @@ def alone(url: str) -> Iterator[None]:
     The kernel lets go of it with the process, however that ends, and no child inherits it. Raises
     `StoreInUse`, and `StoreUnusable` where no file can be made.
     """
-    parsed = make_url(url)
-    if not (parsed.drivername.startswith("sqlite") and parsed.database):
+    at = parsed(url)
+    if not (at.get_backend_name() == "sqlite" and at.database):
         yield
         return
-    folder = Path(parsed.database).absolute().parent
+    folder = Path(at.database).absolute().parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -10,14 +10,16 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError
 
 from gateway.bodies import HELD_MAX_BYTES, Bodies
 from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
+from gateway.store import AWAY
 from handler import asgi, edge
 from handler.errors import (
+    BadRequest,
     Forbidden,
     NoSuchEndpoint,
     NoSuchRoute,
@@ -108,9 +110,11 @@ class Gateway:
         try:
             async with self._find(request)(request) as reply:
                 yield reply
-        except (InterfaceError, OperationalError) as error:  # a full disk, another process that has it
-            log.warning("the database failed a request", extra={"reason": str(error.orig)})
-            raise StorageDown from error
+        except AWAY as error:
+            log.warning("the database does not answer", extra={"reason": str(error)})
+            raise StorageDown from None
+        except DataError:  # PostgreSQL's texts have no zero; with SQLite nobody has such a name
+            raise BadRequest("Something in the request is no text that could be kept.") from None
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""

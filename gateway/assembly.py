@@ -22,6 +22,7 @@ from gateway.endpoints import Changes, Endpoints
 from gateway.endpoints_file import Description, describe
 from gateway.file_store import FileStore
 from gateway.files import Files
+from gateway.instances import Instance
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
 from gateway.jobs.routes import JobRoutes, worker_counts
@@ -67,7 +68,9 @@ class Assembly:
         settings, store, keys = base.settings, base.store, base.keys
         self._traces = base.traces
         self._metrics, self._limits = Metrics(), Limits()
-        self._metering = Metering(store, keys, self._limits, tell=self._metrics.used)
+        self._store, self._instance = store, Instance(store)
+        instance = self._instance.id
+        self._metering = Metering(store, keys, self._limits, instance=instance, tell=self._metrics.used)
         site = Site(
             base.worker,
             base.environ,
@@ -87,7 +90,8 @@ class Assembly:
             endpoints,
             costs=account,
             limit=settings.jobs_limit,
-            webhooks=Webhooks(store, webhooks),
+            webhooks=Webhooks(store, webhooks, instance=instance),
+            instance=instance,
             drain_s=settings.drain_timeout_s,
         )
         endpoints.listen(partial(_wake, self._jobs))
@@ -97,7 +101,7 @@ class Assembly:
             max_file_bytes=settings.max_file_bytes,
             max_stored_bytes=settings.max_stored_bytes,
         )
-        means = Means(store, files, keys, endpoints, settings.max_body_bytes, self._metrics.used)
+        means = Means(store, files, keys, endpoints, settings.max_body_bytes, self._metrics.used, instance)
         self._batches = BatchRuns(means)
         self._control = Control(endpoints, self._jobs.counts)
         self._metrics.watch(self._control.statuses, partial(_targets, endpoints))
@@ -122,9 +126,11 @@ class Assembly:
         """Raises `StartError`, and has then left nothing behind."""
         with faults_told():
             async with AsyncExitStack() as stack:
-                for part in (self._metering, self.endpoints, self._jobs, self._batches):
+                parts = (self._instance, self._metering, self.endpoints, self._jobs, self._batches)
+                for part in parts:
                     await stack.enter_async_context(part)
                 self._stack = stack.pop_all()
+        self._instance.adopters += [self._metering.adopt, self._jobs.adopt, self._batches.adopt]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -132,6 +138,8 @@ class Assembly:
 
     def stop(self) -> None:
         """Begin nothing more, and have workers drain."""
+        self._instance.adopters.clear()
+        self._store.give_up()
         self._control.stop()
         self._jobs.stop_taking()
         self._batches.stop()

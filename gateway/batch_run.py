@@ -58,6 +58,8 @@ class Means:
     max_body_bytes: int
     tell: Callable[[Entry], None] = lambda _: None
     """Hears what was counted."""
+    instance: str | None = None
+    """This gateway's id."""
     checking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CHECKED_MAX), repr=False)
 
     @property
@@ -197,9 +199,9 @@ class BatchRun:
             for file in files:
                 if file is not None:
                     file_store.put(connection, file)
-            return table.change(connection, self._row.id, how)
+            return table.change(connection, self._row.id, how, self._means.instance)
 
-        done = await self._means.store.write(commit)
+        done = await self._means.store.write(commit, insist=True)
         log.info(
             "a batch is over", extra={"batch": done["id"], "status": done["status"], **done["request_counts"]}
         )
@@ -249,10 +251,14 @@ class BatchRun:
             if used.requests:
                 usage.add(connection, used)
             return table.change(
-                connection, self._row.id, lambda batch: batch_object.counted(batch, after), **columns
+                connection,
+                self._row.id,
+                lambda batch: batch_object.counted(batch, after),
+                self._means.instance,
+                **columns,
             )
 
-        batch = await self._means.store.write(commit)
+        batch = await self._means.store.write(commit, insist=True)
         if used.requests:
             self._means.tell(used)
         self._progress = after
@@ -291,8 +297,10 @@ class BatchRun:
             await asyncio.wait({entering, refused})
 
     async def _change(self, how: Callable[[Batch], Batch]) -> None:
-        batch_id = self._row.id
-        await self._means.store.write(lambda connection: table.change(connection, batch_id, how))
+        batch_id, owner = self._row.id, self._means.instance
+        await self._means.store.write(
+            lambda connection: table.change(connection, batch_id, how, owner), insist=True
+        )
 
     @contextmanager
     def _source(self) -> Iterator[Source]:

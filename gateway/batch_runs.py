@@ -1,4 +1,7 @@
-"""Every batch that is not over, each run to its end; a gateway that starts goes on with those of the last.
+"""Every batch that is not over, each run to its end; a gateway goes on with those of one that is gone.
+
+Of gateways that share a database and the folder of files, each runs its own. One that takes a batch over
+copies what counts of its results first: the last one, which may only have been slow, can't write there.
 
 Of a key and an endpoint one batch is asked at a time, the oldest first, and few of an endpoint: what they
 hold in memory is bounded. They are checked before their turn, so that a client hears of a bad line soon.
@@ -10,16 +13,19 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
+from gateway import batch_results
 from gateway import batch_table as table
 from gateway.batch_run import BatchRun, Means
 from gateway.batch_table import Row
-from gateway.file_store import to_the_end
+from gateway.file_store import new_id, to_the_end
 from handler import batch_object
 from handler.batch_object import Batch
 from handler.errors import Conflict
@@ -30,6 +36,8 @@ ASKED_MAX = 4
 """How many batches of an endpoint are asked at a time, of different keys."""
 SWEEP_S = 600.0
 """How often expired files are looked for."""
+LOOK_S = 1.0
+"""How late it is heard of at most that another gateway has cancelled a batch, or taken it over."""
 AGAIN_S, AGAIN_MAX_S = 1.0, 60.0
 """When a batch is tried again that could not be gone on with: at first, and at most."""
 
@@ -49,9 +57,10 @@ class BatchRuns:
         rows = await self.means.store.read(table.unfinished)
         writing = [file_id for row in rows for file_id in (row.output_file_id, row.error_file_id)]
         await self.means.files.open(writing)
-        for row in rows:
-            self._start(row)
+        await self.adopt()
         self._keep(self._sweep())
+        if self.means.store.shared:
+            self._keep(self._look_around())
         return self
 
     async def __aexit__(
@@ -67,16 +76,29 @@ class BatchRuns:
         for run in self._runs.values():
             run.stop()
 
+    async def adopt(self) -> None:
+        """Go on with batches of gateways that are gone, as far as their inputs are here."""
+        if self._stopping.is_set():
+            return
+        store, files = self.means.store, self.means.files
+        left = await store.read(table.left)
+        here = {row.id for row in left if not store.shared or files.path(row.input_file_id).exists()}
+        if here:
+            adopting = partial(table.adopt, ids=here, instance=self.means.instance)
+            for row in await store.write(adopting):
+                self._keep(self._run(row, adopted=store.shared))
+
     async def submit(self, row: Row, check: Callable[[Connection], None]) -> Batch:
         """Write `row` down and run it, unless `check` raises."""
+        mine = replace(row, instance=self.means.instance)
 
         def put(connection: Connection) -> None:
             check(connection)
-            table.put(connection, row)
+            table.put(connection, mine)
 
         async def begin() -> Batch:
             await self.means.store.write(put)
-            self._start(row)
+            self._keep(self._run(mine))
             return row.object
 
         return await to_the_end(begin())  # a client that leaves now leaves a batch that runs
@@ -98,24 +120,23 @@ class BatchRuns:
 
         return await to_the_end(end())
 
-    def _start(self, row: Row) -> None:
-        self._keep(self._run(row))
-
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, row: Row) -> None:
-        again_s, failed = AGAIN_S, False
+    async def _run(self, row: Row, *, adopted: bool = False) -> None:
+        again_s = AGAIN_S
         while not self._stopping.is_set():
             try:
-                if failed:  # how far it has come by then, its row knows
-                    row = await self.means.store.read(partial(table.one, batch_id=row.id))
+                if adopted:
+                    row, adopted = await self._moved(row), False
                 run = self._runs[row.id] = BatchRun(self.means, row, self._turn(row))
                 await run.run()
+            except table.Taken:
+                log.warning("a batch is another gateway's by now", extra={"batch": row.id})
+                return
             except Exception:  # of one batch: the others go on
-                failed = True
                 log.exception(
                     "a batch could not be gone on with", extra={"batch": row.id, "again_s": again_s}
                 )
@@ -125,6 +146,44 @@ class BatchRuns:
                 self._runs.pop(row.id, None)
             await self._pause(again_s)
             again_s = min(2 * again_s, AGAIN_MAX_S)
+            if (found := await self._again(row)) is None:
+                return
+            row = found
+
+    async def _again(self, row: Row) -> Row | None:
+        """The batch as it is by now, None if it is not this gateway's any more."""
+        while not self._stopping.is_set():
+            try:
+                found = await self.means.store.read(partial(table.one, batch_id=row.id))
+            except SQLAlchemyError:  # as it was before, it must not be gone on with: more may be done by now
+                await self._pause(AGAIN_S)
+            else:
+                return found if found.instance == self.means.instance else None
+        return None
+
+    async def _moved(self, row: Row) -> Row:
+        """`row`, whose results are copies of what counts of the last gateway's."""
+        mine = replace(row, output_file_id=new_id("file-"), error_file_id=new_id("file-"))
+        await asyncio.to_thread(batch_results.copy, self.means.files, row, mine)
+        await self.means.store.write(partial(table.move, row=mine))
+        return mine
+
+    async def _look_around(self) -> None:
+        """Hear what other gateways have done to the batches that run here."""
+        while not self._stopping.is_set():
+            await self._pause(LOOK_S)
+            try:
+                found = await self.means.store.read(partial(table.standing, ids=tuple(self._runs)))
+            except SQLAlchemyError as error:
+                log.warning("batches can't be looked for", extra={"reason": str(error)})
+                continue
+            for batch_id, (owner, batch) in found.items():
+                if (run := self._runs.get(batch_id)) is None:
+                    continue
+                if owner != self.means.instance:
+                    run.stop()
+                elif batch["cancelling_at"]:
+                    run.cancel()
 
     @asynccontextmanager
     async def _turn(self, row: Row) -> AsyncIterator[None]:

@@ -6,8 +6,8 @@ a commit moves all of it on at once, and what a killed gateway had written behin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sqlalchemy import (
@@ -26,6 +26,7 @@ from sqlalchemy import (
     update,
 )
 
+from gateway.instances import dead
 from gateway.store import metadata
 from handler import batch_object
 from handler.batch_object import Batch
@@ -46,9 +47,14 @@ BATCHES = Table(
     Column("progress", JSON, nullable=False),
     Column("output_bytes", BigInteger, nullable=False),
     Column("error_bytes", BigInteger, nullable=False),
+    Column("instance", String(32)),  # the gateway that runs it
     Index("batches_by_key", "key_id", "endpoint_id", "id"),
     Index("batches_by_input", "input_file_id"),
 )
+
+
+class Taken(Exception):
+    """The batch is another gateway's by now: what this one has done since counts for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class Row:
     progress: dict[str, str] | None = None
     output_bytes: int = 0
     error_bytes: int = 0
+    instance: str | None = None
 
 
 def put(connection: Connection, row: Row) -> None:
@@ -104,6 +111,34 @@ def unfinished(connection: Connection) -> Sequence[Row]:
     return [Row(**row) for row in connection.execute(wanted).mappings()]
 
 
+def left(connection: Connection) -> Sequence[Row]:
+    """Those that are not over and that no living gateway runs."""
+    wanted = select(BATCHES).where(BATCHES.c.over.is_(False), dead(BATCHES.c.instance))
+    return [Row(**row) for row in connection.execute(wanted.order_by(BATCHES.c.id)).mappings()]
+
+
+def adopt(connection: Connection, ids: Collection[str], instance: str | None) -> Sequence[Row]:
+    """Those of `ids` that are still `left`; from now on `instance` runs them."""
+    adopted = [row for row in left(connection) if row.id in ids]
+    mine = BATCHES.c.id.in_([row.id for row in adopted])
+    connection.execute(update(BATCHES).where(mine).values(instance=instance))
+    return [replace(row, instance=instance) for row in adopted]
+
+
+def move(connection: Connection, row: Row) -> None:
+    """Have the files of `row` be those that it names. Raises `Taken`."""
+    owned = (BATCHES.c.id == row.id, BATCHES.c.instance == row.instance)
+    files = {"output_file_id": row.output_file_id, "error_file_id": row.error_file_id}
+    if not connection.execute(update(BATCHES).where(*owned).values(**files)).rowcount:
+        raise Taken
+
+
+def standing(connection: Connection, ids: Collection[str]) -> dict[str, tuple[str | None, Batch]]:
+    """Who runs each of the batches `ids`, and what clients see of it."""
+    wanted = select(BATCHES.c.id, BATCHES.c.instance, BATCHES.c.object).where(BATCHES.c.id.in_(ids))
+    return {row.id: (row.instance, row.object) for row in connection.execute(wanted)}
+
+
 def one(connection: Connection, batch_id: str) -> Row:
     """The batch of that id, which is there."""
     return Row(**connection.execute(select(BATCHES).where(BATCHES.c.id == batch_id)).mappings().one())
@@ -127,10 +162,22 @@ def check_delete(file_id: str, connection: Connection) -> None:
         raise Conflict(f"{file_id} is the input of {batch_id}, which is not over. Cancel that first.")
 
 
-def change(connection: Connection, batch_id: str, how: Callable[[Batch], Batch], **columns: Any) -> Batch:
-    """Have what clients see be what `how` makes of it, and `columns` be so; returns it."""
-    now = select(BATCHES.c.object).where(BATCHES.c.id == batch_id).with_for_update()
-    changed = how(connection.execute(now).scalar_one())
+def change(
+    connection: Connection,
+    batch_id: str,
+    how: Callable[[Batch], Batch],
+    owner: str | None = None,
+    **columns: Any,
+) -> Batch:
+    """Have what clients see be what `how` makes of it, and `columns` be so; returns it.
+
+    Raises `Taken` if it is not the batch of the gateway `owner` (None: whoever it is).
+    """
+    now = select(BATCHES.c.object, BATCHES.c.instance).where(BATCHES.c.id == batch_id)
+    found = connection.execute(now).one()
+    if owner not in {None, found.instance}:
+        raise Taken
+    changed = how(found.object)
     values = {**columns, "object": changed, "over": batch_object.is_over(changed)}
     connection.execute(update(BATCHES).where(BATCHES.c.id == batch_id).values(**values))
     return changed

@@ -4,7 +4,8 @@
     files/file-0199....part     on its way here
 
 The bytes are whole and on the disk before there is a row. So no row is ever without its file; a file without
-a row is what a killed gateway has left, and goes when the next one starts.
+a row is what a killed gateway has left, and goes when the next one starts. Gateways that share a database
+share the folder too: what may still be on its way to another stays for a day.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -40,6 +41,8 @@ T = TypeVar("T")
 FILENAME_MAX_CHARS = 255
 READ_BYTES = 1 << 20
 EXPIRED_MAX = 1000
+SHARED_KEPT_S = 86_400.0
+"""No upload takes so long, and no batch is written to for so long without a row that says so."""
 _PART = ".part"
 
 FILES = Table(
@@ -135,9 +138,9 @@ class FileStore:
         self.now = now
 
     async def open(self, writing: Collection[str]) -> Self:
-        """Make the folder, and remove what a killed gateway has left, but not `writing`: for these come rows.
+        """Make the folder, and remove what a killed gateway has left; not `writing`, for which rows come.
 
-        For the one gateway that has the folder. Raises `FilesUnusable`.
+        Raises `FilesUnusable`.
         """
         rows = await self._store.read(lambda connection: set(connection.scalars(select(FILES.c.id))))
         try:
@@ -150,9 +153,13 @@ class FileStore:
 
     def _sweep(self, known: Collection[str]) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        before_s = time.time() - SHARED_KEPT_S
         for path in self._folder.iterdir():
-            if path.name not in known:
-                path.unlink()
+            if path.name in known:
+                continue
+            with suppress(FileNotFoundError):  # another gateway sweeps too
+                if not self._store.shared or path.stat().st_mtime < before_s:
+                    path.unlink()
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file are whose id was made here."""

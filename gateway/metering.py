@@ -4,8 +4,9 @@ An answer is counted in one transaction, which is committed before its last byte
 the frame by which clients know that it is whole. So who has all of an answer has been counted. Nothing else
 waits for the database. While streams run, what each has made by now is written down once a second, all in one
 write (`open_requests`); an answer's own transaction takes its row away. The rows of a gateway that was killed
-are counted, and taken away, by the next one at its start: a stream that was cut has cost its client what the
-last row says, less than a second before, and a whole answer that was cut nothing.
+are counted by another, once: a stream that was cut has cost its client what the last row says, less than a
+second before, and a whole answer that was cut nothing. A gateway that was only taken for dead finds the row
+counted, and counts what has come since.
 """
 
 from __future__ import annotations
@@ -18,18 +19,34 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
-from sqlalchemy import BigInteger, Column, Connection, Date, String, Table, bindparam, delete, insert, select
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Date,
+    Row,
+    String,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.instances import dead
 from gateway.keys import Key, Keys
 from gateway.limits import Limits
 from gateway.store import Store, metadata
-from gateway.usage import Entry, Prices, add, sums
+from gateway.usage import Entry, Prices, add, kept_name, sums
 from handler.messages import Call, Reply, Request
 from handler.usage import Meter, with_usage
 
@@ -37,7 +54,10 @@ log = logging.getLogger("gateway")
 
 CHECKPOINT_S = 1.0
 SETTLE_MAX_S = 5.0
-"""How long an answer waits until it is on its account, where another process has the database."""
+"""How long the end of an answer waits for a database that does not answer; it is counted all the same."""
+COUNTED_KEPT = timedelta(days=2)
+_COUNTED = ""
+"""The instance of a row that is on its account already."""
 
 _OPEN = Table(
     "open_requests",
@@ -84,7 +104,7 @@ class Metering:
     """The answers that are on their way, and what was counted of them.
 
     Open it (`async with`) before the first request: what a killed gateway left is counted then. `instance`
-    names this gateway among those that share a database. `tell` hears of each answer, once.
+    is this gateway's id (`gateway.instances`). `tell` hears of each answer, once.
     """
 
     def __init__(
@@ -109,7 +129,7 @@ class Metering:
         self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        await self._store.write(partial(_adopt, instance=self._instance))
+        await self.adopt()
         self._ticking = asyncio.create_task(self._tick())
         return self
 
@@ -117,7 +137,15 @@ class Metering:
         assert self._ticking is not None
         self._ticking.cancel()
         await asyncio.wait({self._ticking})
-        await self.checkpoint()
+        try:
+            await self.checkpoint()
+        except SQLAlchemyError:
+            log.exception("usage could not be written down")
+
+    async def adopt(self) -> None:
+        """Count what gateways have left that are gone."""
+        work = partial(_adopt, instance=self._instance, keep=self._store.shared)
+        await self._store.write(work)
 
     def metered(self, call: Call, *, endpoint_id: str, model_id: str, prices: Prices) -> Call:
         """`call`, whose answers are counted for the key that is `Visit.caller`.
@@ -165,7 +193,7 @@ class Metering:
                     "day": today,
                     "key_id": now.key_id,
                     "endpoint": now.endpoint_id,
-                    "model": now.model[:256],
+                    "model": kept_name(now.model),
                     "prompt_tokens": now.prompt_tokens,
                     "completion_tokens": now.completion_tokens,
                     "cost_nano": now.cost_nano,
@@ -218,13 +246,18 @@ class Metering:
     def _write(self, connection: Connection, ended: Sequence[tuple[_Open, Entry]]) -> None:
         with self._turn:
             self._next = None  # who ends now has the next write
-        if kept := [{"open_id": one.id} for one, _ in ended if one.kept]:
-            connection.execute(_CLOSE, kept)
-        for entry in sums(entry for _, entry in ended):
+        kept = [one.id for one, _ in ended if one.kept]
+        counted = _counted(connection, kept)
+        if kept:
+            connection.execute(_CLOSE, [{"open_id": open_id} for open_id in kept])
+        for entry in sums(_less(entry, counted.get(one.id)) for one, entry in ended):
             add(connection, entry)
 
-    def _over(self, done: Future[None], ended: Sequence[tuple[_Open, Entry]]) -> None:
+    def _over(self, done: Future[None], ended: list[tuple[_Open, Entry]]) -> None:
         if (error := done.exception()) is not None:
+            with self._turn:
+                if self._next is ended:  # it was not even begun
+                    self._next = None
             log.error("usage could not be counted yet", extra={"reason": str(error)})
             self._failed.extend(ended)
 
@@ -236,14 +269,41 @@ class Metering:
 
 def _keep(connection: Connection, rows: Sequence[dict[str, object]]) -> None:
     # Both ways at once: whether the row of a write that failed is there does not matter.
-    connection.execute(_CLOSE, [{"open_id": row["id"]} for row in rows])
-    connection.execute(insert(_OPEN), rows)
+    counted = _counted(connection, [row["id"] for row in rows])
+    if rows := [row for row in rows if row["id"] not in counted]:
+        connection.execute(_CLOSE, [{"open_id": row["id"]} for row in rows])
+        connection.execute(insert(_OPEN), rows)
 
 
-def _adopt(connection: Connection, instance: str) -> None:
-    """Count what other gateways have left. With SQLite none of them lives (`gateway.alone`)."""
-    left = _OPEN.c.instance != instance
-    for row in connection.execute(select(_OPEN).where(left)).all():
+def _counted(connection: Connection, ids: Sequence[object]) -> dict[str, Row[Any]]:
+    """Those of `ids` that another gateway has counted, as it did."""
+    if not ids:
+        return {}
+    counted = select(_OPEN).where(_OPEN.c.id.in_(ids), _OPEN.c.instance == _COUNTED)
+    return {row.id: row for row in connection.execute(counted)}
+
+
+def _less(entry: Entry, counted: Row[Any] | None) -> Entry:
+    """What of `entry` is not on its account yet."""
+    if counted is None:
+        return entry
+    return replace(
+        entry,
+        prompt_tokens=entry.prompt_tokens - counted.prompt_tokens,
+        completion_tokens=entry.completion_tokens - counted.completion_tokens,
+        cost_nano=entry.cost_nano - counted.cost_nano,
+        requests=0,
+    )
+
+
+def _adopt(connection: Connection, instance: str, *, keep: bool) -> None:
+    """Count what gateways have left that are gone. With `keep` one of them may come back, and finds it so."""
+    left = and_(_OPEN.c.instance.not_in((_COUNTED, instance)), dead(_OPEN.c.instance))
+    rows = connection.execute(select(_OPEN).where(left)).all()
+    for row in rows:
         tokens = (row.prompt_tokens, row.completion_tokens)
         add(connection, Entry(row.key_id, row.endpoint, row.model, *tokens, row.cost_nano), row.day)
-    connection.execute(delete(_OPEN).where(left))
+    if rows and keep:
+        connection.execute(update(_OPEN).where(left).values(instance=_COUNTED))
+    over = and_(_OPEN.c.instance == _COUNTED, _OPEN.c.day < datetime.now(UTC).date() - COUNTED_KEPT)
+    connection.execute(delete(_OPEN).where(over if keep else or_(over, left)))

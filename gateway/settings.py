@@ -56,7 +56,10 @@ def _price(value: str) -> int:
 PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=0, high=10**6)
 URL = Kind("a URL such as `https://host:8000/v1`", matching(r"https?://[^\s/?#@]+(/[^\s?#]*)?"))
 FOLDER = Kind("a folder", Path)
-DATABASE = Kind("an SQLAlchemy URL, such as `sqlite:////srv/gateway.db`", matching(r"[a-z][a-z0-9+]*://\S*"))
+DATABASE = Kind(
+    "a URL such as `sqlite:////srv/gateway.db` or `postgresql://user:password@host/name`",
+    matching(r"[a-z][a-z0-9+]*://\S*"),
+)
 
 
 def _hosts(value: str) -> tuple[str, ...]:
@@ -73,14 +76,15 @@ KEPT: Table = (
         FOLDER,
         None,
         "What the gateway keeps: keys, usage, jobs, files. If not set: `$XDG_DATA_HOME/firsttoken`, else "
-        "`~/.local/share/firsttoken`. With SQLite, one gateway per folder.",
+        "`~/.local/share/firsttoken`. One gateway per folder; several share only `files/` in it.",
     ),
     Setting(
         "DATABASE_URL",
         "database_url",
         DATABASE,
         None,
-        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`.",
+        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`. `postgresql://...` for several "
+        "gateways over one (docs/scaling.md).",
         secret=True,
     ),
 )

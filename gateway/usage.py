@@ -18,7 +18,6 @@ from sqlalchemy import (
     insert,
     update,
 )
-from sqlalchemy.exc import IntegrityError
 
 from gateway.store import metadata
 
@@ -79,22 +78,22 @@ class Entry:
         )
 
 
+def kept_name(model: str) -> str:
+    """`model` as far as every database keeps it: workers of others say what they like."""
+    return model.encode(errors="replace").decode().replace("\0", "\ufffd")[:256]
+
+
 def add(connection: Connection, entry: Entry, day: date | None = None) -> None:
     """Count `entry`, on today's account (UTC) or that of `day`, in the caller's own transaction."""
-    account = (day or datetime.now(UTC).date(), entry.key_id, entry.endpoint_id, entry.model[:256])
+    account = (day or datetime.now(UTC).date(), entry.key_id, entry.endpoint_id, kept_name(entry.model))
     counts = (entry.requests, entry.prompt_tokens, entry.completion_tokens, entry.cost_nano)
     more = {
         **{f"of_{name}": value for name, value in zip(_ACCOUNT, account, strict=True)},
         **{f"more_{name}": number for name, number in zip(_COUNTS, counts, strict=True)},
     }
-    if connection.execute(_MORE, more).rowcount:
-        return
-    try:
-        with connection.begin_nested():
-            new = zip((*_ACCOUNT, *_COUNTS), (*account, *counts), strict=True)
-            connection.execute(insert(USAGE), dict(new))
-    except IntegrityError:  # another gateway has begun the same account meanwhile
-        connection.execute(_MORE, more)
+    if not connection.execute(_MORE, more).rowcount:
+        new = zip((*_ACCOUNT, *_COUNTS), (*account, *counts), strict=True)
+        connection.execute(insert(USAGE), dict(new))
 
 
 def sums(entries: Iterable[Entry]) -> list[Entry]:

@@ -94,6 +94,7 @@ PROGRAMS = {
     "chromium": ("chromium", "the tests of the page"),
     "nginx": ("nginx-light", "the tests behind a proxy"),
     "ip": ("iproute2", "the tests with Ray"),
+    "postgres": ("postgresql", "the tests of several gateways"),
 }
 """Programs of the system that some tests need: the Debian package of each, and which tests."""
 
@@ -149,8 +150,10 @@ def needs(extras: Iterable[str], programs: Iterable[str]) -> list[Need]:
 
 
 def has(program: str) -> bool:
-    """Whether `program` can be run, also one that only root has in its path."""
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is not None
+    """Whether `program` can be run, also one that is only in root's path, or that Debian keeps out of it."""
+    folders = [*os.environ.get("PATH", "").split(":"), "/usr/sbin", "/sbin"]
+    folders += map(str, Path("/usr/lib/postgresql").glob("*/bin"))
+    return shutil.which(program, path=":".join(folders)) is not None
 
 
 def loads(library: str) -> bool:

@@ -15,7 +15,7 @@ from builder.fetch import fetch
 from handler.errors import ModelNotFound
 from tests import aws_stack as aws_stacks
 from tests import object_store as object_stores
-from tests import servers
+from tests import postgres, servers
 from tests.place import Place
 
 
@@ -104,3 +104,22 @@ def guarded_aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[aws_stacks
 def aws_stack(guarded_aws: aws_stacks.Aws) -> aws_stacks.AwsStack:
     """What template.yaml makes, a test's own (`tests.aws_stack`)."""
     return aws_stacks.make(guarded_aws)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[postgres.Server]:
+    """A PostgreSQL server, one for the whole run."""
+    try:
+        with postgres.serving() as server:
+            yield server
+    except postgres.Missing as why:
+        pytest.skip(str(why))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of each kind that the gateway knows."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/gateway.db"
+    server: postgres.Server = request.getfixturevalue("postgresql")
+    return server.database()

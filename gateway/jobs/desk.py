@@ -22,6 +22,11 @@ class Desk:
         """What runs for the job."""
         return self._attempts.get(job_id)
 
+    @property
+    def attempts(self) -> list[Attempt]:
+        """All that run."""
+        return list(self._attempts.values())
+
     def attempts_at(self, endpoint_id: str) -> list[Attempt]:
         """All that run at the endpoint."""
         return [attempt for attempt in self._attempts.values() if attempt.job.endpoint_id == endpoint_id]

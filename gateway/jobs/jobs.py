@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 AT_ONCE = 64
 """How many jobs one transaction forgets or cancels: nobody else's write waits long for it."""
 LOOK_S = 1.0
-"""How late a job is forgotten at most; nobody is shown one whose time is over."""
+"""How late a job is forgotten at most, and what other gateways have done is heard of. Nobody is shown one
+whose time is over."""
 
 _GOES_ON = {State.IN_QUEUE.shown, State.IN_PROGRESS.shown}
 
@@ -46,10 +47,11 @@ class Told:
 class Jobs:
     """Used as `async with`: entering takes over what an earlier gateway has left, leaving ends what runs.
 
-    `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used.
+    `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used. `instance`
+    is this gateway's id; what others do that share the store is looked for.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what jobs need, each by name
         self,
         store: Store,
         endpoints: Mapping[str, Asked],
@@ -57,10 +59,11 @@ class Jobs:
         costs: Costs,
         limit: int,
         webhooks: Webhooks | None = None,
+        instance: str | None = None,
         drain_s: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.ledger = Ledger(store, costs, limit=limit, clock=clock)
+        self.ledger = Ledger(store, costs, limit=limit, instance=instance, clock=clock)
         self._desk = Desk()
         self._store = store
         self._endpoints = endpoints
@@ -72,9 +75,7 @@ class Jobs:
         self.ledger.heard.append(self._ended)
 
     async def __aenter__(self) -> Self:
-        await self.ledger.adopt()
-        for endpoint_id in await self._store.read(table.endpoints_in_demand):
-            self.wake(endpoint_id)
+        await self.adopt()
         self._sweep = asyncio.create_task(self._forget())
         if self._webhooks is not None:
             self._webhooks.start()
@@ -103,6 +104,11 @@ class Jobs:
         if endpoint_id not in self._runners:
             self._runners[endpoint_id] = Runner(endpoint_id, self._endpoints, self.ledger, self._desk)
         self._runners[endpoint_id].wake()
+
+    async def adopt(self) -> None:
+        """Take over what gateways that are gone have left."""
+        await self.ledger.adopt()
+        await self._wake_all()
 
     async def submit(self, new: NewJob, admit: Callable[[], None] = lambda: None) -> Job:
         """Line `new` up. One that comes again with its idempotency key is the first, and needs no `admit`.
@@ -137,7 +143,7 @@ class Jobs:
                     job = current
                     if job.ended or (self._closing and self._desk.attempt(job.id) is None):
                         return job
-                    await heard.wait()
+                    await self._news(heard)
         return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
@@ -164,7 +170,7 @@ class Jobs:
                     return told
                 try:
                     async with asyncio.timeout_at(until_s):
-                        await (heard.wait() if attempt is None else attempt.outputs.news())
+                        await (self._news(heard) if attempt is None else attempt.outputs.news())
                 except TimeoutError:
                     return told
 
@@ -220,6 +226,26 @@ class Jobs:
         if self._webhooks is not None and job.webhook is not None:
             self._webhooks.wake()
 
+    async def _wake_all(self) -> None:
+        for endpoint_id in await self._store.read(table.endpoints_in_demand):
+            self.wake(endpoint_id)
+
+    async def _news(self, heard: asyncio.Event) -> None:
+        """Wait for news of a job. Those of other gateways have to be looked for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S if self._store.shared else None):
+                await heard.wait()
+
+    async def _look_around(self) -> None:
+        """Ask for jobs that others have submitted, and stop what others have cancelled or taken over."""
+        try:
+            await self._wake_all()
+            running = [attempt.job for attempt in self._desk.attempts]
+            for job in await self._store.read(lambda connection: table.outdated(connection, running)):
+                self._stop(job)
+        except SQLAlchemyError as error:
+            log.warning("jobs can't be looked for", extra={"reason": str(error)})
+
     async def _forget(self) -> None:
         """Forget jobs whose time is over, and stop those of them that run."""
         while True:
@@ -235,3 +261,5 @@ class Jobs:
             self._desk.forget(gone)
             if len(gone) < AT_ONCE:
                 await asyncio.sleep(LOOK_S)
+            if self._store.shared:
+                await self._look_around()

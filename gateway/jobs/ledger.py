@@ -42,14 +42,24 @@ class Free:
 
 
 class Ledger:
-    """The store's jobs. `heard` are told, on the loop, of each job that has ended, once that is committed."""
+    """The store's jobs, for the gateway `instance`. What a runner says is written, however long that takes.
+
+    `heard` are told, on the loop, of each job that has ended, once that is committed.
+    """
 
     def __init__(
-        self, store: Store, costs: Costs, *, limit: int, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        costs: Costs,
+        *,
+        limit: int,
+        instance: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._costs = costs
         self._limit = limit
+        self._instance = instance
         self._clock = clock
         self.heard: list[Callable[[Job], None]] = []
 
@@ -106,13 +116,22 @@ class Ledger:
         """The endpoint's next jobs with their inputs, keys in turn behind the key `after`."""
         return await self._store.write(
             lambda connection: table.claim(
-                connection, endpoint_id, most, background=background, after=after, now=self._clock()
-            )
+                connection,
+                endpoint_id,
+                most,
+                background=background,
+                after=after,
+                now=self._clock(),
+                instance=self._instance,
+            ),
+            insist=True,
         )
 
     async def begin(self, job: Job) -> bool:
         """A worker has it. False if it is no longer wanted."""
-        return await self._store.write(lambda connection: table.begin(connection, job, self._clock()))
+        return await self._store.write(
+            lambda connection: table.begin(connection, job, self._clock()), insist=True
+        )
 
     async def end(self, job: Job, ending: Ending, usage: Usage | None) -> bool:
         """The attempt has come to `ending` and has cost `usage`. False if it counts no more."""
@@ -125,19 +144,19 @@ class Ledger:
                 self._costs.count(connection, job, usage)
             return self._tell_webhook(connection, ended, ending.output)
 
-        done = self._tell(await self._store.write(work))
+        done = self._tell(await self._store.write(work, insist=True))
         if done and usage is not None:
             self._costs.spend(job, usage)
         return bool(done)
 
     async def spend(self, job: Job, usage: Usage) -> None:
         """An attempt that was stopped has cost `usage`."""
-        await self._store.write(lambda connection: self._costs.count(connection, job, usage))
+        await self._store.write(lambda connection: self._costs.count(connection, job, usage), insist=True)
         self._costs.spend(job, usage)
 
     async def give_back(self, job: Job) -> bool:
         """No worker worked on the attempt."""
-        return await self._store.write(lambda connection: table.give_back(connection, job))
+        return await self._store.write(lambda connection: table.give_back(connection, job), insist=True)
 
     async def lose(self, job: Job, why: str) -> bool:
         """The worker went away with the attempt; False if it counts no more."""
@@ -147,7 +166,7 @@ class Ledger:
             ended = lost is not None and lost.ended
             return lost is not None, self._tell_webhook(connection, lost) if lost and ended else []
 
-        counted, ended = await self._store.write(work)
+        counted, ended = await self._store.write(work, insist=True)
         self._tell(ended)
         return counted
 
@@ -187,7 +206,7 @@ class Ledger:
         return gone
 
     async def adopt(self) -> None:
-        """Take over what a gateway that is gone has left."""
+        """Take over what gateways that are gone have left."""
 
         def work(connection: Connection) -> list[Job]:
             failed = table.adopt(connection, self._clock())

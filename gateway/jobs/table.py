@@ -37,6 +37,7 @@ from sqlalchemy import (
     update,
 )
 
+from gateway.instances import INSTANCES, dead
 from gateway.store import metadata
 
 ATTEMPTS_MAX = 3
@@ -91,6 +92,7 @@ JOBS = Table(
     Column("webhook", Text),
     Column("idempotency_key", String(255)),
     Column("digest", LargeBinary),
+    Column("instance", String(32)),  # the gateway that has claimed it
     UniqueConstraint("key_id", "endpoint_id", "idempotency_key"),
     Index("jobs_turns", "endpoint_id", "state", "background", "key_id", "seq"),
     Index("jobs_room", "endpoint_id", "state", "size_bytes"),
@@ -252,12 +254,23 @@ def retried(connection: Connection, endpoint_id: str) -> int:
 
 
 def claim(
-    connection: Connection, endpoint_id: str, most: int, *, background: bool, after: str, now: float
+    connection: Connection,
+    endpoint_id: str,
+    most: int,
+    *,
+    background: bool,
+    after: str,
+    now: float,
+    instance: str | None = None,
 ) -> list[tuple[Job, bytes]]:
     """The next jobs of the endpoint with their inputs, at most `most`, each the oldest of its key.
 
-    Keys take turns, in the order of their ids, beginning behind `after`, which had the last one.
+    Keys take turns, in the order of their ids, beginning behind `after`, which had the last one. A gateway
+    `instance` that is taken for dead gets none.
     """
+    listed = select(INSTANCES.c.id).where(INSTANCES.c.id == instance)
+    if instance is not None and connection.scalar(listed) is None:
+        return []
     line = (
         JOBS.c.endpoint_id == endpoint_id,
         JOBS.c.state == State.IN_QUEUE,
@@ -275,14 +288,13 @@ def claim(
             connection.execute(
                 update(JOBS)
                 .where(JOBS.c.seq == first.scalar_subquery(), JOBS.c.state == State.IN_QUEUE)
-                .values(state=State.CLAIMED, attempt=JOBS.c.attempt + 1)
+                .values(state=State.CLAIMED, attempt=JOBS.c.attempt + 1, instance=instance)
                 .returning(*_ROW)
             )
             .mappings()
             .one_or_none()
         )
-        if row is None:  # another gateway was faster
-            continue
+        assert row is not None, "whoever writes is alone"
         job = _job(row)
         claimed.append((job, input_of(connection, job)))
         after = key_id
@@ -383,14 +395,26 @@ def expire(connection: Connection, now: float, most: int) -> list[Job]:
 
 
 def adopt(connection: Connection, now: float) -> list[Job]:
-    """Take over what a gateway that is gone has left: nobody works on anything. Those that FAILED by it."""
+    """Take over what gateways that are gone have left: nobody works on it. Those that FAILED by it."""
+    left = dead(JOBS.c.instance)
     connection.execute(
-        update(JOBS).where(JOBS.c.state == State.CLAIMED).values(state=State.IN_QUEUE, begun_at=None)
+        update(JOBS).where(JOBS.c.state == State.CLAIMED, left).values(state=State.IN_QUEUE, begun_at=None)
     )
-    held = connection.execute(select(*_ROW).where(JOBS.c.state == State.IN_PROGRESS)).mappings().all()
+    wanted = select(*_ROW).where(JOBS.c.state == State.IN_PROGRESS, left)
+    held = connection.execute(wanted).mappings().all()
     why = f"The gateway ended while a worker had the job, {ATTEMPTS_MAX} times."
     lost = [lose(connection, _job(row), why, now) for row in held]
     return [job for job in lost if job is not None and job.ended]
+
+
+def outdated(connection: Connection, running: Sequence[Job]) -> list[Job]:
+    """Those of `running`, as they were claimed, whose attempt counts no more."""
+    seqs = [job.seq for job in running]
+    rows = connection.execute(
+        select(JOBS.c.seq, JOBS.c.attempt).where(JOBS.c.seq.in_(seqs), JOBS.c.state.in_(OPEN))
+    )
+    current = {row.seq: row.attempt for row in rows}
+    return [job for job in running if current.get(job.seq) != job.attempt]
 
 
 def endpoints_in_demand(connection: Connection) -> list[str]:

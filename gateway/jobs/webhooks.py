@@ -25,24 +25,28 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from sqlalchemy import (
     Column,
+    ColumnElement,
     Connection,
     Delete,
     Float,
     Index,
     Integer,
     LargeBinary,
+    String,
     Table,
     Text,
     Update,
     delete,
     func,
     insert,
+    or_,
     select,
     update,
 )
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
+from gateway.instances import dead
 from gateway.jobs.lookups import Lookups
 from gateway.store import Store, metadata
 from handler.errors import BadRequest
@@ -61,6 +65,8 @@ LARGE_AT_ONCE = 8
 """How many larger ones are in memory at once: they may have 20 MB."""
 URL_MAX_CHARS = 2048
 DATABASE_AGAIN_S = 1.0
+LOOK_S = 5.0
+"""How often what another gateway has left is looked for."""
 
 WEBHOOKS = Table(
     "job_webhooks",
@@ -70,7 +76,8 @@ WEBHOOKS = Table(
     Column("host", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("tries", Integer, nullable=False),
-    Column("due_at", Float, nullable=False),
+    Column("due_at", Float(53), nullable=False),
+    Column("instance", String(32)),  # the gateway that sends it
     Index("job_webhooks_due", "due_at", "host"),
     sqlite_autoincrement=True,
 )
@@ -199,6 +206,7 @@ class Webhooks:
     """Sends what is written down, and again what was not answered with 200.
 
     A few at a time to each host, and many in all: a host that does not answer has its own wait.
+    What this gateway, `instance`, has on its way is no other's to send.
     """
 
     def __init__(
@@ -206,6 +214,7 @@ class Webhooks:
         store: Store,
         allowed: Allowed,
         *,
+        instance: str | None = None,
         clock: Callable[[], float] = time.time,
         resolver: AbstractResolver | None = None,
         again_s: float = AGAIN_S,
@@ -213,6 +222,7 @@ class Webhooks:
     ) -> None:
         self._store = store
         self._allowed = allowed
+        self._instance = instance
         self._clock = clock
         self._resolver = resolver
         self._again_s = again_s
@@ -257,6 +267,8 @@ class Webhooks:
                 except SQLAlchemyError:
                     log.exception("webhooks can't be read")
                     wait_s = DATABASE_AGAIN_S
+                if self._store.shared:
+                    wait_s = LOOK_S if wait_s is None else min(LOOK_S, wait_s)
                 try:
                     async with asyncio.timeout(wait_s):
                         await self._news.wait()
@@ -271,7 +283,7 @@ class Webhooks:
         while room := AT_ONCE - len(self._sending):
             hosts = Counter(self._sending.values())
             full = [host for host, number in hosts.items() if number >= HOST_AT_ONCE]
-            found = await self._store.read(partial(_next, list(self._sending), full, room))
+            found = await self._store.read(partial(_next, list(self._sending), full, room, self._ours))
             if not found:
                 return None
             for waiting in found:
@@ -284,9 +296,15 @@ class Webhooks:
                     tasks.create_task(self._send(session, waiting))
         return None
 
+    @property
+    def _ours(self) -> ColumnElement[bool]:
+        return or_(dead(WEBHOOKS.c.instance), WEBHOOKS.c.instance == self._instance)
+
     async def _send(self, session: aiohttp.ClientSession, waiting: Waiting) -> None:
         try:
             async with self._large if waiting.size_bytes > LARGE_BYTES else nullcontext():
+                if self._store.shared and not await self._store.write(partial(self._take, waiting.id)):
+                    return
                 body = partial(_body, waiting.id)
                 why = await self._refused(session, URL(waiting.url), await self._store.read(body))
             await self._note(waiting, why)
@@ -297,13 +315,20 @@ class Webhooks:
             del self._sending[waiting.id]
             self._news.set()
 
+    def _take(self, number: int, connection: Connection) -> bool:
+        """Have it, if it is nobody else's by now."""
+        mine = update(WEBHOOKS).where(WEBHOOKS.c.id == number, self._ours).values(instance=self._instance)
+        return connection.execute(mine).rowcount == 1
+
     async def _note(self, waiting: Waiting, why: str | None) -> None:
         """Write down what came of it. A full disk has nothing sent again."""
         mine = WEBHOOKS.c.id == waiting.id
         change: Delete | Update = delete(WEBHOOKS).where(mine)
         if why is not None and waiting.tries + 1 < TRIES_MAX:
             again_at = self._clock() + self._again_s
-            change = update(WEBHOOKS).where(mine).values(tries=waiting.tries + 1, due_at=again_at)
+            change = (
+                update(WEBHOOKS).where(mine).values(tries=waiting.tries + 1, due_at=again_at, instance=None)
+            )
         elif why is not None:
             log.warning("webhook given up", extra={"host": waiting.host, "reason": why})
 
@@ -331,14 +356,20 @@ class Webhooks:
             return type(error).__name__
 
 
-def _next(sending: Sequence[int], full: Sequence[str], most: int, connection: Connection) -> list[Waiting]:
-    """The next to be sent but for those that are `sending` and those to hosts that are `full`."""
+def _next(
+    sending: Sequence[int],
+    full: Sequence[str],
+    most: int,
+    ours: ColumnElement[bool],
+    connection: Connection,
+) -> list[Waiting]:
+    """The next of `ours` but for those that are `sending` and those to hosts that are `full`."""
     wanted = (
         select(
             *(WEBHOOKS.c[name] for name in ("id", "url", "host", "tries", "due_at")),
             func.length(WEBHOOKS.c.body).label("size_bytes"),
         )
-        .where(WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full))
+        .where(WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full), ours)
         .order_by(WEBHOOKS.c.due_at)
         .limit(most)
     )

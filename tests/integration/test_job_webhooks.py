@@ -147,12 +147,12 @@ class FullDisk(Store):
 
     failures = 0
 
-    async def write(self, work: Callable[[Any], Any]) -> Any:
+    async def write(self, work: Callable[[Any], Any], *, insist: bool = False) -> Any:
         """Fail, or write."""
         if self.failures:
             self.failures -= 1
             raise OperationalError("INSERT", {}, Exception("database or disk is full"))
-        return await super().write(work)
+        return await super().write(work, insist=insist)
 
 
 async def test_a_full_disk_has_no_webhook_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

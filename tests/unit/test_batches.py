@@ -96,8 +96,8 @@ class Endpoint:
 class Place:
     """A gateway's database and folder, and what runs on it; `now` is its clock."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = Store.open(f"sqlite:///{folder}/gateway.db")
+    def __init__(self, folder: Path, database_url: str) -> None:
+        self.store = Store.open(database_url)
         self.folder = folder / "files"
         self.now = 1_000_000.0
         self.endpoint = Endpoint()
@@ -180,9 +180,9 @@ class Place:
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
+async def place(tmp_path: Path, database_url: str) -> AsyncIterator[Place]:
     """An empty one, whose gateway is not started."""
-    place = Place(tmp_path)
+    place = Place(tmp_path, database_url)
     yield place
     place.store.close()
 

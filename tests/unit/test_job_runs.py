@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +34,9 @@ from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedA
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
     """A database of its own."""
-    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    store = Store.open(database_url)
     yield store
     store.close()
 

@@ -31,9 +31,9 @@ WISHES = {
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
     """An open database."""
-    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    store = Store.open(database_url)
     yield store
     store.close()
 
@@ -185,6 +185,8 @@ async def test_a_slow_look_does_not_bring_a_revoked_key_back(store: Store) -> No
 
 async def test_keys_are_heeded_though_nothing_can_be_written(store: Store) -> None:
     """On a full disk, say; when they were used is written down later."""
+    if store.shared:
+        pytest.skip("the disk is PostgreSQL's own, and the trigger that stands for it SQLite's")
     keys = Keys(clock=lambda: NOW_S)
     following = Following(keys, store)
     _, made = create(store, name="a")

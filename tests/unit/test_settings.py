@@ -601,7 +601,7 @@ def test_the_data_folder_is_the_users_own() -> None:
 def test_the_address_of_a_database_is_not_shown() -> None:
     """It may hold a password."""
     assert gateway_faults({"DATABASE_URL": "u:secret@host"}) == (
-        "DATABASE_URL (not shown) is not allowed; allowed: an SQLAlchemy URL, such as sqlite:////srv/gateway.db",
+        "DATABASE_URL (not shown) is not allowed; allowed: a URL such as sqlite:////srv/gateway.db or postgresql://user:password@host/name",
     )
 
 
