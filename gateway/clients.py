@@ -17,7 +17,7 @@ from handler.body import json_object
 from handler.errors import BadRequest, NoSuchModel, json_reply
 from handler.messages import Call, Reply, Request, read
 
-_MODELS = "/v1/models"
+MODELS = "/v1/models"
 _DISPOSITION = "content-disposition"
 
 
@@ -43,7 +43,7 @@ class Clients:
             if request.method == "POST":
                 self.limits.take(key)
             async with metered(request) as reply:
-                lists = request.path.rstrip("/") == _MODELS and reply.status == 200
+                lists = request.path.rstrip("/") == MODELS and reply.status == 200
                 yield await _allowed_only(reply, key) if lists and key.models is not None else reply
 
         return call
@@ -60,8 +60,8 @@ def permit(key: Key, request: Request, model_id: str) -> None:
     if request.method == "POST":
         form = path.startswith("/v1/audio/")
         model = (_form_model(request) if form else json_object(request).get("model")) or model_id
-    elif path.startswith(_MODELS + "/"):
-        model = path.removeprefix(_MODELS + "/")
+    elif path.startswith(MODELS + "/"):
+        model = path.removeprefix(MODELS + "/")
     else:
         return
     if not (isinstance(model, str) and key.may_ask(model)):

@@ -34,7 +34,8 @@ class Server(uvicorn.Server):
 class Protocol(HttpToolsProtocol):
     """uvicorn's, which alone has no bound on what a stranger can have it hold: heads, trailers, pipelines.
 
-    A connection without a whole head is closed after as long as one that is idle.
+    A connection without a whole head is closed after as long as one that is idle. So is one whose client does
+    not read its answer: it holds a place at the engine that others wait for.
     """
 
     _brought = False
@@ -42,6 +43,7 @@ class Protocol(HttpToolsProtocol):
     _dull_bytes = 0
     """Read since the last that had."""
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _answered: RequestResponseCycle | None = None
     """What is answered: `cycle` is the last of those that were asked for."""
 
@@ -53,6 +55,7 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._head_came()
+        self._was_read()
         if self._answered is not None:
             self._answered.disconnected = True
             self._answered.message_event.set()
@@ -89,6 +92,22 @@ class Protocol(HttpToolsProtocol):
         """A body is there."""
         self._brought = True
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client reads slowly, or not at all."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads."""
+        self._was_read()
+        super().resume_writing()
+
+    def _was_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle

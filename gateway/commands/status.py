@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gateway.commands import Subparsers
 
 HOME_AND_CLEAR = "\x1b[H\x1b[J"
+EVERY_MIN_S = 0.05
 
 
 def add(commands: Subparsers) -> None:
@@ -52,7 +53,7 @@ async def _show(place: Place, args: argparse.Namespace) -> None:
                 print(f"{clear}{shown}", end="", flush=True)
             if not args.watch:
                 return
-            await asyncio.sleep(args.every)
+            await asyncio.sleep(max(EVERY_MIN_S, args.every))
 
 
 async def _tokens_today(asked: Client) -> Mapping[str, int]:

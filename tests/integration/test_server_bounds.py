@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ LONG_S = 3600
 
 @dataclass
 class Served:
-    """A server whose application answers `/` once it has the body, and `/held` never."""
+    """A server whose application answers `/` once it has the body, `/held` never, `/endless` for ever."""
 
     path: Path
     count: int = 0
@@ -36,8 +37,15 @@ class Served:
         self.count += 1
         self.begun.set()
         if scope["path"] == "/held":
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            await _gone(receive)
+            self.left.set()
+            return
+        if scope["path"] == "/endless":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            gone = asyncio.create_task(_gone(receive))
+            while not gone.done():
+                await send({"type": "http.response.body", "body": b"a" * 4096, "more_body": True})
+                await asyncio.sleep(0)
             self.left.set()
             return
         while (await receive()).get("more_body"):
@@ -66,6 +74,11 @@ class Served:
             answer = b""
         writer.close()
         return answer, sent
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 @asynccontextmanager
@@ -153,3 +166,15 @@ async def test_a_connection_without_a_request_is_ended(tmp_path: Path, said: byt
         answer, _ = await it.told([said])
         assert answer == b""
         assert not it.count
+
+
+async def test_a_client_that_does_not_read_is_left(tmp_path: Path) -> None:
+    """What makes its answer hears that it has gone; one that reads has it for as long as it lasts."""
+    async with served(tmp_path, idle_s=1) as it:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setblocking(False)
+        with sock:
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, str(it.path))
+            await loop.sock_sendall(sock, b"GET /endless HTTP/1.1\r\nhost: worker\r\n\r\n")
+            await it.left.wait()
