@@ -23,13 +23,18 @@ def body_fault(request: Request) -> BadRequest | None:
 
     None too for a route that takes something else.
     """
-    if request.method != "POST" or request.path.startswith("/v1/audio/"):
+    if not takes_json(request):
         return None
     try:
         json_object(request)
     except BadRequest as fault:
         return fault
     return None
+
+
+def takes_json(request: Request) -> bool:
+    """Whether the body of `request` has to be a JSON object."""
+    return request.method == "POST" and not request.path.startswith("/v1/audio/")
 
 
 def json_object(request: Request) -> dict[str, Any]:

@@ -6,12 +6,11 @@ in one request the worker may name the other one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from handler.body import body_fault
+from handler.body import json_object, takes_json
 from handler.errors import NoSuchModel
 from handler.messages import Request
 from handler.table import FALSE, ours
@@ -47,11 +46,11 @@ def check(request: Request, *, model: str | None) -> None:
     `model` is None if names can't be known.
     """
     path = request.path.rstrip("/")
-    if fault := body_fault(request):
-        raise fault
+    if not takes_json(request):
+        return
+    asked = json_object(request).get("model")
     if model is None or path not in NAMED:
         return
-    asked = json.loads(request.body).get("model")
     if isinstance(asked, str) and asked not in {"", model} and _is_text(asked):
         raise NoSuchModel(asked, served=[model])
 

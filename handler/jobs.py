@@ -64,8 +64,8 @@ _OF_WORKER_VLLM = frozenset(
 _ERROR_FRAME = sse.ERROR_FRAME.decode()
 
 
-def parse(job_input: object) -> Request:
-    """The request that a job's `input` holds.
+def parse(job_input: object, dump: Callable[[object], bytes] = as_json) -> Request:
+    """The request that a job's `input` holds; `dump` makes its body of what is for that.
 
     Raises `BadEvent`, which names the shapes that there are. Whether its route may be called is
     asked of `handler.edge`, as for every request.
@@ -76,20 +76,20 @@ def parse(job_input: object) -> Request:
         path = _path(job_input.get("openai_route", "/v1/chat/completions"), "openai_route")
         body = job_input.get("openai_input")
         empty = body is None or (not body and (path + "/").startswith("/v1/models/"))
-        return _request("GET" if empty else "POST", path, None if empty else body)
+        return _request("GET" if empty else "POST", path, None if empty else body, dump)
     if "route" in job_input:
         body = job_input.get("body")
         method = job_input.get("method") or ("GET" if body is None else "POST")
         if not isinstance(method, str):
             raise BadEvent('"method" of a job\'s input is a string, "GET" or "POST".')
-        return _request(method.upper(), _path(job_input["route"], "route"), body)
+        return _request(method.upper(), _path(job_input["route"], "route"), body, dump)
     if job_input.get("messages") is not None or job_input.get("prompt") is not None:
-        return _shorthand({name: value for name, value in job_input.items() if value is not None})
+        return _shorthand({name: value for name, value in job_input.items() if value is not None}, dump)
     named = ", ".join(sorted(map(repr, job_input))) or "none"
     raise BadEvent(f"A job's input has one of these shapes: {SHAPES}. The keys of this one: {named}.")
 
 
-def _shorthand(job_input: Mapping[str, Any]) -> Request:
+def _shorthand(job_input: Mapping[str, Any], dump: Callable[[object], bytes]) -> Request:
     params = job_input.get("sampling_params") or {}
     if not isinstance(params, dict):
         raise BadEvent('"sampling_params" of a job\'s input is a JSON object.')
@@ -97,8 +97,8 @@ def _shorthand(job_input: Mapping[str, Any]) -> Request:
     if "messages" not in body and job_input.get("apply_chat_template"):
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
     if "messages" in body:
-        return _request("POST", "/v1/chat/completions", body)
-    return _request("POST", "/v1/completions", body)
+        return _request("POST", "/v1/chat/completions", body, dump)
+    return _request("POST", "/v1/completions", body, dump)
 
 
 def _path(route: object, key: str) -> str:
@@ -108,10 +108,10 @@ def _path(route: object, key: str) -> str:
     return path if path.startswith("/v1/") else "/v1" + path
 
 
-def _request(method: str, path: str, body: object) -> Request:
+def _request(method: str, path: str, body: object, dump: Callable[[object], bytes]) -> Request:
     if body is None:
         return Request(method, path)
-    return Request(method, path, _JSON, as_json(body))
+    return Request(method, path, _JSON, dump(body))
 
 
 def dump(request: Request) -> dict[str, Any]:
@@ -143,11 +143,12 @@ async def outputs(
 ) -> AsyncGenerator[Any, None]:
     """The outputs of a job that `call` is asked, whatever happens; see the top of this file.
 
-    `opened` is given the stack that the call is entered on, before it is.
+    `job_input` may be what `parse` has made of it. `opened` is given the stack that the call is entered on,
+    before it is.
     """
     streamed = begun = False
     try:
-        request = parse(job_input)
+        request = job_input if isinstance(job_input, Request) else parse(job_input)
         streamed = asks_for_stream(request)
         request = replace(request, headers=(*request.headers, ("x-request-id", job_id)))
         async with AsyncExitStack() as work:

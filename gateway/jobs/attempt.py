@@ -10,9 +10,10 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gateway.jobs.document import Document, beside
 from gateway.jobs.table import Ending, Job, State
 from handler import edge, jobs
-from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
+from handler.errors import BadEvent, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Call, Reply, Request, Visit, as_json
 from handler.usage import Usage, metered
 
@@ -127,7 +128,7 @@ class Attempt:
         """What it has cost, once it is over and if it has cost something."""
         self.begun = False
         self.stopped = False
-        self._input = json.loads(body)
+        self._body = body
         self._ask = metered(ask, self._tell_usage)
         self._began = began
         self._lost: Refused | Lost | None = None
@@ -141,7 +142,8 @@ class Attempt:
                 if self.stopped:
                     return Refused(None)
                 self._timer = timer
-                async with aclosing(jobs.outputs(self._call, self.job.id, self._input)) as outputs:
+                asked = await beside(len(self._body), self._asked)
+                async with aclosing(jobs.outputs(self._call, self.job.id, asked)) as outputs:
                     async for output in outputs:
                         error = jobs.failure(output)
                         if error is None:
@@ -166,6 +168,14 @@ class Attempt:
         self.stopped = True
         if self._timer is not None and not self._timer.expired():
             self._timer.reschedule(0)
+
+    def _asked(self) -> object:
+        """The request that its input holds, or an input that holds none: what comes of it says why."""
+        document = Document(self._body)
+        try:
+            return jobs.parse(document.value, document.dump)
+        except BadEvent:
+            return document.value
 
     def _timed_out(self) -> Outcome:
         if self.stopped:

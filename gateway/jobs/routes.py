@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -12,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from gateway.jobs import status, table, webhooks
+from gateway.jobs.document import Document, beside
 from gateway.jobs.jobs import Jobs
 from gateway.jobs.rates import Rates
 from gateway.jobs.table import JOBS, Job, NewJob, State
@@ -140,16 +140,9 @@ class JobRoutes:
         return await self._told(job)
 
     async def _submit(self, request: Request, endpoint_id: str, kind: str) -> Job:
-        new, job_input = _parse(request, endpoint_id, kind, self.allowed)
-
-        def admit() -> None:
-            try:
-                inside = shapes.parse(job_input)
-            except BadEvent:  # told as what came of the job, as on RunPod
-                inside = None
-            self.account.admit(new.key_id, endpoint_id, inside)
-
-        return await self.jobs.submit(new, admit)
+        read = partial(_parse, request, endpoint_id, kind, self.allowed)
+        new, inside = await beside(len(request.body), read)
+        return await self.jobs.submit(new, partial(self.account.admit, new.key_id, endpoint_id, inside))
 
     async def _status(self, request: Request, job: Job) -> Reply:
         ttl_s = _milliseconds(request, "ttl", 0, POLICY_S["ttl"][1])
@@ -231,12 +224,15 @@ def _check_size(request: Request, operation: str) -> None:
         raise BodyTooLarge(most)
 
 
-def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> tuple[NewJob, Any]:
-    """The job that `request` submits, and its `input`. Raises `BadRequest`."""
+def _parse(
+    request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed
+) -> tuple[NewJob, Request | None]:
+    """The job that `request` submits, and what it asks for (`_inside`). Raises `BadRequest`."""
     try:
-        body = json.loads(request.body)
+        document = Document(request.body)
     except (ValueError, RecursionError):
         raise BadRequest("We could not parse the JSON body of your request.") from None
+    body = document.value
     if not isinstance(body, dict) or body.get("input") is None:
         raise BadRequest('The body of your request must be a JSON object with an "input".', param="input")
     policy = {} if body.get("policy") is None else body["policy"]
@@ -251,7 +247,7 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
     new = NewJob(
         endpoint_id=endpoint_id,
         key_id=request.visit.caller,
-        body=as_json(body["input"]),
+        body=document.dump(body["input"]),
         kind=kind,
         background=background,
         webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
@@ -264,7 +260,24 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
         execution_timeout_s=new.execution_timeout_s if timeout_s is None else timeout_s,
         ttl_s=new.ttl_s if ttl_s is None else ttl_s,
     )
-    return new, body["input"]
+    return new, _inside(body["input"])
+
+
+def _inside(job_input: object) -> Request | None:
+    """The request that a job's input holds, of whose body only the model is kept: the key is asked for that.
+
+    None for an input that holds none: it is told as what came of the job, as on RunPod.
+    """
+    try:
+        return shapes.parse(job_input, _model_only)
+    except BadEvent:
+        return None
+
+
+def _model_only(body: object) -> bytes:
+    if not isinstance(body, dict):
+        return as_json(type(body)())
+    return as_json({"model": body["model"]} if "model" in body else {})
 
 
 def _policy(policy: Mapping[str, Any], name: str) -> float | None:
