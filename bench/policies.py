@@ -60,7 +60,7 @@ class QueueDelay:
         if not alive:
             return Decision(min(1, seen.waiting))
         if seen.waiting:
-            due_s = max(now_s - seen.oldest_wait_s, self._added_s) + self.delay_s
+            due_s = max(now_s - min(seen.oldest_wait_s, self.delay_s), self._added_s) + self.delay_s
             if now_s >= due_s:
                 self._added_s = now_s
                 return Decision(min(alive + 1, self.most), self.delay_s)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from bench.policies import Policy
 from bench.traces import Arrival
+from gateway.admission import FULL_S
 from gateway.scaling import Seen
 from gateway.turns import Turn, Turns
 
@@ -120,6 +121,7 @@ class Simulation:
         self._look_s = math.inf
         self._timer = 0
         self._inside = 0
+        self._full_at_s = -math.inf
         self.outcome = Outcome(requests=len(trace))
 
     def run(self) -> Outcome:
@@ -156,6 +158,8 @@ class Simulation:
         else:
             turn = _Waiting(key=arrival.key, arrived_s=self._now_s, arrival=arrival)
             losers = self._turns.add(turn)
+            if losers:
+                self._full_at_s = self._now_s
             self.outcome.refused += len(losers)
             self._inside -= len(losers)
             if turn in self._turns:
@@ -263,9 +267,12 @@ class Simulation:
         staying = [worker for worker in self._workers if not worker.leaving]
         ready = [worker for worker in staying if worker.ready_s <= self._now_s]
         oldest = next(iter(self._turns), None)
+        waited_s = self._now_s - oldest.arrived_s if oldest else 0.0
+        if self._now_s < self._full_at_s + FULL_S:  # as the gateway tells it
+            waited_s = math.inf
         return Seen(
             waiting=len(self._turns),
-            oldest_wait_s=self._now_s - oldest.arrived_s if oldest else 0.0,
+            oldest_wait_s=waited_s,
             in_flight=sum(worker.held for worker in staying),
             ready=len(ready),
             starting=len(staying) - len(ready),

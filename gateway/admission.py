@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,10 @@ from handler.waiting import WAITING_MAX_BYTES, kept_alive
 TRIES = 5
 """How many workers are asked for one request. That one goes away as it is asked is nobody's fault, and the
 next takes over; five in a row are more than chance."""
+
+FULL_S = 1.0
+"""For so long after somebody was refused for a full queue, it counts as one that has waited for ever:
+a bounded queue keeps every wait in it short, however many are turned away."""
 
 SERVED_GUESS_S = 5.0
 """How long a request takes, before any has been seen."""
@@ -78,6 +83,7 @@ class Admission:
         self._promised = 0
         """How many of the free places are those of requests whose turn has come, and who have yet to ask."""
         self._served_s = SERVED_GUESS_S
+        self._full_at_s = -math.inf
         pool.listen(self._heard)
 
     def adjust(
@@ -177,6 +183,7 @@ class Admission:
         else:
             self._check(request)
             for loser in self._turns.add(waiter):
+                self._full_at_s = self._loop.time()
                 self._refuse(loser, self._full(), "full")
         self._settle()
         if waiter.over and (refusal := waiter.come.result()):
@@ -223,7 +230,9 @@ class Admission:
                 self._promised += 1
                 next_one.come.set_result(None)
         oldest = next(iter(self._turns), None)
-        self._pool.want(len(self._turns), self._loop.time() - oldest.began_s if oldest else 0.0)
+        now_s = self._loop.time()
+        waited_s = math.inf if now_s < self._full_at_s + FULL_S else now_s - oldest.began_s if oldest else 0.0
+        self._pool.want(len(self._turns), waited_s)
 
     def _refuse(self, waiter: _Waiter, refusal: RequestError, outcome: Outcome) -> None:
         if not waiter.come.done():

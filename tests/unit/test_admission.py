@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -412,6 +413,19 @@ async def test_the_pool_hears_how_many_wait_and_how_long() -> None:
     assert [count for count, _ in on.pool.wanted] == [1, 2, 0]
     waits_s = [wait_s for _, wait_s in on.pool.wanted]
     assert waits_s == [*sorted(waits_s[:2]), 0]
+
+
+async def test_who_is_turned_away_counts_as_one_that_has_waited_for_ever() -> None:
+    """Else a bound that keeps waits short would keep the workers away that it lacks."""
+    on = Stage(ScriptedApp({CHAT: answer({})}), limit=1)
+    first = on.asks(chat())
+    await on.waiting(1)
+    assert on.pool.wanted[-1][1] < math.inf
+    with pytest.raises(NotAdmitted):
+        await on.answered(chat())
+    assert on.pool.wanted[-1] == (1, math.inf)
+    on.pool.give(1)
+    await first
 
 
 async def test_the_longest_wait_is_that_of_whoever_came_first() -> None:

@@ -215,3 +215,12 @@ def test_percentiles_are_of_values() -> None:
     assert simulate.percentile([], 50) is None
     assert simulate.percentile([3, 1, 2], 50) == 2
     assert simulate.percentile(list(range(1, 101)), 99) == 99
+
+
+def test_a_full_queue_has_workers_started_however_short_its_waits_are() -> None:
+    """Who is turned away waits for ever: else a bound on the queue would keep its own workers away."""
+    trace = [Arrival(100 + n / 10, 0.0, 10.0) for n in range(6000)]
+    replica = Replica(cold_start_s=60.0, slots=4, token_s=0.1, token_more_s=0.0)
+    out = Simulation(trace, Scaler(Scaling(1, 4)), replica, most=4, door=Door(queue_limit=8)).run()
+    assert out.most_workers >= 3
+    assert out.refused < 600, "those of one cold start"
