@@ -15,8 +15,10 @@ FROM python:3.11-slim-bookworm AS slim
 # What is to be installed, and nothing else of pyproject.toml: its other lines install nothing again.
 FROM slim AS requirements
 ARG ENGINE
+ARG EXTRAS
 COPY pyproject.toml scripts/requirements.py /
-RUN python /requirements.py "${ENGINE}" aws runpod s3 < /pyproject.toml > /requirements.txt \
+# hadolint ignore=SC2086
+RUN python /requirements.py "${ENGINE}" aws runpod s3 ${EXTRAS} < /pyproject.toml > /requirements.txt \
  && python /requirements.py fetch < /pyproject.toml > /fetch.txt
 
 

@@ -8,8 +8,9 @@ MODEL   = HuggingFaceTB/SmolLM2-135M-Instruct
 PY      = .venv/bin/python
 INSTALL = $(PYTHON) -m scripts.install
 
-.PHONY: help serve test unit lint lint-aws format types test-batch test-large test-criu test-image judge-vllm judge-openai \
-        bench-overhead bench-gateway bench-stream bench-lambda bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
+.PHONY: help serve test unit lint lint-aws lint-kubernetes format types test-batch test-large test-criu test-image test-ray \
+        soak chaos judge-vllm judge-openai \
+        bench-overhead bench-gateway bench-stream bench-lambda bench-ray bench-bake bench-coldstart bench-coldstart-gpu screenshots clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +22,8 @@ serve: ## A model behind an OpenAI URL. PORT, API_KEY, MODEL_NAME change it; ENG
 	unset MODEL_REVISION; MODEL_NAME=$$folder exec $(PY) -m gateway
 
 test: ## All that CI checks: lint, types, every test
-	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with-node --with-chromium --with-postgresql
-	@$(MAKE) --no-print-directory lint types lint-aws
+	@$(INSTALL) $(ENGINE) aws dev runpod s3 --with node npm chromium nginx postgres
+	@$(MAKE) --no-print-directory lint types lint-aws lint-kubernetes
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && VLLM_CACHE_ROOT=$$cache $(PY) -m pytest
 
 unit: ## The tests that take seconds and need no engine
@@ -31,13 +32,17 @@ unit: ## The tests that take seconds and need no engine
 
 lint: ## ruff, the format, and hadolint where it has a build
 	@$(INSTALL) dev
-	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile
+	@[ ! -x .venv/bin/hadolint ] || .venv/bin/hadolint Dockerfile deploy/gateway/Dockerfile
 	@$(PY) -m ruff check --quiet
 	@$(PY) -m ruff format --check --quiet || { echo 'not formatted: make format' >&2; exit 1; }
 
 lint-aws: ## template.yaml: cfn-lint, sam validate and checkov, in environments of their own
 	@$(INSTALL) --tools cfn checkov
 	@$(PYTHON) -m scripts.lint_aws
+
+lint-kubernetes: ## deploy/kubernetes: each overlay rendered, held against schemas and what pods of ours keep to
+	@$(INSTALL) dev
+	@$(PY) -m scripts.kubernetes
 
 format: ## Let ruff lay out the code, and fix what it can
 	@$(INSTALL) dev
@@ -55,6 +60,18 @@ test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory
 test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
 	@$(INSTALL) dev
 	@$(PY) -m pytest -q -s tests/gateway_memory.py
+
+soak: ## Waves of streams and jobs for MINUTES (10) while workers are killed and stopped, memory watched
+	@$(INSTALL) dev
+	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
+chaos: ## The same for MINUTES (5), and the gateway is killed and reloaded too
+	@$(INSTALL) dev
+	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),5) --gateway $(if $(SEED),--seed $(SEED))
+
+test-ray: ## Two nodes of Ray on this machine, real engines, the gateway in front; needs root, takes minutes
+	@$(INSTALL) $(ENGINE) dev ray --with ip
+	@$(PY) -m pytest -q tests/ray_lane.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
@@ -88,6 +105,10 @@ bench-stream: ## What RunPod's way costs a stream at 30 ms, and its first token 
 	@$(INSTALL) $(ENGINE) dev runpod
 	@$(PY) -m bench.stream
 
+bench-ray: ## What a second replica of Ray Serve gives, through the gateway
+	@$(INSTALL) $(ENGINE) dev ray
+	@$(PY) -m bench.ray_replicas
+
 bench-bake: ## A start from a bake, from the same model unbaked, and of vLLM's own server
 	@$(INSTALL) $(ENGINE) dev
 	@$(PY) -m bench.bake
@@ -102,7 +123,7 @@ bench-coldstart-gpu: ## The same on an NVIDIA GPU, with random weights of an 8B 
 	@$(PY) -m bench.coldstart_gpu
 
 screenshots: ## Pictures of the page for the docs, of a gateway with the default model; takes a minute
-	@$(INSTALL) $(ENGINE) dev --with-chromium
+	@$(INSTALL) $(ENGINE) dev --with chromium
 	@folder=$$($(PY) -m builder fetch "$(MODEL)") && \
 	MODEL_NAME=$$folder SERVED_MODEL_NAME=$(MODEL) $(PY) -m scripts.screenshots
 

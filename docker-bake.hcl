@@ -1,4 +1,4 @@
-# docker buildx bake cpu | gpu | cpu-baked | gpu-baked; every variable below can be set in the environment.
+# docker buildx bake cpu | gpu | cpu-baked | gpu-baked | gateway; every variable below can be set in the environment.
 # The token of a gated model: HF_TOKEN=... docker buildx bake gpu-baked, which makes a secret of it.
 
 variable "REGISTRY" { default = "" } # "registry.example/team/", with the slash
@@ -12,6 +12,7 @@ variable "RUN_AS" { default = "10001" }        # 0 where volumes belong to root,
 variable "VLLM_EXTRA_ARGS" { default = "" }    # flags for the caches and for run time
 variable "MODEL" { default = "HuggingFaceTB/SmolLM2-135M-Instruct" }
 variable "REVISION" { default = "" }
+variable "EXTRAS" { default = "" } # more of pyproject.toml: "ray" for deploy/kubernetes/overlays/rayservice
 variable "WARM" { default = "auto" }   # caches: auto, on, off
 variable "CACHE_FROM" { default = "" } # "type=registry,ref=registry.example/team/cache"
 variable "CACHE_TO" { default = "" }   # the same, and ",mode=max"
@@ -25,7 +26,7 @@ group "baked" {
 }
 
 group "all" {
-  targets = ["cpu", "gpu", "cpu-baked", "gpu-baked"]
+  targets = ["cpu", "gpu", "cpu-baked", "gpu-baked", "gateway"]
 }
 
 target "_worker" {
@@ -41,6 +42,7 @@ target "_worker" {
     SOURCE          = SOURCE
     RUN_AS          = RUN_AS
     VLLM_EXTRA_ARGS = VLLM_EXTRA_ARGS
+    EXTRAS          = EXTRAS
   }
 }
 
@@ -82,4 +84,20 @@ target "cpu-baked" {
 target "gpu-baked" {
   inherits = ["_baked", "_gpu"]
   tags     = ["${REGISTRY}firsttoken:${TAG}-baked"]
+}
+
+target "gateway" {
+  context    = "."
+  dockerfile = "deploy/gateway/Dockerfile"
+  target     = "gateway"
+  platforms  = [PLATFORM]
+  cache-from = CACHE_FROM == "" ? [] : [CACHE_FROM]
+  cache-to   = CACHE_TO == "" ? [] : [CACHE_TO]
+  tags       = ["${REGISTRY}firsttoken-gateway:${TAG}"]
+  args = {
+    VERSION = VERSION
+    COMMIT  = COMMIT
+    SOURCE  = SOURCE
+    RUN_AS  = RUN_AS
+  }
 }

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from bench import load
-from bench.figures import Figures, Window
+from bench.figures import Figures, Window, percentile
 from bench.overhead import MODEL_ID, QUIET_CORES, describe_machine, describe_versions, flags, prompts
 from bench.servers import busy_s, cpu_s, tree, tree_cpu_s
 from bench.stream import carry_out
@@ -39,8 +40,8 @@ CHAT = "/v1/chat/completions"
 AS_FAST_AS_IT_GOES = 1e9
 """Tokens/s of an engine that does not wait."""
 
-Results = Mapping[int, Mapping[str, Figures]]
-"""By the number of streams, then by way."""
+Windows = Mapping[int, Mapping[str, Sequence[Window]]]
+"""By the number of streams, then by way; one a round."""
 
 NGINX = """
 daemon off;
@@ -157,12 +158,10 @@ def proxy(command: list[str], port: int, environ: Mapping[str, str], log: Path) 
     return start(command, environ, f"http://127.0.0.1:{port}", "/ready", KEY, log)
 
 
-def measure(
-    found: Ways, options: argparse.Namespace, kind: str, counts: Mapping[int, int]
-) -> tuple[Results, float]:
-    """The figures of each way at so many streams, and how many cores others took at most.
+def measure(found: Ways, options: argparse.Namespace, kind: str, counts: Mapping[int, int]) -> Windows:
+    """Each way at so many streams, round by round; `counts` says how many requests a window has.
 
-    `counts` says how many requests a window has. Every other round goes the other way round.
+    Every other round goes the other way round.
     """
     windows: dict[int, dict[str, list[Window]]] = {n: {way.name: [] for way in found.ways} for n in counts}
     for round_ in range(options.rounds):
@@ -172,8 +171,7 @@ def measure(
             for way in found.ways[:: -1 if round_ % 2 else 1]:
                 windows[streams][way.name].append(window(found, way, streams, bodies))
         print(f"{kind}: round {round_ + 1} of {options.rounds} done", file=sys.stderr, flush=True)
-    others = max(one.other_cores for by in windows.values() for all_ in by.values() for one in all_)
-    return {n: {name: Figures.of(all_) for name, all_ in by.items()} for n, by in windows.items()}, others
+    return windows
 
 
 def window(found: Ways, way: Way, streams: int, bodies: Sequence[str]) -> Window:
@@ -192,32 +190,58 @@ def window(found: Ways, way: Way, streams: int, bodies: Sequence[str]) -> Window
     )
 
 
-def table(results: Results) -> str:
-    """A block for each number of streams: each way, and what it adds to the straight one."""
+def table(windows: Windows) -> str:
+    """A block for each number of streams: the medians of each way, and what it keeps of the straight one."""
     lines = [
         f"  {'':<22}{'TTFT p50':>11}{'p99':>11}{'tokens/s':>11}{'min - max':>19}{'kept':>8}{'own CPU':>13}"
     ]
-    for streams, by in results.items():
+    for streams, by in windows.items():
         lines += ["", f"{streams} stream{'s' if streams > 1 else ''}"]
-        straight = by["direct"]
-        for name, of in by.items():
+        for name, all_ in by.items():
+            of = Figures.of(all_)
             span = f"{of.tokens_per_s_min:,.0f} - {of.tokens_per_s_max:,.0f}"
             lines.append(
                 f"  {LABELS[name]:<22}{of.first_p50_s * 1e3:>8.2f} ms{of.first_p99_s * 1e3:>8.2f} ms"
-                f"{of.tokens_per_s:>11,.0f}{span:>19}{of.tokens_per_s / straight.tokens_per_s:>8.3f}"
+                f"{of.tokens_per_s:>11,.0f}{span:>19}{kept(by, name):>8.3f}"
                 f"{of.cpu_s_per_token * 1e6:>7.1f} us/tok"
             )
     return "\n".join(lines)
 
 
-def ratios(results: Results, way: str = "gateway") -> dict[str, float]:
-    """What `way` adds at one stream, and what it keeps at the largest number of them."""
-    alone, many = results[min(results)], results[max(results)]
+def ratios(windows: Windows, way: str = "gateway") -> dict[str, float]:
+    """What `way` adds at one stream, and what it keeps at the largest number of them.
+
+    Each round is compared with itself and the median of the rounds is taken: a machine that is slower for a
+    while is so for both. The 99th percentile is of all rounds together.
+    """
+    alone = windows[min(windows)]
+    added_s = median(
+        percentile(one.first_s, 50) - percentile(straight.first_s, 50)
+        for one, straight in zip(alone[way], alone["direct"], strict=True)
+    )
+    slow_s, straight_slow_s = (
+        percentile([first_s for one in alone[name] for first_s in one.first_s], 99)
+        for name in (way, "direct")
+    )
     return {
-        "added_ttft_p50_ms": round(1e3 * (alone[way].first_p50_s - alone["direct"].first_p50_s), 2),
-        "added_ttft_p99_ms": round(1e3 * (alone[way].first_p99_s - alone["direct"].first_p99_s), 2),
-        "tokens_ratio": round(many[way].tokens_per_s / many["direct"].tokens_per_s, 3),
+        "added_ttft_p50_ms": round(1e3 * added_s, 2),
+        "added_ttft_p99_ms": round(1e3 * (slow_s - straight_slow_s), 2),
+        "tokens_ratio": round(kept(windows[max(windows)], way), 3),
     }
+
+
+def kept(by: Mapping[str, Sequence[Window]], way: str) -> float:
+    """The tokens/s of `way` by those of the straight one, the median of the rounds."""
+    return median(
+        (one.tokens / one.wall_s) / (straight.tokens / straight.wall_s)
+        for one, straight in zip(by[way], by["direct"], strict=True)
+    )
+
+
+def others(*all_: Windows) -> float:
+    """How many cores were busy, on average, with what is not measured."""
+    windows = [one for found in all_ for by in found.values() for ways in by.values() for one in ways]
+    return sum(one.other_cores * one.wall_s for one in windows) / sum(one.wall_s for one in windows)
 
 
 def verdicts(found: Mapping[str, float]) -> list[str]:
@@ -242,7 +266,7 @@ def compare(options: argparse.Namespace, environ: Mapping[str, str], logs: Path)
     (logs / "real").mkdir()
     settings = {**as_settings(flags()), "MODEL_NAME": str(Path(options.model).absolute())}
     with ways([sys.executable, "-m", "gateway"], settings, environ, logs / "real", first) as found:
-        real, others = measure(found, options, "vLLM", streams)
+        real = measure(found, options, "vLLM", streams)
     print(f"\n{Path(options.model).name}, vLLM\n{table(real)}", flush=True)
 
     (logs / "paced").mkdir()
@@ -250,19 +274,17 @@ def compare(options: argparse.Namespace, environ: Mapping[str, str], logs: Path)
     options.max_tokens = options.paced_tokens
     command = [sys.executable, "-m", "bench.paced", "local-worker"]
     with ways(command, settings, environ, logs / "paced", first) as found:
-        paced, more = measure(found, options, "paced", streams)
+        paced = measure(found, options, "paced", streams)
     print(f"\nno model, as fast as Python goes\n{table(paced)}\n")
     print("\n".join(verdicts(ratios(real))))
-    if max(others, more) > QUIET_CORES:
-        print(
-            f"not a quiet machine: others took up to {max(others, more):.2f} cores meanwhile; measure again"
-        )
+    if (busy := others(real, paced)) > QUIET_CORES:
+        print(f"not a quiet machine: others took {busy:.2f} cores meanwhile; measure again")
     return {
         **ratios(real),
         "streams": options.streams,
         "peers": {name: ratios(real, name) for name in real[1] if name not in {"direct", "gateway"}},
         "paced": {name: ratios(paced, name) for name in paced[1] if name != "direct"},
-        "other_cores": round(max(others, more), 2),
+        "other_cores": round(busy, 2),
         "model": Path(options.model).name,
         "rounds": options.rounds,
         "machine": describe_machine(),
@@ -277,9 +299,9 @@ def parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     command.add_argument(
         "--model", default=environ.get("MODEL_NAME", "tests/tinychat/model"), help="a folder"
     )
-    command.add_argument("--rounds", type=int, default=5)
+    command.add_argument("--rounds", type=int, default=15)
     command.add_argument("--streams", type=int, default=32)
-    command.add_argument("--requests", type=int, default=50, help="of a window with one stream")
+    command.add_argument("--requests", type=int, default=20, help="of a window with one stream")
     command.add_argument("--max-tokens", type=int, default=64, help="of each answer of vLLM, never fewer")
     command.add_argument("--paced-tokens", type=int, default=500, help="of each answer without a model")
     command.add_argument("--prompt-words", type=int, default=40)

@@ -16,7 +16,7 @@ from gateway.commands import INTERRUPTED
 from gateway.endpoints_file import describe
 from gateway.settings import UPSTREAMS
 from handler import logs
-from handler.errors import StartError
+from handler.errors import StartError, UsageError
 
 WORKER = (sys.executable, "-m", "handler")
 COMMANDS = ("check", "status", "logs", "chat", "keys", "usage")
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     given = sys.argv[1:] if argv is None else argv
     args = parser([name for name in COMMANDS if [name] == given[:1]] or COMMANDS).parse_args(given)
     try:
+        _check_text(given)
         if "run" in args:
             return int(args.run(args, os.environ))
         return run({**os.environ, **_given(args)}, worker)
@@ -41,6 +42,14 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
     except BrokenPipeError:  # `... | head` has seen enough; nor does Python's end say more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _check_text(given: Sequence[str]) -> None:
+    """Raise `UsageError` for bytes that are no text: no name has them, nor could the database hold them."""
+    try:
+        "".join(given).encode()
+    except UnicodeEncodeError:
+        raise UsageError("the arguments are not all UTF-8") from None
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import parse_qsl
 
 from gateway import key_table
 from gateway.report import Question, report
 from gateway.store import Store
-from handler.body import body_fault
+from handler.body import json_object
 from handler.errors import BadRequest, MethodNotAllowed, json_reply
 from handler.messages import Call, Reply, Request, once
 
@@ -50,9 +48,7 @@ class Admin:
 
     @asynccontextmanager
     async def _create(self, request: Request) -> AsyncIterator[Reply]:
-        if fault := body_fault(request):
-            raise fault
-        new = key_table.parse(json.loads(request.body), time.time())
+        new = key_table.parse(json_object(request), time.time())
         key, made = await self.store.write(partial(key_table.create, new=new))
         await self.following.look()
         yield json_reply(201, {**key.view(), "key": made}, (("cache-control", "no-store"),))
@@ -66,7 +62,7 @@ class Admin:
 
     @asynccontextmanager
     async def _usage(self, request: Request) -> AsyncIterator[Reply]:
-        fields = dict(parse_qsl(request.query, keep_blank_values=True))
+        fields = request.parameters
         form = fields.pop("format", "json")
         if form not in {"json", "csv"}:
             raise BadRequest("`format` must be json or csv.", param="format", code="invalid_question")

@@ -33,20 +33,28 @@ def alone(url: str) -> Iterator[None]:
     folder = Path(at.database).absolute().parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.fdopen(os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        lock = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StoreUnusable(f"the gateway's folder can't be used: {error}") from None
-    with lock:
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreInUse(
-                f"{folder} is another gateway's, process {lock.read().strip() or 'unknown'}: "
+                f"{folder} is another gateway's, process {_said(lock) or 'unknown'}: "
                 "end that one, or set DATA_DIR to another folder"
             ) from None
         except OSError as error:  # a network disk without locks
             raise StoreUnusable(f"{folder / NAME} can't be locked: {error.strerror}") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, b"%d\n" % os.getpid())
+        except OSError as error:
+            raise StoreUnusable(f"{folder / NAME} can't be written: {error.strerror}") from None
         yield
+    finally:
+        os.close(lock)
+
+
+def _said(lock: int) -> str:
+    return os.read(lock, 32).decode(errors="replace").strip()

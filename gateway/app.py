@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.exc import DataError
 
+from gateway.bodies import HELD_MAX_BYTES, Bodies
 from gateway.keys import Key
 from gateway.limits import Limits
 from gateway.metrics import Metrics
@@ -19,11 +20,11 @@ from gateway.store import AWAY
 from handler import asgi, edge
 from handler.errors import (
     BadRequest,
-    DatabaseAway,
     Forbidden,
     NoSuchEndpoint,
     NoSuchRoute,
     RequestError,
+    StorageDown,
     Unauthorized,
 )
 from handler.messages import Call, Headers, Reply, Request
@@ -87,7 +88,12 @@ class Gateway:
             limited = self._limited(edge.front(call, cors_origins=cors_origins))
             return self._counted(self.traces.follow(limited, _route) if self.traces else limited)
 
-        return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front)
+        bodies = Bodies(max(HELD_MAX_BYTES, 2 * max_body_bytes))
+
+        def hold(request: Request) -> AbstractContextManager[Callable[[int], None]]:
+            return bodies.hold(self._known(request).visit.caller)
+
+        return asgi.serve(self.call, max_body_bytes=max_body_bytes, check=self.check, front=front, hold=hold)
 
     def check(self, request: Request) -> int | None:
         """Raise the `RequestError` that `request` gets whatever its body says.
@@ -99,22 +105,24 @@ class Gateway:
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
-        """Answer `request`."""
+        """Answer `request`. Raises `StorageDown`, and what a part does."""
         request = self._known(request)
         try:
             async with self._find(request)(request) as reply:
                 yield reply
-        except AWAY as error:
-            log.warning("the database does not answer", extra={"reason": str(error)})
-            raise DatabaseAway from None
+        except AWAY as error:  # a full disk, another process that has it, a server that is away
+            log.warning("the database failed a request", extra={"reason": str(error)})
+            raise StorageDown from error
         except DataError:  # PostgreSQL's texts have no zero; with SQLite nobody has such a name
             raise BadRequest("Something in the request is no text that could be kept.") from None
 
     def _known(self, request: Request) -> Request:
         """`request`, and whose it is. Raises what its key is refused with."""
+        if not request.path.startswith("/"):  # `OPTIONS *`
+            raise NoSuchRoute(request.method, request.path)
         if (key := self._key(request)) is None:
             return request
-        _, top, endpoint_id, *_ = [*request.path.split("/", 3), ""]
+        top, endpoint_id = _head(request.path)
         if top == "admin" and not key.admin:
             raise Forbidden("This needs an admin key.")
         if top == "v2" and not key.may_use(endpoint_id):
@@ -123,8 +131,8 @@ class Gateway:
 
     def _key(self, request: Request) -> Key | None:
         """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
-        wanted = request.path.split("/", 2)[1] in {"v2", "admin"}
-        return self.keys.check(request) if wanted else None
+        top, _ = _head(request.path)
+        return self.keys.check(request) if top in {"v2", "admin"} else None
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
@@ -181,9 +189,15 @@ def _route(request: Request) -> tuple[str, str] | None:
     return "/v2/{endpoint_id}" + ("" if inner == "other" else f"/openai{inner}"), endpoint_id
 
 
+def _head(path: str) -> tuple[str, str]:
+    """The first two parts of `path`; of one that has fewer, as `/health` and HTTP's own `*`, empty ones."""
+    _, top, below, *_ = [*path.split("/", 3), "", ""]
+    return top, below
+
+
 def _endpoint_id(path: str) -> str:
-    _, top, endpoint_id, *_ = [*path.split("/", 3), "", ""]
-    return endpoint_id if top == "v2" else ""
+    top, below = _head(path)
+    return below if top == "v2" else ""
 
 
 def _label(path: str) -> str:

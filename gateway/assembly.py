@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Self
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from gateway import batch_table
 from gateway.admin import Admin
@@ -33,14 +34,14 @@ from gateway.metering import Metering
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session
-from gateway.parts import OpenAI, Operations
+from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
 from gateway.site import Site
-from gateway.store import Store
+from gateway.store import Store, StoreUnusable
 from gateway.upstreams.events import Event
 from gateway.usage import Prices
-from handler.errors import BadSettings
+from handler.errors import BadSettings, NoResources
 
 if TYPE_CHECKING:
     from handler.otel import Traces
@@ -111,7 +112,7 @@ class Assembly:
             OpenAI(endpoints),
             Admin(store, base.following),
             self._control,
-            Operations(keys, self._metrics, endpoints, open_metrics=_is_loopback(settings.host)),
+            Operations(keys, self._metrics, endpoints, open_metrics=is_loopback(settings.host)),
             Session(keys, endpoints),
             Page.open(),
         ]
@@ -122,10 +123,12 @@ class Assembly:
         return Gateway(self._parts, keys, self._metrics, self._limits, self._traces)
 
     async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            for part in (self._instance, self._metering, self.endpoints, self._jobs, self._batches):
-                await stack.enter_async_context(part)
-            self._stack = stack.pop_all()
+        """Raises `StartError`, and has then left nothing behind."""
+        with faults_told():
+            async with AsyncExitStack() as stack:
+                for part in (self._instance, self._metering, self.endpoints, self._jobs, self._batches):
+                    await stack.enter_async_context(part)
+                self._stack = stack.pop_all()
         self._instance.adopters += [self._metering.adopt, self._jobs.adopt, self._batches.adopt]
         return self
 
@@ -140,6 +143,18 @@ class Assembly:
         self._jobs.stop_taking()
         self._batches.stop()
         self.endpoints.stop_taking()
+
+
+@contextmanager
+def faults_told() -> Iterator[None]:
+    """Raises `StartError` for what the disk, the database or the system refuse."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        why = getattr(error, "orig", None) or error
+        raise StoreUnusable(f"the gateway's database can't be used: {why}") from error
+    except OSError as error:
+        raise NoResources(f"the gateway can't start: {error}") from error
 
 
 def _again(environ: Mapping[str, str]) -> Description:
@@ -173,10 +188,3 @@ def _targets(endpoints: Endpoints) -> list[Target]:
         for endpoint_id, endpoint in endpoints.items()
         for worker_id, call in endpoint.workers.askable.items()
     ]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -6,7 +6,6 @@ https://platform.openai.com/docs/api-reference/batch
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import asynccontextmanager
@@ -26,7 +25,7 @@ from gateway.keys import Keys
 from handler import batch_lines, batch_object
 from handler.batch_lines import FILE_MAX_BYTES
 from handler.batch_object import Batch
-from handler.body import body_fault
+from handler.body import json_object
 from handler.errors import BadRequest, MethodNotAllowed, NotFound, RateLimited, RequestError, json_reply
 from handler.messages import Call, Reply, Request
 
@@ -67,9 +66,7 @@ class Batches:
 
     @asynccontextmanager
     async def _create(self, endpoint_id: str, request: Request) -> AsyncIterator[Reply]:
-        if fault := body_fault(request):
-            raise fault
-        wanted = _Wanted.parse(json.loads(request.body))
+        wanted = _Wanted.parse(json_object(request))
         owner, caller, now = openai_route.owner(self.keys, request), request.visit.caller, self.runs.means.now
         batch = batch_object.begin(
             new_id("batch_"),
@@ -108,7 +105,7 @@ class Batches:
 
     @asynccontextmanager
     async def _list(self, endpoint_id: str, request: Request) -> AsyncIterator[Reply]:
-        given = openai_route.query(request)
+        given = request.parameters
         limit = openai_route.limit(given, most=LIST_MAX, otherwise=LIST_DEFAULT)
         wanted = partial(
             table.listed,

@@ -13,11 +13,11 @@ from gateway.keys import Key, Keys
 from gateway.limits import Limits
 from gateway.metering import Metering
 from gateway.usage import Prices
-from handler.body import body_fault
+from handler.body import json_object
 from handler.errors import BadRequest, NoSuchModel, json_reply
 from handler.messages import Call, Reply, Request, read
 
-_MODELS = "/v1/models"
+MODELS = "/v1/models"
 _DISPOSITION = "content-disposition"
 
 
@@ -43,7 +43,7 @@ class Clients:
             if request.method == "POST":
                 self.limits.take(key)
             async with metered(request) as reply:
-                lists = request.path.rstrip("/") == _MODELS and reply.status == 200
+                lists = request.path.rstrip("/") == MODELS and reply.status == 200
                 yield await _allowed_only(reply, key) if lists and key.models is not None else reply
 
         return call
@@ -58,19 +58,14 @@ def permit(key: Key, request: Request, model_id: str) -> None:
         return
     path = request.path.rstrip("/")
     if request.method == "POST":
-        model = (_form_model(request) if path.startswith("/v1/audio/") else _json_model(request)) or model_id
-    elif path.startswith(_MODELS + "/"):
-        model = path.removeprefix(_MODELS + "/")
+        form = path.startswith("/v1/audio/")
+        model = (_form_model(request) if form else json_object(request).get("model")) or model_id
+    elif path.startswith(MODELS + "/"):
+        model = path.removeprefix(MODELS + "/")
     else:
         return
     if not (isinstance(model, str) and key.may_ask(model)):
         raise NoSuchModel(str(model), served=[model_id] if key.may_ask(model_id) else ())
-
-
-def _json_model(request: Request) -> object:
-    if fault := body_fault(request):
-        raise fault
-    return json.loads(request.body).get("model")
 
 
 def _form_model(request: Request) -> str | None:

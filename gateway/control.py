@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import parse_qs
 
 from gateway import worker_logs
 from gateway.endpoints import Endpoints
@@ -90,10 +90,10 @@ class Control:
 
     @asynccontextmanager
     async def _logs(self, request: Request) -> AsyncIterator[Reply]:
-        asked = {name: values[-1] for name, values in parse_qs(request.query).items()}
-        endpoint_id, worker = asked.get("endpoint"), asked.get("worker")
-        lines = asked.get("lines", str(LINES))
-        if not (lines.isdecimal() and int(lines) <= LINES_MAX):
+        asked = request.parameters
+        endpoint_id, worker = asked.get("endpoint") or None, asked.get("worker") or None
+        lines = asked.get("lines") or str(LINES)
+        if not (re.fullmatch("[0-9]{1,5}", lines) and int(lines) <= LINES_MAX):
             raise BadRequest(f"`lines` must be a whole number up to {LINES_MAX}.", param="lines")
         if endpoint_id is not None and endpoint_id not in self._endpoints:
             raise NoSuchEndpoint(endpoint_id)

@@ -29,6 +29,11 @@ class Workers(Protocol):
         """Those that live, and the last few that have ended."""
         ...
 
+    @property
+    def load(self) -> Mapping[str, int]:
+        """Of requests, how many are `waiting` and `in_flight`, and the `capacity`."""
+        ...
+
     def status(self) -> Mapping[str, Any]:
         """The fields of `/admin/status` that are about them and about who waits for them."""
         ...

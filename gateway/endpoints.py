@@ -45,7 +45,7 @@ class Endpoints(Mapping[str, Endpoint]):
         self._serve = serve
         self._describe = describe
         self._described = {one.id: one for one in described}
-        self._served = {one.id: serve(one) for one in described}
+        self._served: dict[str, Served] = {}
         self._last = {one.id: one.settings for one in described}
         self._leaving: dict[Served, asyncio.Task[None]] = {}
         self._listeners: list[Callable[[Changes], None]] = []
@@ -71,15 +71,20 @@ class Endpoints(Mapping[str, Endpoint]):
         self._listeners.append(heard)
 
     async def __aenter__(self) -> Self:
-        await asyncio.gather(*(served.open() for served in self._served.values()))
+        try:
+            for name, described in self._described.items():
+                self._served[name] = await self._opened(described)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closing = True
+        self.stop_taking()
         async with self._changing:
-            self.stop_taking()
+            self.stop_taking()  # what a reload has brought meanwhile
             await asyncio.gather(
                 *(served.close() for served in self._served.values()), *self._leaving.values()
             )
@@ -119,7 +124,7 @@ class Endpoints(Mapping[str, Endpoint]):
             del before[name]
             self._retire(self._served.pop(name))
         for name in added:
-            self._served[name] = await self._serve(now[name]).open()
+            self._served[name] = await self._opened(now[name])
             before[name] = now[name]
         for name in changed:
             await self._served[name].change(now[name])
@@ -134,6 +139,14 @@ class Endpoints(Mapping[str, Endpoint]):
             description.notes,
         )
 
+    async def _opened(self, described: Described) -> Served:
+        served = self._serve(described)
+        try:
+            return await served.open()
+        except BaseException:
+            await served.close()
+            raise
+
     def _retire(self, served: Served) -> None:
         task = asyncio.create_task(served.retire())
         self._leaving[served] = task
@@ -143,7 +156,8 @@ class Endpoints(Mapping[str, Endpoint]):
         return [*self._served.values(), *self._leaving]
 
     def stop_taking(self) -> None:
-        """Turn away whoever waits or comes, and have all workers drain."""
+        """Turn away whoever waits or comes, and have all workers drain; no reload brings new ones."""
+        self._closing = True
         for served in self._all():
             served.stop_taking()
 

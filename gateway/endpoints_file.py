@@ -56,7 +56,7 @@ OF_ONE_MODEL = frozenset(
 OF_THE_GATEWAY = frozenset(
     {
         *("HOST", "PORT", "PORT_HEALTH", "UDS", "API_KEY", "AUTH", "PLATFORM", "START_FAILURE"),
-        *("LIFELINE_FD", "NOTIFY_SOCKET"),
+        *("LIFELINE_FD", "NOTIFY_SOCKET", "SHARED_BY"),
     }
 )
 """Settings of a worker that a worker behind a gateway has from the gateway, or has no use for."""
@@ -116,10 +116,10 @@ def load(path: Path, environ: Mapping[str, str]) -> Description:
     Raises `BadSettings`, which names every fault of the file and none of the environment.
     """
     try:
-        tables = tomllib.loads(path.read_bytes().decode())
+        tables = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # as an editor of Windows writes it
     except OSError as error:
         raise BadSettings([f"{path}: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers without end and brackets in brackets too
         raise BadSettings([f"{path}: no TOML: {error}"]) from None
     faults: list[str] = [
         f"{path}: {_unknown(key, ['endpoint'])}; every endpoint is a table [[endpoint]]"

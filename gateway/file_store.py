@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from gateway.draft import Draft, full_disk_is_told
 from gateway.store import Store, metadata
-from handler.errors import NotFound, StorageFull
+from handler.errors import NotFound, StartError, StorageFull
 
 T = TypeVar("T")
 
@@ -108,6 +108,12 @@ def find(connection: Connection, file_id: str, key_id: str | None, now: float) -
     return None if file.expires_at is not None and file.expires_at <= now else file
 
 
+class FilesUnusable(StartError):
+    """The folder of files can't be made, read or cleared."""
+
+    exit_code = 74
+
+
 class FileStore:
     """The files in `folder`, each of at most `max_file_bytes`, all together of `max_stored_bytes`.
 
@@ -132,9 +138,17 @@ class FileStore:
         self.now = now
 
     async def open(self, writing: Collection[str]) -> Self:
-        """Make the folder, and remove what a killed gateway has left; not `writing`, for which rows come."""
+        """Make the folder, and remove what a killed gateway has left; not `writing`, for which rows come.
+
+        Raises `FilesUnusable`.
+        """
         rows = await self._store.read(lambda connection: set(connection.scalars(select(FILES.c.id))))
-        await asyncio.to_thread(self._sweep, rows | set(writing))
+        try:
+            await asyncio.to_thread(self._sweep, rows | set(writing))
+        except OSError as error:
+            raise FilesUnusable(
+                f"{error.filename or self._folder} can't be used for files: {error.strerror}"
+            ) from error
         return self
 
     def _sweep(self, known: Collection[str]) -> None:

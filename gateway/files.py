@@ -78,7 +78,7 @@ class Files:
 
     @asynccontextmanager
     async def _list(self, request: Request) -> AsyncIterator[Reply]:
-        given = openai_route.query(request)
+        given = request.parameters
         limit = openai_route.limit(given, most=LIST_MAX, otherwise=LIST_MAX)
         order = given.get("order", "desc")
         if order not in {"asc", "desc"}:

@@ -63,7 +63,7 @@ TABLE = Table(
     Index("keys_live_name", "name", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
 )
 
-_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,64}")
+_NAME_MAX_CHARS = 64
 _TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME})$", re.IGNORECASE)
 _MODEL = re.compile(r"[\x21-\x7e]{1,256}")
 _MOST = 2**31 - 1
@@ -95,7 +95,7 @@ def parse(fields: Mapping[str, Any], now_s: float) -> Key:
         return result
 
     name = fields.get("name")
-    plain = isinstance(name, str) and _NAME.fullmatch(name.strip()) and not _TAKEN.match(name.strip())
+    plain = isinstance(name, str) and _is_plain(name.strip()) and not _TAKEN.match(name.strip())
     expires_s = fields.get("expires_at")
     key = Key(
         id="",
@@ -118,6 +118,10 @@ def parse(fields: Mapping[str, Any], now_s: float) -> Key:
     if faults:
         raise BadRequest(f"The key can't be made: {'; '.join(faults)}.", code="invalid_key")
     return replace(key, name=key.name.strip())
+
+
+def _is_plain(name: str) -> bool:
+    return 1 <= len(name) <= _NAME_MAX_CHARS and name.isprintable()  # halves of surrogates are not either
 
 
 _NOT_GIVEN = {"id", "created_at", "last_used_at", "revoked_at"}
@@ -190,13 +194,19 @@ class Following:
         self._seen = -1
 
     async def look(self) -> None:
-        """Write down which keys were used, and read them if they have changed."""
-        if used_s := self._keys.used_s:
-            self._keys.used_s = {}
-            await self._store.write(lambda connection: _touch(connection, used_s))
+        """Read the keys if they have changed, and write down which were used."""
         if await self._store.read(_revision) != self._seen:
-            stored, self._seen = await self._store.read(load)
-            self._keys.store(stored)
+            stored, revision = await self._store.read(load)
+            if revision > self._seen:  # else another look was faster, and has seen more
+                self._seen = revision
+                self._keys.store(stored)
+        used_s, self._keys.used_s = self._keys.used_s, {}
+        if used_s:
+            try:
+                await self._store.write(lambda connection: _touch(connection, used_s))
+            except SQLAlchemyError:
+                self._keys.used_s = used_s | self._keys.used_s
+                raise
 
     async def run(self) -> None:
         """Look again and again. A database that fails now may be there the next time."""
@@ -205,7 +215,7 @@ class Following:
             try:
                 await self.look()
             except SQLAlchemyError as error:
-                log.warning("keys could not be read", extra={"reason": str(error)})
+                log.warning("keys could not be read or written", extra={"reason": str(error)})
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:

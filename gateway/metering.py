@@ -54,7 +54,7 @@ log = logging.getLogger("gateway")
 
 CHECKPOINT_S = 1.0
 SETTLE_MAX_S = 5.0
-"""How long the end of an answer waits for a database that does not answer; it is counted all the same."""
+"""How long an answer waits until it is on its account, where another process has the database."""
 COUNTED_KEPT = timedelta(days=2)
 _COUNTED = ""
 """The instance of a row that is on its account already."""
@@ -200,6 +200,8 @@ class Metering:
                 }
             )
         if rows:
+            with self._turn:
+                self._next = None  # what ends from now on is counted after this, and takes its row away
             await self._store.write(partial(_keep, rows=rows))
 
     async def _tick(self) -> None:
@@ -211,10 +213,13 @@ class Metering:
                 log.warning("usage could not be written down", extra={"reason": str(error)})
 
     async def _settle(self, one: _Open) -> None:
-        """Count what is whole. An answer is not held up by a database that fails: it is tried again."""
+        """Count what is whole. An answer is not held up by a database that fails: it is tried again.
+
+        Nor for long by one that somebody else has locked: the write has its turn after that.
+        """
         if (counting := self._close(one)) is not None:
             over = asyncio.wrap_future(counting)
-            over.add_done_callback(lambda done: done.cancelled() or done.exception())  # `_over` hears of it
+            over.add_done_callback(asyncio.Future.exception)  # heard by `_over`
             await asyncio.wait({over}, timeout=SETTLE_MAX_S)
 
     def _close(self, one: _Open) -> Future[None] | None:

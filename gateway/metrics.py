@@ -35,6 +35,8 @@ waited, because its turn did not come in time, or because no worker can come; or
 LIVING = tuple(state for state in WORKER_STATES if state not in {"ended", "failed"})
 """The states of workers that are there; the status lists some that were."""
 
+MODELS_MAX = 256
+"""How many names of models there are labels for; what others use is counted as `other`'s."""
 PHASES_MAX = 64
 """How many names of phases an endpoint counts by; what a worker names beyond them is `other`."""
 
@@ -63,6 +65,12 @@ class Row:
 STATE: tuple[Row, ...] = (
     Row(PREFIX + "queue_depth", "gauge", ("endpoint",), "Requests that wait for a worker."),
     Row(
+        PREFIX + "outstanding",
+        "gauge",
+        ("endpoint",),
+        "Requests that wait for a worker or have one, those of jobs and batches too: what to scale by.",
+    ),
+    Row(
         PREFIX + "capacity",
         "gauge",
         ("endpoint",),
@@ -82,6 +90,7 @@ class Metrics:
         self._statuses: Statuses = _none
         self._targets: Callable[[], Iterable[Target]] = tuple
         self._endpoints: dict[str, EndpointMetrics] = {}
+        self._models: set[tuple[str, str]] = set()
         self.rows: list[Row] = [*STATE]
         """All there are, for the docs."""
         self.requests = self._counter(
@@ -197,10 +206,17 @@ class Metrics:
 
     def used(self, entry: Entry) -> None:
         """Count what an answer has used, as it is put on an account."""
-        labels = (entry.endpoint_id, entry.model)
+        labels = (entry.endpoint_id, self._label(entry))
         self.prompt_tokens.labels(*labels).inc(entry.prompt_tokens)
         self.completion_tokens.labels(*labels).inc(entry.completion_tokens)
         self.cost.labels(*labels).inc(entry.cost_nano / 1e9)
+
+    def _label(self, entry: Entry) -> str:
+        """The model's name, or `other`: who runs an upstream, or many adapters, may make up any number."""
+        named = (entry.endpoint_id, entry.model)
+        if named not in self._models and len(self._models) < MODELS_MAX:
+            self._models.add(named)
+        return entry.model if named in self._models else "other"
 
     async def exposition(self) -> bytes:
         """Everything in Prometheus' text format, ready workers included.
@@ -302,12 +318,13 @@ class EndpointMetrics:
 
 def _state(statuses: Iterable[Mapping[str, Any]]) -> Iterable[Metric]:
     """How the endpoints are now."""
-    waiting, capacity, workers, jobs = families = [
+    waiting, outstanding, capacity, workers, jobs = families = [
         GaugeMetricFamily(row.name, row.help, labels=row.labels) for row in STATE
     ]
     for status in statuses:
         of = status["id"]
         waiting.add_metric([of], status.get("waiting", 0))
+        outstanding.add_metric([of], status.get("waiting", 0) + status.get("in_flight", 0))
         capacity.add_metric([of], status.get("capacity", 0))
         states = Counts(worker["state"] for worker in status.get("workers", ()))
         for state in LIVING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qs
 
 from gateway.keys import Keys
 from handler.errors import BadRequest
@@ -24,11 +23,6 @@ def owner(keys: Keys, request: Request) -> str | None:
     """Whose things `request` may see: those of its key, or None for all."""
     key = keys.of(request.visit.caller)
     return None if key.admin else key.id
-
-
-def query(request: Request) -> dict[str, str]:
-    """The parameters of the URL, of each the last."""
-    return {name: values[-1] for name, values in parse_qs(request.query, keep_blank_values=True).items()}
 
 
 def limit(given: Mapping[str, str], *, most: int, otherwise: int) -> int:

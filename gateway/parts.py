@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from gateway.endpoint import Endpoint
 from gateway.keys import Keys
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
-from handler.errors import MethodNotAllowed, NoSuchEndpoint, json_reply
+from handler.errors import Forbidden, MethodNotAllowed, NoSuchEndpoint, json_reply
 from handler.messages import Call, Reply, Request, once
 
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,9 @@ class OpenAI:
 class Operations:
     """`/health`, which anyone may see, and `/metrics`.
 
-    `/metrics` wants the key unless `open_metrics`, and always when a proxy passed the request on.
+    `/metrics` wants a key unless `open_metrics`, and always when a proxy passed the request on, or a name led
+    here that is not this machine's: any site may have one that leads to 127.0.0.1. It is of all endpoints:
+    nothing for a key that is bound to some.
     """
 
     keys: Keys
@@ -51,16 +55,16 @@ class Operations:
     open_metrics: bool = False
 
     def find(self, request: Request) -> Call | None:
-        """The call for one of the two. Raises `MethodNotAllowed` and `Unauthorized`."""
+        """The call for one of the two. Raises `MethodNotAllowed`, `Unauthorized` and `Forbidden`."""
         call = {"/health": self._health, "/metrics": self._metrics}.get(request.path)
         if call is None:
             return None
         if request.method not in {"GET", "HEAD"}:
             raise MethodNotAllowed(request.method, request.path, ["GET", "HEAD"])
-        if request.path == "/metrics" and not (
-            self.open_metrics and not any(map(request.header, _FORWARDED))
-        ):
-            self.keys.check(request)
+        if request.path == "/metrics" and not (self.open_metrics and _is_local(request)):
+            key = self.keys.check(request)
+            if not key.admin and (key.endpoints is not None or key.models is not None):
+                raise Forbidden("This needs a key that is not bound to endpoints or models.")
         return call
 
     @asynccontextmanager
@@ -74,9 +78,23 @@ class Operations:
         yield Reply(200, (("content-type", CONTENT_TYPE), ("content-length", str(len(text)))), once(text))
 
 
+def _is_local(request: Request) -> bool:
+    try:
+        host = urlsplit(f"//{request.header('host') or 'localhost'}").hostname
+    except ValueError:
+        return False
+    return is_loopback(host or "") and not any(map(request.header, _FORWARDED))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`, an address or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _health(endpoint: Endpoint) -> Mapping[str, Any]:
     """What anyone may see of it: numbers."""
-    states = Counter(view.state for view in endpoint.workers.views)
-    status = endpoint.status()
-    numbers = {name: status[name] for name in ("waiting", "in_flight", "capacity")}
-    return {"id": endpoint.id, **numbers, "workers": states}
+    workers = endpoint.workers
+    return {"id": endpoint.id, **workers.load, "workers": Counter(view.state for view in workers.views)}

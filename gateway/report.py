@@ -79,12 +79,14 @@ class Report:
         return {"data": [_view(row) for row in self.rows], "totals": _view(self.totals)}
 
     def csv(self) -> str:
-        """A line of names, then one for each row."""
+        """A line of names, then one for each row. No cell is a formula to who opens it as a table."""
         out = io.StringIO()
         names = [*(name for group in self.by for name in _GROUPS[group]), *_SUMS[:-1], "cost"]
         lines = csv.DictWriter(out, names, lineterminator="\r\n")
         lines.writeheader()
-        lines.writerows({**_view(row), "cost": money(row["cost_nano"])} for row in self.rows)
+        for row in self.rows:
+            cells = {**_view(row), "cost": money(row["cost_nano"])}
+            lines.writerow({name: _no_formula(cell) for name, cell in cells.items()})
         return out.getvalue()
 
 
@@ -125,6 +127,11 @@ def _conditions(question: Question) -> list[ColumnElement[bool]]:
 def _numbers(row: RowMapping) -> dict[str, Any]:
     # PostgreSQL's sums of whole numbers are Decimals.
     return {str(name): int(value) if name in _SUMS else value for name, value in row.items()}
+
+
+def _no_formula(cell: object) -> object:
+    """`cell` with an apostrophe before it if it is a text that a spreadsheet would work out."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
 def _view(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway import door, key_table
 from gateway.alone import alone
-from gateway.assembly import Assembly, Base
+from gateway.assembly import Assembly, Base, faults_told
 from gateway.console import Address, Console
 from gateway.endpoints_file import Description
 from gateway.key_table import Following
@@ -30,13 +31,27 @@ if TYPE_CHECKING:
     from handler.otel import Traces
 
 
+FILES_MAX = 65536
+"""How many files a gateway may have open at most, as vLLM has it for itself."""
+
+
+def raise_files_limit() -> None:
+    """Have as many files open as the system lets: a stream takes two, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(
     settings: GatewaySettings, description: Description, environ: Mapping[str, str], worker: Sequence[str]
 ) -> int:
     """Listen, keep workers, each a `worker` command, and answer until a signal comes.
 
     Returns 0 once drained, or the exit code of a first worker that can never start.
+    Raises `StartError`.
     """
+    raise_files_limit()
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),
@@ -46,19 +61,21 @@ async def serve(
     ):
         folder.sweep()
         keys = Keys(settings.api_key)
-        made = None if settings.api_key else await store.write(partial(key_table.first, now_s=time.time()))
-        following = Following(keys, store)
-        await following.look()
-        console = Console(_addresses(settings, description, listener, made), sys.stdout, sys.stderr)
-        running = Running(settings, console)
-        base = Base(settings, environ, worker, store, keys, following, tracing, running.tell)
-        async with Assembly(base, description) as assembly, beside(following.run()):
-            running.begin(assembly, Notifier(environ.get("NOTIFY_SOCKET")))
-            await asyncio.gather(
-                running.answer(assembly.gateway(keys), listener),
-                running.answer(assembly.gateway(door.Owner()), owners),
-            )
-        console.close()
+        with faults_told():
+            first = partial(key_table.first, now_s=time.time())
+            made = None if settings.api_key else await store.write(first)
+            following = Following(keys, store)
+            await following.look()
+        addresses = _addresses(settings, description, listener, made)
+        with closing(Console(addresses, sys.stdout, sys.stderr)) as console:
+            running = Running(settings, console)
+            base = Base(settings, environ, worker, store, keys, following, tracing, running.tell)
+            async with Assembly(base, description) as assembly, beside(following.run()):
+                running.begin(assembly, Notifier(environ.get("NOTIFY_SOCKET")))
+                await asyncio.gather(
+                    running.answer(assembly.gateway(keys), listener),
+                    running.answer(assembly.gateway(door.Owner()), owners),
+                )
         return running.exit_code
 
 

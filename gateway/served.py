@@ -22,6 +22,8 @@ WORKERS_ARE_MADE_OF = (
     *("warm_parent", "start_timeout_s", "execution_timeout_s"),
 )
 """Settings of the gateway that its workers are started with, beside their environment."""
+OTHERS_HOLD = ("queue_limit", "queue_timeout_s")
+"""What else a pool is made with that lets requests wait by itself: all but that of `local`."""
 
 
 class Means(Protocol):
@@ -71,12 +73,12 @@ class Served:
 
         Those who wait keep their places; who is being answered is answered by the old workers to the end.
         """
-        before, self._described = self._described, described
-        self._means.adjust(self._line, described)
-        if _made_of(before) != _made_of(described):
+        if _made_of(self._described) != _made_of(described):
             await self._pool.follow(self._means.pool(described))
         else:
             self._pool.rescale(described.settings.scaling)
+        self._means.adjust(self._line, described)
+        self._described = described
         self.endpoint = self._seen()
 
     async def retire(self) -> None:
@@ -112,17 +114,21 @@ class Served:
         """The workers, those of older descriptions last."""
         return self._pool.workers
 
+    @property
+    def load(self) -> Mapping[str, int]:
+        """Of requests, how many are `waiting` and `in_flight`, and the `capacity`."""
+        waiting = self._line.waiting
+        return {"waiting": waiting, "in_flight": self._asked.number - waiting, "capacity": self.capacity}
+
     def status(self) -> Mapping[str, Any]:
         """The fields of `/admin/status` that are about workers and those who wait for them."""
-        settings, waiting = self._described.settings, self._line.waiting
+        settings = self._described.settings
         refusal = self._pool.refusal
         return {
             "min_workers": settings.min_workers,
             "max_workers": settings.max_workers,
             "idle_timeout_s": settings.idle_timeout_s,
-            "waiting": waiting,
-            "in_flight": self._asked.number - waiting,
-            "capacity": self.capacity,
+            **self.load,
             "error": refusal.message if refusal else None,
             "workers": [view.json() for view in self.views],
         }
@@ -138,4 +144,5 @@ def refusals(described: Described) -> Callable[[Request], None]:
 
 def _made_of(described: Described) -> object:
     settings = described.settings
-    return described.environ, [getattr(settings, name) for name in WORKERS_ARE_MADE_OF]
+    names = (*WORKERS_ARE_MADE_OF, *(OTHERS_HOLD if settings.upstream != "local" else ()))
+    return described.environ, [getattr(settings, name) for name in names]

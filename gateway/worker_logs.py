@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,17 +76,17 @@ def last(of: Iterable[Source], lines: int) -> list[str]:
     """The last `lines` of each log."""
     found: list[str] = []
     for source in of:
-        with suppress(FileNotFoundError):
-            reader = Reader(source.path)
+        with suppress(FileNotFoundError), closing(Reader(source.path)) as reader:
             found += map(source.signed, reader.tail(lines))
-            reader.close()
     return found
 
 
-async def follow(find: Callable[[], Iterable[Source]], lines: int) -> AsyncGenerator[list[str], None]:
+async def follow(
+    find: Callable[[], Iterable[Source]], lines: int, *, look_s: float = LOOK_S
+) -> AsyncGenerator[list[str], None]:
     """The last `lines` of each log that `find` finds, then what is written, also by workers that come later.
 
-    Nothing new is an empty list, every `LOOK_S`.
+    Nothing new is an empty list, every `look_s`.
     """
     readers: dict[Source, Reader] = {}
     try:
@@ -97,16 +97,16 @@ async def follow(find: Callable[[], Iterable[Source]], lines: int) -> AsyncGener
                 newest += map(source.signed, await asyncio.to_thread(reader.tail, lines))
         while True:
             yield newest
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(look_s)
             newest = []
-            for source in find():
-                try:
+            there = list(find())
+            for gone in readers.keys() - set(there):
+                readers.pop(gone).close()
+            for source in there:
+                with suppress(FileNotFoundError):  # it has ended for so long that its file is gone
                     if source not in readers:
                         readers[source] = Reader(source.path)
-                    newest += map(source.signed, readers[source].more())
-                except FileNotFoundError:
-                    if gone := readers.pop(source, None):
-                        gone.close()
+                    newest += map(source.signed, await asyncio.to_thread(readers[source].more))
     finally:
         for reader in readers.values():
             reader.close()

@@ -10,7 +10,13 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -212,13 +218,16 @@ def serve(
     max_body_bytes: int,
     check: Callable[[Request], int | None] | None = None,
     front: Callable[[Call], Call] | None = None,
+    hold: Callable[[Request], AbstractContextManager[Callable[[int], None]]] | None = None,
 ) -> App:
     """An ASGI application whose every HTTP request is answered by `call`.
 
     `check` sees each request before its body is read (`body` is still empty) and may raise
     a `RequestError`. A number that it returns says that the call reads the body by itself, from
     `Request.pieces`, and how many bytes that may have. `front` wraps `call`, and also the refusals
-    of `check`, so that what it adds is on every answer. A client that goes away cancels its call at once.
+    of `check`, so that what it adds is on every answer. What `hold` gives for a request is told the bytes
+    of each piece while a body is read for its call, and may raise a `RequestError`. A client that goes away
+    cancels its call at once.
     """
     wrap = front or (lambda inner: inner)
     answer = wrap(call)
@@ -236,7 +245,8 @@ def serve(
             limit_bytes = check(head) if check is not None else None
             _check_announced(head, max_body_bytes if limit_bytes is None else limit_bytes)
             if limit_bytes is None:
-                body = b"".join([piece async for piece in _pieces(receive, max_body_bytes)])
+                with hold(head) if hold is not None else nullcontext(_nothing) as take:
+                    body = await _whole(_pieces(receive, max_body_bytes), take)
                 request = replace(
                     head, body=body, visit=Visit()
                 )  # a client begins to wait when it has said all
@@ -277,7 +287,10 @@ def _parse(scope: Message) -> Request:
     headers = tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
     )
-    return Request(scope["method"], scope["path"], headers, b"", scope["query_string"].decode("latin-1"))
+    path = scope["path"].removeprefix(
+        scope.get("root_path", "")
+    )  # where an ASGI server has us below a folder
+    return Request(scope["method"], path, headers, b"", scope["query_string"].decode("latin-1"))
 
 
 def _check_announced(head: Request, limit_bytes: int) -> None:
@@ -300,6 +313,18 @@ async def _pieces(receive: Receive, limit_bytes: int) -> AsyncIterator[bytes]:
             yield piece
         if not message.get("more_body", False):
             return
+
+
+async def _whole(pieces: AsyncIterator[bytes], take: Callable[[int], None]) -> bytes:
+    held: list[bytes] = []
+    async for piece in pieces:
+        take(len(piece))
+        held.append(piece)
+    return b"".join(held)
+
+
+def _nothing(_: int) -> None:
+    pass
 
 
 class _Unread:

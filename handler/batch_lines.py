@@ -19,7 +19,7 @@ from typing import Any, Self
 from handler import edge
 from handler.body import asks_for_stream
 from handler.errors import BadRequest, BodyTooLarge, RequestError
-from handler.messages import Request
+from handler.messages import Request, as_json
 
 REQUESTS_MAX = 50_000
 FILE_MAX_BYTES = 200 << 20
@@ -200,9 +200,7 @@ def _request(given: Mapping[str, Any]) -> Request:
     url, body = route(given), given.get("body")
     if not isinstance(body, dict):
         raise BadRequest("'body' has to be a JSON object.", param="body", code="missing_required_parameter")
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
-    request = Request("POST", url, _JSON, raw)
+    request = Request("POST", url, _JSON, as_json(body))
     if asks_for_stream(request):
         raise BadRequest('The answers of a batch are whole: leave "stream" out.', param="stream")
     return request
@@ -268,7 +266,7 @@ def answered(item: Item, status: int, body: bytes) -> Outcome:
     else:
         tokens = _tokens(value)
         if b"\n" in body or b"\r" in body:  # a line is one line
-            body = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
+            body = as_json(value)
     head = json.dumps({"id": item.key, "custom_id": item.custom_id})[:-1]
     raw = (
         f'{head}, "response": {{"status_code": {status}, "request_id": "{item.key}", "body": '.encode()

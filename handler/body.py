@@ -7,6 +7,7 @@ so both answer the same, and in words instead of with the parser's own structure
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from handler.errors import BadRequest
 from handler.messages import Request
@@ -24,21 +25,30 @@ def body_fault(request: Request) -> BadRequest | None:
     """
     if request.method != "POST" or request.path.startswith("/v1/audio/"):
         return None
+    try:
+        json_object(request)
+    except BadRequest as fault:
+        return fault
+    return None
+
+
+def json_object(request: Request) -> dict[str, Any]:
+    """The body of `request`, which has to be a JSON object and say so. Raises `BadRequest`."""
     media_type = (request.header("content-type") or "").partition(";")[0].strip().lower()
     if media_type != "application/json":
-        return BadRequest("The content type of your request must be application/json.")
+        raise BadRequest("The content type of your request must be application/json.")
     try:
         body = json.loads(request.body)
     except json.JSONDecodeError as error:
-        return BadRequest(
+        raise BadRequest(
             f"We could not parse the JSON body of your request: {error.msg} (character {error.pos})."
-        )
+        ) from None
     except (ValueError, RecursionError):  # no UTF-8, a number without end, lists in lists in lists
-        return BadRequest("We could not parse the JSON body of your request.")
+        raise BadRequest("We could not parse the JSON body of your request.") from None
     if not isinstance(body, dict):
         kind = _KINDS.get(type(body), "null")
-        return BadRequest(f"The body of your request must be a JSON object, not {kind}.")
-    return None
+        raise BadRequest(f"The body of your request must be a JSON object, not {kind}.")
+    return body
 
 
 def asks_for_stream(request: Request) -> bool:

@@ -12,6 +12,8 @@ from handler.errors import NotAdmitted
 from handler.messages import Call, Reply, Request
 
 RETRY_AFTER_S = 1
+STOPPING = "worker_stopping"
+"""The code of what a worker says that drains: another one may be asked."""
 
 
 class Drain:
@@ -92,4 +94,4 @@ class Drain:
 
 
 def _stopped(what: str) -> NotAdmitted:
-    return NotAdmitted(f"The worker {what}.", retry_after_s=RETRY_AFTER_S, code="worker_stopping")
+    return NotAdmitted(f"The worker {what}.", retry_after_s=RETRY_AFTER_S, code=STOPPING)

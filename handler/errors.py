@@ -22,8 +22,8 @@ FirstTokenError
 │   ├── UpstreamFailed      502  upstream_failed
 │   │   └── AwsFailed       502  a service of AWS, or of its kind, has refused or can't be reached
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
-│   │   └── StartFailed     503  worker_start_failed, with Retry-After
-│   ├── DatabaseAway        503  database_unavailable, with Retry-After
+│   │   ├── StartFailed     503  worker_start_failed, with Retry-After
+│   │   └── StorageDown     503  storage_unavailable, with Retry-After
 │   └── DeadlineExceeded    504  deadline_exceeded
 ├── BatchLost               another worker has the batch, or a newer input has taken its place
 ├── RuntimeApiFailed        Lambda's Runtime API did not take what was said to it
@@ -48,16 +48,15 @@ Bodies have the shape of OpenAI's: `{"error": {"message", "type", "param", "code
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from handler.messages import Headers, Reply, once
+from handler.messages import Headers, Reply, as_json, once
 
 START_FAILED_RETRY_AFTER_S = 60
 """A worker that could not start never will: whoever asks again needs another one by then."""
 
-DATABASE_RETRY_AFTER_S = 5
+STORAGE_RETRY_AFTER_S = 5
 
 MAX_RETRY_AFTER_S = 120
 """openai-python does not retry at all when `Retry-After` is longer than this."""
@@ -94,7 +93,7 @@ class RequestError(FirstTokenError):
 
     def frame(self) -> bytes:
         """This error as the last frame of an event stream that had already begun."""
-        return b"data: " + _json(self.body()) + b"\n\n"
+        return b"data: " + as_json(self.body()) + b"\n\n"
 
 
 class BadRequest(RequestError):
@@ -295,14 +294,13 @@ class StartFailed(NotAdmitted):
         )
 
 
-class DatabaseAway(_RetryLater):
-    """The gateway's database does not answer. What was asked for may have been done all the same."""
+class StorageDown(NotAdmitted):
+    """The database can't be read or written now. What it says itself is in the log and for no client."""
 
-    status = 503
-    code = "database_unavailable"
+    code = "storage_unavailable"
 
     def __init__(self) -> None:
-        super().__init__("The gateway's database does not answer.", retry_after_s=DATABASE_RETRY_AFTER_S)
+        super().__init__("The gateway's database can't be used now.", retry_after_s=STORAGE_RETRY_AFTER_S)
 
 
 class DeadlineExceeded(RequestError):
@@ -426,12 +424,6 @@ def error_body(
 
 def json_reply(status: int, body: object, headers: Headers = ()) -> Reply:
     """A reply whose body is `body` as JSON."""
-    raw = _json(body)
+    raw = as_json(body)
     head = (("content-type", "application/json"), ("content-length", str(len(raw))), *headers)
     return Reply(status, head, once(raw))
-
-
-def _json(value: object) -> bytes:
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode(errors="backslashreplace")

@@ -32,7 +32,7 @@ from typing import Any
 from handler import sse
 from handler.body import asks_for_stream, body_fault
 from handler.errors import BadEvent, BadRequest, RequestError, UpstreamFailed, json_reply
-from handler.messages import Call, Reply, Request, once, read
+from handler.messages import Call, Reply, Request, as_json, once, read
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +111,7 @@ def _path(route: object, key: str) -> str:
 def _request(method: str, path: str, body: object) -> Request:
     if body is None:
         return Request(method, path)
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
-    return Request(method, path, _JSON, raw)
+    return Request(method, path, _JSON, as_json(body))
 
 
 def dump(request: Request) -> dict[str, Any]:

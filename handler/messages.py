@@ -7,11 +7,13 @@ worker behind a socket, a remote endpoint. Platform adapters translate an event 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
+from urllib.parse import parse_qsl
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
@@ -82,6 +84,11 @@ class Request:
         """The first value of `name` (lower case), or None."""
         return first(self.headers, name)
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What `query` says; of a name that stands there more than once its last value."""
+        return dict(parse_qsl(self.query, keep_blank_values=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -126,6 +133,13 @@ def without(headers: Headers, names: Iterable[str]) -> Headers:
     """`headers` without the fields called `names` (lower case)."""
     drop = frozenset(names)
     return tuple(pair for pair in headers if pair[0] not in drop)
+
+
+def as_json(value: object) -> bytes:
+    """`value` as JSON, in UTF-8 and without spaces."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
+    return text.encode(errors="backslashreplace")
 
 
 async def once(body: bytes) -> AsyncIterator[bytes]:

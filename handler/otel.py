@@ -256,7 +256,7 @@ class _Attempt:
 
     def __init__(self, tracer: Tracer, parent: Span, request: Request) -> None:
         operation = _OPERATIONS.get(request.path, request.path.removeprefix("/v1/"))
-        asked = _asked(request)
+        asked = _asked(request) if parent.is_recording() else {}
         model = asked.get("gen_ai.request.model")
         self._tracer = tracer
         self.span = tracer.start_span(
@@ -352,7 +352,9 @@ def _answered(told: bytes) -> dict[str, Any]:
     """What an answer says of itself, whole or in frames."""
     found: dict[str, Any] = {}
     framed = told.startswith((b"data:", b"event:", b":"))
-    for value in map(_data, sse.split(told)) if framed else [_json(told)]:
+    for value in map(sse.data, sse.split(told)) if framed else [_json(told)]:
+        if not isinstance(value, dict):
+            continue
         for place in (value, value.get("response"), value.get("message")):
             if isinstance(place, dict):
                 found |= _said(place)
@@ -379,12 +381,6 @@ def _said(place: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     ]
     if reasons:
         yield "gen_ai.response.finish_reasons", reasons
-
-
-def _data(frame: bytes) -> dict[str, Any]:
-    at = frame.find(b"data:")
-    value = sse.data(frame[at:]) if at >= 0 else None
-    return value if isinstance(value, dict) else {}
 
 
 def _json(raw: bytes) -> dict[str, Any]:

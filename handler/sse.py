@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from handler.messages import Headers
+from handler.messages import Headers, as_json
 
 UNBUFFERED: Headers = (("cache-control", "no-cache"), ("x-accel-buffering", "no"))
 """So that no cache and no proxy collects a stream; the second is for nginx."""
@@ -58,17 +58,16 @@ def split(chunk: bytes) -> list[bytes]:
 
 
 def data(frame: bytes) -> Any:
-    """The JSON value of a frame's single `data:` line, or None if it holds none."""
-    if not frame.startswith(b"data:"):
+    """The JSON value of a frame's `data:` line, its last, or None if it holds none."""
+    line = frame if frame.startswith(b"data:") else frame[frame.find(b"\ndata:") + 1 :]
+    if not line.startswith(b"data:"):
         return None
     try:
-        return json.loads(frame[5:])
+        return json.loads(line[5:])
     except ValueError:
         return None
 
 
 def event(value: object) -> bytes:
     """One frame whose data is `value` as JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    return b"data: " + text.encode(errors="backslashreplace") + b"\n\n"
+    return b"data: " + as_json(value) + b"\n\n"

@@ -14,7 +14,7 @@ from typing import Any
 
 from handler import sse
 from handler.body import asks_for_stream
-from handler.messages import Call, Reply, Request
+from handler.messages import Call, Reply, Request, as_json
 
 _SAYS_ONLY_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
 _ASK = b'{"stream_options":{"include_usage":true},'
@@ -81,9 +81,7 @@ def with_usage(request: Request) -> tuple[Request, bool]:
     if not isinstance(options, dict) or options.get("include_usage"):
         return request, False  # the client asks, or is told what is wrong with it
     body["stream_options"] = {**options, "include_usage": True}
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    raw = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
-    return replace(request, body=raw), True
+    return replace(request, body=as_json(body)), True
 
 
 async def _nothing() -> None:
@@ -157,8 +155,8 @@ class Meter:
 
     def _shows(self, frame: bytes) -> bool:
         """Whether the client sees `frame`."""
-        value = _data(frame)
-        if value is None:
+        value = sse.data(frame)
+        if not isinstance(value, dict):
             return True
         if not self._find(value):
             self._frames += not _opens(value)
@@ -209,13 +207,6 @@ def _opens(value: Mapping[str, Any]) -> bool:
     return all(
         isinstance(delta, dict) and {name for name in delta if delta[name]} == {"role"} for delta in deltas
     )
-
-
-def _data(frame: bytes) -> dict[str, Any] | None:
-    """The JSON object of a frame, named events (`event: ...`) included."""
-    at = frame.find(b"data:")
-    value = sse.data(frame[at:]) if at >= 0 else None
-    return value if isinstance(value, dict) else None
 
 
 def _first(usage: Mapping[str, Any], names: tuple[str, str], otherwise: int) -> int:

@@ -1,6 +1,6 @@
 """Make .venv and install firsttoken in it, once.
 
-    python3 -m scripts.install EXTRA... [--with-node] [--with-chromium] [--with-postgresql]
+    python3 -m scripts.install EXTRA... [--with PROGRAM...]
     python3 -m scripts.install --tools GROUP...
 
 The second makes an environment for each dependency group, apart from .venv: tools that pin much.
@@ -28,6 +28,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from builder.reach import reachable
@@ -87,14 +88,31 @@ class Note:
         draft.replace(NOTE)
 
 
+PROGRAMS = {
+    "node": ("nodejs", "the tests with openai-node"),
+    "npm": ("npm", "the tests with openai-node"),
+    "chromium": ("chromium", "the tests of the page"),
+    "nginx": ("nginx-light", "the tests behind a proxy"),
+    "ip": ("iproute2", "the tests with Ray"),
+    "postgres": ("postgresql", "the tests of several gateways"),
+}
+"""Programs of the system that some tests need: the Debian package of each, and which tests."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Install what `argv` names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m scripts.install", description=__doc__.splitlines()[0])
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="an extra of pyproject.toml")
     parser.add_argument("--tools", nargs="+", default=[], metavar="GROUP", help="a dependency group there")
-    parser.add_argument("--with-node", action="store_true", help="node and npm too, where they can be had")
-    parser.add_argument("--with-chromium", action="store_true", help="Chromium too, where it can be had")
-    parser.add_argument("--with-postgresql", action="store_true", help="PostgreSQL's server too, as above")
+    parser.add_argument(
+        "--with",
+        dest="programs",
+        nargs="+",
+        default=[],
+        choices=PROGRAMS,
+        metavar="PROGRAM",
+        help="what some tests need, where it can be had",
+    )
     options = parser.parse_args(argv)
     if not (options.extras or options.tools):
         parser.error("nothing is to be installed")
@@ -105,9 +123,7 @@ def main(argv: Sequence[str]) -> int:
                 f"Python 3.11 to 3.13 is needed and this is {platform.python_version()}; "
                 "name one with `make PYTHON=/path/to/python3.11`"
             )
-        chromium = options.with_chromium
-        wanted = needs(options.extras, with_node=options.with_node, with_chromium=chromium)
-        provide([*wanted, *([POSTGRESQL] if options.with_postgresql else [])])
+        provide(needs(options.extras, options.programs))
         if options.extras:
             install(frozenset(options.extras))
         for group in options.tools:
@@ -120,30 +136,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def has_postgresql() -> bool:
-    """Whether there is a server, which Debian keeps out of the path."""
-    return bool(shutil.which("postgres") or [*Path("/usr/lib/postgresql").glob("*/bin/postgres")])
-
-
-POSTGRESQL = Need(
-    "postgresql", has_postgresql, "the tests of several gateways do not run without it", required=False
-)
-
-
-def needs(extras: Iterable[str], *, with_node: bool, with_chromium: bool) -> list[Need]:
-    """What the system must have for `extras`."""
+def needs(extras: Iterable[str], programs: Iterable[str]) -> list[Need]:
+    """What the system must have for `extras`, and what it should have for `programs`."""
     venv_package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
     wanted = [Need(venv_package, lambda: importlib.util.find_spec("ensurepip") is not None, "makes .venv")]
     if not set(extras).isdisjoint(ENGINES):
         wanted.append(Need("libnuma1", lambda: loads("libnuma.so.1"), "vLLM's binaries link it"))
-    if with_node:
-        purpose = "the test with openai-node does not run without it"
-        wanted.append(Need("nodejs", lambda: shutil.which("node") is not None, purpose, required=False))
-        wanted.append(Need("npm", lambda: shutil.which("npm") is not None, purpose, required=False))
-    if with_chromium:
-        purpose = "the tests of the page do not run without it"
-        wanted.append(Need("chromium", lambda: shutil.which("chromium") is not None, purpose, required=False))
+    for program in programs:
+        package, whose = PROGRAMS[program]
+        present = partial(has, program)
+        wanted.append(Need(package, present, f"{whose} do not run without it", required=False))
     return wanted
+
+
+def has(program: str) -> bool:
+    """Whether `program` can be run, also one that only root has in its path."""
+    apart = [str(path) for path in Path("/usr/lib/postgresql").glob("*/bin")]  # Debian's, by version
+    path = ":".join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", *apart])
+    return shutil.which(program, path=path) is not None
 
 
 def loads(library: str) -> bool:

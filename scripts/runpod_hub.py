@@ -63,7 +63,7 @@ NOT_SHOWN = frozenset(
         *("PLATFORM", "ENGINE_MODE"),  # found
         *("API_KEYS_SECRET", "USAGE_TABLE", "ENDPOINT_ID", "LAMBDA_RESPONSE_MODE", "REPLY_TO"),  # of Lambda
         *("SQS_QUEUE_URL", "BATCH_INPUT", "BATCH_OUTPUT", "BATCH_TABLE"),  # of Lambda and SQS
-        *("LIFELINE_FD", "NOTIFY_SOCKET"),  # for a parent process
+        *("LIFELINE_FD", "NOTIFY_SOCKET", "SHARED_BY"),  # for a parent process
         "VERIFY_WEIGHTS",  # for a model in an image of one's own
         *("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),  # a job has no trace
         *("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME"),

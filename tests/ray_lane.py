@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -141,6 +142,32 @@ async def test_from_none_to_two_and_back(cluster: Cluster) -> None:
                 model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=3
             )
             assert one.usage is not None
+
+
+def test_the_contract_holds(cluster: Cluster) -> None:
+    """Every scenario of tests/contract, through the gateway and Ray, to vLLM."""
+    with deployed(cluster, MIN_WORKERS="1"), gateway(cluster) as server:
+        suite = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/contract/test_openai_contract.py",
+            "-k",
+            "elsewhere",
+        ]
+        done = subprocess.run(
+            [sys.executable, *suite],
+            cwd=ROOT,
+            env={**os.environ, "CONTRACT_URL": server.base_url},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+    said = done.stdout[-6000:]
+    assert done.returncode == 0, said
+    assert "passed" in said
 
 
 @pytest.mark.parametrize("what", ["replica", "node"])

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +147,8 @@ def _dump(scripts: Script | Sequence[Script]) -> list[dict[str, Any]]:
     return [script.dump() for script in ([scripts] if isinstance(scripts, Script) else scripts)]
 
 
-def _probed(app: ScriptedApp) -> App:
-    """`app`, and the probe that each worker of HTTP answers."""
+def _probed(app: ScriptedApp, tell: Callable[[str, str], None]) -> App:
+    """`app`, and the probe that each worker of HTTP answers; `tell` hears of it."""
 
     async def probed(scope: Message, receive: Receive, send: Send) -> None:
         if scope["path"] != "/ping":
@@ -156,6 +156,7 @@ def _probed(app: ScriptedApp) -> App:
             return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b""})
+        tell("probed", "")
 
     return probed
 
@@ -184,7 +185,7 @@ class Actor:
         self._slots = "16"
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
         config = uvicorn.Config(
-            _probed(self.app),
+            _probed(self.app, self._tell),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -263,7 +264,7 @@ class Actor:
 async def work(environ: Mapping[str, str]) -> None:
     """Be a worker until SIGTERM, or until the gateway is gone."""
     assert environ["PLATFORM"] == ("http" if "UDS" in environ else "runpod")
-    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"])
+    reader, writer = await asyncio.open_unix_connection(environ["SCRIPT_CONTROL"], limit=1 << 24)
     writer.write(json.dumps({"pid": os.getpid(), "env": dict(environ)}).encode() + b"\n")
     play = json.loads(await reader.readline())
     scripts = {

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from typing import Any, cast
 
 from bench.paced import PacedEngine
@@ -83,7 +84,7 @@ def work() -> None:
     settings = Settings.from_environ(os.environ)
     if settings.lifeline_fd is not None:
         watch_lifeline(settings.lifeline_fd)
-    phases, notifier = Phases(0.0), Notifier(settings.notify_socket)
+    phases, notifier = Phases(time.monotonic()), Notifier(settings.notify_socket)
     phases.done()
     platform = platforms.load(platforms.chosen(os.environ), settings)
     platform.prepare()

@@ -1,5 +1,8 @@
 """The commands beside `serve`, one file each: `add(subparsers)` gives it its arguments and its `run`.
 
+What they share: `client` asks a running gateway, `tables` is what a terminal shows, and `chat` talks as
+`conversation` and `terminal` have it.
+
 `run(args, environ)` returns the exit code. It prints its answer on stdout and all else on stderr, and raises
 `StartError`.
 """

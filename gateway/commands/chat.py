@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway import client
-from gateway.client import Client, Place, connected
-from gateway.commands import INTERRUPTED
-from gateway.conversation import Conversation
-from gateway.terminal import Answering, history, plain
+from gateway.commands import INTERRUPTED, client
+from gateway.commands.client import Client, Place, connected
+from gateway.commands.conversation import Conversation
+from gateway.commands.tables import plain
+from gateway.commands.terminal import Answering, history
 from handler.errors import Unreachable, UsageError
 
 if TYPE_CHECKING:

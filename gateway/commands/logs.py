@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from gateway import client
-from gateway.client import Place, connected
-from gateway.terminal import plain
+from gateway.commands import client
+from gateway.commands.client import Place, connected
+from gateway.commands.tables import plain
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers

@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from gateway import client
-from gateway.client import Client, Place, connected
-from gateway.commands import INTERRUPTED
+from gateway.commands import INTERRUPTED, client
+from gateway.commands.client import Client, Place, connected
 from gateway.commands.tables import table
-from gateway.terminal import plain
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
 
 HOME_AND_CLEAR = "\x1b[H\x1b[J"
+EVERY_MIN_S = 0.05
 
 
 def add(commands: Subparsers) -> None:
@@ -54,7 +53,7 @@ async def _show(place: Place, args: argparse.Namespace) -> None:
                 print(f"{clear}{shown}", end="", flush=True)
             if not args.watch:
                 return
-            await asyncio.sleep(args.every)
+            await asyncio.sleep(max(EVERY_MIN_S, args.every))
 
 
 async def _tokens_today(asked: Client) -> Mapping[str, int]:
@@ -86,14 +85,14 @@ def _endpoint(shown: Mapping[str, Any], tokens: Mapping[str, int]) -> tuple[Any,
     )
     return (
         shown["id"],
-        plain(shown["model"]),
+        shown["model"],
         f"{now or 'none'} (of {shown['min_workers']} to {shown['max_workers']})",
         shown["in_flight"],
         shown["waiting"],
         shown["capacity"],
         sum(shown.get("jobs", {}).get(state, 0) for state in ("IN_QUEUE", "IN_PROGRESS")),
         tokens.get(shown["id"], 0),
-        plain(shown["error"] or ""),
+        shown["error"] or "",
     )
 
 
@@ -108,7 +107,7 @@ def _worker(endpoint_id: str, worker: Mapping[str, Any], now_s: float) -> tuple[
         f"{worker['in_flight']}/{worker['slots']}" if worker["slots"] else worker["in_flight"],
         f"{span(now_s - worker['started_at'])} ago",
         "" if ready_s is None else f"{ready_s:.1f} s",
-        plain(worker["reason"] or worker["phase"] or ""),
+        worker["reason"] or worker["phase"] or "",
     )
 
 

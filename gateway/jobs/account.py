@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from gateway import usage
-from gateway.clients import permit
+from gateway.clients import MODELS, permit
 from gateway.jobs.table import Job
 from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.usage import Entry, Prices
+from handler.errors import BadRequest
 from handler.messages import Request
 from handler.usage import Usage
 
@@ -41,6 +42,8 @@ class Account:
         key = self.keys.of(key_id)
         if inside is not None:
             permit(key, inside, self.terms(endpoint_id)[0])
+            if key.models is not None and inside.path.rstrip("/") == MODELS:
+                raise BadRequest("Your key has some models only: ask for their list without a job.")
         if inside is None or inside.method == "POST":
             self.limits.take(key)
 

@@ -10,11 +10,10 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gateway.jobs.status import dump
 from gateway.jobs.table import Ending, Job, State
 from handler import edge, jobs
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
-from handler.messages import Call, Reply, Request, Visit
+from handler.messages import Call, Reply, Request, Visit, as_json
 from handler.usage import Usage, metered
 
 JOIN_MAX_CHARS = 64 * 1024
@@ -50,7 +49,7 @@ class Outputs:
                 self._join()
         else:
             self._join()
-            self._append(dump(output))
+            self._append(as_json(output))
         self._news.set()
 
     def take(self) -> list[bytes]:
@@ -80,7 +79,7 @@ class Outputs:
         if self._frames:
             text, self._frames, self._frames_chars = "".join(self._frames), [], 0
             self.size_bytes -= len(text)
-            self._append(dump(text))
+            self._append(as_json(text))
 
     def _append(self, output: bytes) -> None:
         self._outputs.append(output)

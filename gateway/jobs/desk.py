@@ -42,7 +42,7 @@ class Desk:
         job_id = attempt.job.id
         if self._attempts.get(job_id) is attempt:  # else the job was claimed again already
             del self._attempts[job_id]
-            if attempt.outputs.told:
+            if attempt.outputs.told and not attempt.stopped:  # else there is no output, or no job any more
                 self._told[job_id] = attempt.outputs.told
         attempt.outputs.over()
         self.news(job_id)

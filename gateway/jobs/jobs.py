@@ -19,10 +19,10 @@ from gateway.jobs.attempt import first
 from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Costs, Ledger
 from gateway.jobs.runner import Asked, Runner
-from gateway.jobs.status import dump
 from gateway.jobs.table import Job, NewJob, State
 from gateway.jobs.webhooks import Webhooks
 from gateway.store import Store
+from handler.messages import as_json
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Jobs:
 
         def work(connection: Connection) -> list[bytes]:
             output = table.output_of(connection, job)
-            return first([dump(one) for one in json.loads(output)[after:]]) if output else []
+            return first([as_json(one) for one in json.loads(output)[after:]]) if output else []
 
         outputs = await self._store.read(work)
         if self._desk.told(job.id) != after:  # somebody else has got these

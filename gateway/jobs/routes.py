@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
-from urllib.parse import parse_qs
 
 from gateway.jobs import status, table, webhooks
 from gateway.jobs.jobs import Jobs
@@ -26,7 +25,7 @@ from handler.errors import (
     NoSuchJob,
     json_reply,
 )
-from handler.messages import Call, Reply, Request, once
+from handler.messages import Call, Reply, Request, as_json, once
 
 BODY_MAX_BYTES: Mapping[str, int] = {"run": 10 << 20, "runsync": 20 << 20}
 WAIT_S, WAIT_MIN_S, WAIT_MAX_S = 90.0, 1.0, 300.0
@@ -80,7 +79,7 @@ class JobRoutes:
 
     def find(self, request: Request) -> Call | None:
         """The call for an operation. Raises what tells that there is no such thing, and `BodyTooLarge`."""
-        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), "", "", ""]
+        _, top, endpoint_id, operation, *rest = [*request.path.split("/"), *[""] * 4]
         job_id = rest[0]
         methods = _METHODS.get((operation, bool(job_id)))
         if top != "v2" or methods is None or any(rest[1:]):
@@ -141,11 +140,11 @@ class JobRoutes:
         return await self._told(job)
 
     async def _submit(self, request: Request, endpoint_id: str, kind: str) -> Job:
-        new = _parse(request, endpoint_id, kind, self.allowed)
+        new, job_input = _parse(request, endpoint_id, kind, self.allowed)
 
         def admit() -> None:
             try:
-                inside = shapes.parse(json.loads(new.body))
+                inside = shapes.parse(job_input)
             except BadEvent:  # told as what came of the job, as on RunPod
                 inside = None
             self.account.admit(new.key_id, endpoint_id, inside)
@@ -167,7 +166,7 @@ class JobRoutes:
         if told is None:
             raise NoSuchJob(job.id)
         parts = b",".join(b'{"output":' + output + b"}" for output in told.outputs)
-        head = status.dump({"attempt": told.attempt, "status": told.status})
+        head = as_json({"attempt": told.attempt, "status": told.status})
         return _json(head[:-1] + b',"stream":[' + parts + b"]}")
 
     async def _cancel(self, _: Request, job: Job) -> Reply:
@@ -232,8 +231,8 @@ def _check_size(request: Request, operation: str) -> None:
         raise BodyTooLarge(most)
 
 
-def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> NewJob:
-    """The job that `request` submits. Raises `BadRequest`."""
+def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed) -> tuple[NewJob, Any]:
+    """The job that `request` submits, and its `input`. Raises `BadRequest`."""
     try:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
@@ -252,7 +251,7 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
     new = NewJob(
         endpoint_id=endpoint_id,
         key_id=request.visit.caller,
-        body=status.dump(body["input"]),
+        body=as_json(body["input"]),
         kind=kind,
         background=background,
         webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
@@ -260,11 +259,12 @@ def _parse(request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allo
         digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
     )
     timeout_s, ttl_s = (_policy(policy, name) for name in ("executionTimeout", "ttl"))
-    return replace(
+    new = replace(
         new,
         execution_timeout_s=new.execution_timeout_s if timeout_s is None else timeout_s,
         ttl_s=new.ttl_s if ttl_s is None else ttl_s,
     )
+    return new, body["input"]
 
 
 def _policy(policy: Mapping[str, Any], name: str) -> float | None:
@@ -281,7 +281,7 @@ def _policy(policy: Mapping[str, Any], name: str) -> float | None:
 
 def _milliseconds(request: Request, name: str, low_s: float, high_s: float) -> float | None:
     """The query's `name`, in seconds. Raises `BadRequest`."""
-    given = parse_qs(request.query).get(name, [""])[-1]
+    given = request.parameters.get(name)
     if not given:
         return None
     if re.fullmatch(r"[0-9]{1,12}", given) and low_s <= int(given) / 1000 <= high_s:

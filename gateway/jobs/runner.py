@@ -73,9 +73,10 @@ class Runner:
         self._news.set()
 
     def stop_taking(self) -> None:
-        """Begin no more."""
-        self._closing = True
-        self._loop.cancel()
+        """Begin no more; again does nothing, for what was claimed is being given back."""
+        if not self._closing:
+            self._closing = True
+            self._loop.cancel()
 
     async def close(self, timeout_s: float) -> None:
         """Let what runs finish within `timeout_s`; the rest is for the next gateway."""
@@ -131,12 +132,12 @@ class Runner:
             work.add_done_callback(self._works.discard)
 
     async def _work(self, job: Job, body: bytes, ask: Call) -> None:
-        beginning: asyncio.Task[bool] | None = None
+        beginning: asyncio.Task[None] | None = None
 
         def began() -> None:
             nonlocal beginning
             self._start_failures = 0
-            beginning = asyncio.create_task(self._begin(job))
+            beginning = asyncio.create_task(self._begin(attempt))
             self.wake()  # there is more capacity than before, if it was a cold start
 
         attempt = Attempt(job, body, ask, began)
@@ -156,8 +157,9 @@ class Runner:
             self._running[job.background] -= 1
             self.wake()
 
-    async def _begin(self, job: Job) -> bool:
-        return await self._insist(lambda: self._ledger.begin(job))
+    async def _begin(self, attempt: Attempt) -> None:
+        if not await self._insist(lambda: self._ledger.begin(attempt.job)):
+            attempt.stop()  # it was cancelled before anybody knew of the attempt
 
     async def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
         job, ledger, usage = attempt.job, self._ledger, attempt.usage
@@ -172,8 +174,8 @@ class Runner:
             why = _told(outcome.error)
             await self._insist(lambda: ledger.lose(job, why))
         else:
-            await self._insist(lambda: ledger.give_back(job))
-            if usage is not None:
+            again = await self._insist(lambda: ledger.give_back(job))
+            if usage is not None and not again:  # it was cancelled: what was made by then is paid for
                 cost = usage
                 await self._insist(lambda: ledger.spend(job, cost))
 

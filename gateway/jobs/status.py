@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from gateway.jobs.table import Job, State
-
-
-def dump(value: Any) -> bytes:
-    """`value` as JSON."""
-    # JSON can name half a character (`\ud800`), UTF-8 can't hold it: it is escaped again.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+from handler.messages import as_json
 
 
 def render(job: Job, output: bytes | None) -> bytes:
@@ -27,7 +21,7 @@ def render(job: Job, output: bytes | None) -> bytes:
     if job.retries:
         shown["retries"] = job.retries
     shown["status"] = job.state.shown
-    body = dump(shown)
+    body = as_json(shown)
     if job.state is State.COMPLETED and output is not None:
         body = body[:-1] + b',"output":' + output + b"}"
     return body

@@ -15,12 +15,14 @@ import ipaddress
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
 from sqlalchemy import (
     Column,
     ColumnElement,
@@ -45,6 +47,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
 from gateway.instances import dead
+from gateway.jobs.lookups import Lookups
 from gateway.store import Store, metadata
 from handler.errors import BadRequest
 
@@ -54,9 +57,14 @@ TRIES_MAX = 3
 AGAIN_S = 10.0
 """As RunPod has them: two more tries, ten seconds apart."""
 TIMEOUT_S = 10.0
-AT_ONCE = 8
+AT_ONCE = 128
+HOST_AT_ONCE = 4
+"""Of them, to one host: one that is dead holds each for `TIMEOUT_S`, and nobody else's wait for it."""
+LARGE_BYTES = 1 << 20
+LARGE_AT_ONCE = 8
+"""How many larger ones are in memory at once: they may have 20 MB."""
 URL_MAX_CHARS = 2048
-WRITE_AGAIN_S = 1.0
+DATABASE_AGAIN_S = 1.0
 LOOK_S = 5.0
 """How often what another gateway has left is looked for."""
 
@@ -65,11 +73,12 @@ WEBHOOKS = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("url", Text, nullable=False),
+    Column("host", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("tries", Integer, nullable=False),
     Column("due_at", Float(53), nullable=False),
     Column("instance", String(32)),  # the gateway that sends it
-    Index("job_webhooks_due", "due_at"),
+    Index("job_webhooks_due", "due_at", "host"),
     sqlite_autoincrement=True,
 )
 
@@ -121,8 +130,9 @@ def _inside(address: Address) -> Address:
 
 def checked(url: object, allowed: Allowed) -> str:
     """`url`, if webhooks may be sent there as far as it says. Raises `BadRequest`."""
-    if not isinstance(url, str) or len(url) > URL_MAX_CHARS:
-        raise BadRequest(f'"webhook" is a URL of at most {URL_MAX_CHARS} characters.', param="webhook")
+    if not isinstance(url, str) or len(url) > URL_MAX_CHARS or not url.isprintable():
+        why = f'"webhook" is a URL of at most {URL_MAX_CHARS} printable characters.'
+        raise BadRequest(why, param="webhook")
     try:
         parsed = URL(url)
         host = parsed.host
@@ -176,12 +186,26 @@ class Guard(AbstractResolver):
 
 def add(connection: Connection, url: str, body: bytes, now: float) -> None:
     """Have `body` told to `url`."""
-    connection.execute(insert(WEBHOOKS).values(url=url, body=body, tries=0, due_at=now))
+    host = URL(url).host or ""
+    connection.execute(insert(WEBHOOKS).values(url=url, host=host, body=body, tries=0, due_at=now))
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A webhook that is to be sent, after `tries`."""
+
+    id: int
+    url: str
+    host: str
+    size_bytes: int
+    tries: int
+    due_at: float
 
 
 class Webhooks:
     """Sends what is written down, and again what was not answered with 200.
 
+    A few at a time to each host, and many in all: a host that does not answer has its own wait.
     What this gateway, `instance`, has on its way is no other's to send.
     """
 
@@ -204,6 +228,9 @@ class Webhooks:
         self._again_s = again_s
         self._timeout_s = timeout_s
         self._news = asyncio.Event()
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self._sending: dict[int, str] = {}
+        """The hosts of those that are on their way, by id."""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -221,76 +248,106 @@ class Webhooks:
             await asyncio.wait({self._task})
 
     async def _send_all(self) -> None:
-        guard = Guard(self._allowed, self._resolver or ThreadedResolver())
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=guard, use_dns_cache=False, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"user-agent": "firsttoken", "content-type": "application/json"},
-        ) as session:
+        guard = Guard(self._allowed, self._resolver or Lookups())
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    limit=AT_ONCE, resolver=guard, use_dns_cache=False, force_close=True
+                ),
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"user-agent": "firsttoken", "content-type": "application/json"},
+            ) as session,
+            asyncio.TaskGroup() as tasks,
+        ):
             while True:
                 self._news.clear()
                 try:
-                    wait_s = await self._send_due(session)
+                    wait_s = await self._begin_due(session, tasks)
                 except SQLAlchemyError:
-                    log.exception("webhooks can't be read or written")
-                    wait_s = WRITE_AGAIN_S
+                    log.exception("webhooks can't be read")
+                    wait_s = DATABASE_AGAIN_S
                 try:
                     async with asyncio.timeout(wait_s):
                         await self._news.wait()
                 except TimeoutError:
                     pass
 
-    async def _send_due(self, session: aiohttp.ClientSession) -> float | None:
-        """Send what is due; how long until something is again, None if there is nothing."""
-        while due := await self._store.write(self._due):
-            sent = await asyncio.gather(*(self._send(session, *row) for row in due), return_exceptions=True)
-            for failure in filter(None, sent):  # once none of the others is on its way any more
-                raise failure
-        next_at: float | None = await self._store.read(
-            lambda connection: connection.scalar(select(func.min(WEBHOOKS.c.due_at)).where(self._ours))
-        )
-        wait_s = None if next_at is None else max(0.0, next_at - self._clock())
-        if not self._store.shared:
-            return wait_s
-        return LOOK_S if wait_s is None else min(LOOK_S, wait_s)
+    async def _begin_due(self, session: aiohttp.ClientSession, tasks: asyncio.TaskGroup) -> float | None:
+        """Begin to send what is due, as far as there is room.
+
+        Returns how long until something else is due; None if it takes news for that.
+        """
+        while room := AT_ONCE - len(self._sending):
+            hosts = Counter(self._sending.values())
+            full = [host for host, number in hosts.items() if number >= HOST_AT_ONCE]
+            wanted = partial(_next, list(self._sending), full, room, self._ours)
+            found = await self._store.read(wanted)
+            if not found:
+                return self._look_s
+            for waiting in found:
+                wait_s = waiting.due_at - self._clock()
+                if wait_s > 0:
+                    return min(wait_s, self._look_s or wait_s)
+                if hosts[waiting.host] < HOST_AT_ONCE:  # else the next look leaves its host out
+                    hosts[waiting.host] += 1
+                    self._sending[waiting.id] = waiting.host
+                    tasks.create_task(self._send(session, waiting))
+        return self._look_s
 
     @property
     def _ours(self) -> ColumnElement[bool]:
+        """What no other gateway that lives has on its way."""
         return or_(dead(WEBHOOKS.c.instance), WEBHOOKS.c.instance == self._instance)
 
-    def _due(self, connection: Connection) -> list[tuple[int, str, bytes, int]]:
-        due = (
-            select(WEBHOOKS.c.id)
-            .where(WEBHOOKS.c.due_at <= self._clock(), self._ours)
-            .order_by(WEBHOOKS.c.due_at)
-            .limit(AT_ONCE)
-        )
-        rows = connection.execute(
-            update(WEBHOOKS)
-            .where(WEBHOOKS.c.id.in_(due))
-            .values(instance=self._instance)
-            .returning(WEBHOOKS.c.id, WEBHOOKS.c.url, WEBHOOKS.c.body, WEBHOOKS.c.tries)
-        )
-        return [(row.id, row.url, row.body, row.tries) for row in rows]
+    @property
+    def _look_s(self) -> float | None:
+        """How long until what another gateway has left is looked for."""
+        return LOOK_S if self._store.shared else None
 
-    async def _send(
-        self, session: aiohttp.ClientSession, number: int, url: str, body: bytes, tries: int
-    ) -> None:
-        target = URL(url)
-        why = await self._refused(session, target, body)
-        mine = WEBHOOKS.c.id == number
+    async def _take(self, waiting: Waiting) -> bool:
+        """Whether it is this gateway's to send, and from now on no other's."""
+        if not self._store.shared:
+            return True
+        due = (WEBHOOKS.c.id == waiting.id, WEBHOOKS.c.due_at == waiting.due_at, self._ours)
+        taking = update(WEBHOOKS).where(*due).values(instance=self._instance)
+        return await self._store.write(lambda connection: connection.execute(taking).rowcount > 0)
+
+    async def _send(self, session: aiohttp.ClientSession, waiting: Waiting) -> None:
+        try:
+            if not await self._take(waiting):
+                return
+            async with self._large if waiting.size_bytes > LARGE_BYTES else nullcontext():
+                body = partial(_body, waiting.id)
+                why = await self._refused(session, URL(waiting.url), await self._store.read(body))
+            await self._note(waiting, why)
+        except SQLAlchemyError:
+            log.exception("a webhook can't be read")
+            await asyncio.sleep(DATABASE_AGAIN_S)
+        finally:
+            del self._sending[waiting.id]
+            self._news.set()
+
+    async def _note(self, waiting: Waiting, why: str | None) -> None:
+        """Write down what came of it. A full disk has nothing sent again."""
+        mine = WEBHOOKS.c.id == waiting.id
         change: Delete | Update = delete(WEBHOOKS).where(mine)
-        if why is not None and tries + 1 < TRIES_MAX:
+        if why is not None and waiting.tries + 1 < TRIES_MAX:
             again_at = self._clock() + self._again_s
-            change = update(WEBHOOKS).where(mine).values(tries=tries + 1, due_at=again_at, instance=None)
+            again = {"tries": waiting.tries + 1, "due_at": again_at, "instance": None}
+            change = update(WEBHOOKS).where(mine).values(again)
         elif why is not None:
-            log.warning("webhook given up", extra={"host": target.host, "reason": why})
+            log.warning("webhook given up", extra={"host": waiting.host, "reason": why})
 
         def note(connection: Connection) -> None:
             connection.execute(change)
 
-        await self._store.write(note)
+        while True:
+            try:
+                return await self._store.write(note)
+            except SQLAlchemyError:
+                log.exception("what came of a webhook can't be written")
+                await asyncio.sleep(DATABASE_AGAIN_S)
 
     async def _refused(self, session: aiohttp.ClientSession, url: URL, body: bytes) -> str | None:
         """Send once; why that was not enough, None if it was."""
@@ -302,5 +359,30 @@ class Webhooks:
                 return None if response.status == 200 else f"answered with {response.status}"
         except TimeoutError:
             return f"no answer within {self._timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - a stranger's server must not end those of others
             return type(error).__name__
+
+
+def _next(
+    sending: Sequence[int],
+    full: Sequence[str],
+    most: int,
+    ours: ColumnElement[bool],
+    connection: Connection,
+) -> list[Waiting]:
+    """The next of `ours` to be sent but for those that are `sending` and those to hosts that are `full`."""
+    wanted = (
+        select(
+            *(WEBHOOKS.c[name] for name in ("id", "url", "host", "tries", "due_at")),
+            func.length(WEBHOOKS.c.body).label("size_bytes"),
+        )
+        .where(ours, WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full))
+        .order_by(WEBHOOKS.c.due_at)
+        .limit(most)
+    )
+    return [Waiting(**row) for row in connection.execute(wanted).mappings()]
+
+
+def _body(number: int, connection: Connection) -> bytes:
+    found: bytes = connection.execute(select(WEBHOOKS.c.body).where(WEBHOOKS.c.id == number)).scalar_one()
+    return found

@@ -43,12 +43,12 @@ const parts = new WeakMap();
 
 /**
  * Have `parent` hold one child for each of `items`, in their order: children are made once and then changed,
- * so that focus, open details and scroll positions outlive an update.
+ * so that focus, open details and scroll positions outlive an update. One that goes is told so by its `remove`.
  * @template Item
  * @param {Element} parent
  * @param {Item[]} items
  * @param {(item: Item) => string} keyOf
- * @param {(item: Item) => {element: Element, update: (item: Item) => void}} make
+ * @param {(item: Item) => {element: Element, update: (item: Item) => void, remove?: () => void}} make
  */
 export function reconcile(parent, items, keyOf, make) {
   if (!parts.has(parent)) parts.set(parent, new Map());
@@ -57,6 +57,7 @@ export function reconcile(parent, items, keyOf, make) {
   for (const [key, part] of known) {
     if (wanted.has(key)) continue;
     part.element.remove();
+    part.remove?.();
     known.delete(key);
   }
   items.forEach((item, index) => {

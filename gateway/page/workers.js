@@ -121,6 +121,7 @@ class EndpointCard {
   /** Draw the chart anew, in the colours of another theme. */
   redress() {
     this.remove();
+    if (!this.element.isConnected) return; // its endpoint is gone
     this.#spark = spark(this.#chart);
     this.#spark.update(live.history.get(this.#id));
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +47,7 @@ class WorkerView:
 
     def json(self) -> dict[str, Any]:
         """As /admin/status shows it."""
-        shown = asdict(self)
-        del shown["log"]
-        return shown
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "log"}
 
 
 class WorkerLost(UpstreamFailed):

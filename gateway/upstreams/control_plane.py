@@ -26,7 +26,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qs
 
 from gateway.metrics import EndpointMetrics
 from gateway.upstreams.job import Job
@@ -72,7 +71,7 @@ class ControlPlane:
         self.key = secrets.token_urlsafe(32)
         self._refused = False
         self._closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._port = 0
         app = asgi.serve(self.call, max_body_bytes=MAX_BODY_BYTES, check=self._check)
         self._server = Server(config(app, idle_s=IDLE_S, shutdown_s=1))
         self._serving: asyncio.Task[None] | None = None
@@ -83,15 +82,16 @@ class ControlPlane:
         line.stop = self._tell_stop
 
     def open(self) -> None:
-        """Begin to serve."""
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        """Begin to serve, on a port that is free. Raises `OSError`."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._port = listener.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
 
     async def close(self) -> None:
         """Answer what waits, and serve no more."""
         if not self._closing.done():
             self._closing.set_result(None)
         if self._serving is None:
-            self._listener.close()
             return
         self._server.should_exit = True
         await self._serving
@@ -120,7 +120,7 @@ class ControlPlane:
 
     def environ(self, worker_id: str) -> dict[str, str]:
         """What the SDK of the worker `worker_id` is told."""
-        base = f"http://127.0.0.1:{self._listener.getsockname()[1]}/v2/{self._endpoint_id}"
+        base = f"http://127.0.0.1:{self._port}/v2/{self._endpoint_id}"
         # The SDK appends to each with `&`; it replaces the names with a dollar.
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=local",
@@ -217,11 +217,9 @@ class ControlPlane:
 
     @asynccontextmanager
     async def _ping(self, worker_id: str, request: Request) -> AsyncIterator[Reply]:
-        if lease := self.leases.get(worker_id):
-            lease.pinged_s = time.monotonic()
-        asked = parse_qs(request.query)
-        if asked.get("status") == ["unhealthy"]:
-            why = {name: " ".join(asked.get(name, [])) for name in ("check", "reason")}
+        asked = request.parameters
+        if asked.get("status") == "unhealthy":
+            why = {name: asked.get(name, "") for name in ("check", "reason")}
             log.error("worker is unhealthy", extra={"worker": worker_id, **why})
         yield json_reply(200, {})
 
@@ -278,5 +276,5 @@ def _posted(request: Request) -> Mapping[str, Any]:
 
 
 def _number(request: Request, name: str) -> int:
-    given = parse_qs(request.query).get(name, ["1"])[0]
+    given = request.parameters.get(name, "1")
     return max(1, int(given)) if given.isdecimal() and len(given) < 10 else 1

@@ -11,6 +11,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from handler.errors import NoResources
+
 log = logging.getLogger("gateway")
 
 PREFIX = "firsttoken-"
@@ -26,10 +28,19 @@ class PrivateFolder:
     """
 
     def __init__(self) -> None:
-        self.path = _made()
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (self.path / MARK).write_text(str(os.getpid()))
+        """Raises `NoResources` if none can be made."""
+        self._lock = -1
+        try:
+            self.path = _made()
+        except OSError as error:
+            raise NoResources(f"no folder for sockets can be made: {error.strerror}") from error
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.path / MARK).write_text(str(os.getpid()))
+        except OSError as error:
+            self.remove()
+            raise NoResources(f"{self.path} can't be used: {error.strerror}") from error
 
     def remove(self) -> None:
         """Remove it with all that it holds; again does nothing."""

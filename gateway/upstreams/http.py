@@ -14,13 +14,14 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView
 from gateway.upstreams.events import Ended, Event, Ready, Starting
 from gateway.upstreams.proxy import NetworkProxy, Refused
+from handler.drain import STOPPING
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
 from handler.messages import Call, Reply, Request, once, without
 from handler.waiting import kept_alive
@@ -202,7 +203,7 @@ class HttpPool:
 
     def _is_gone(self) -> None:
         """It can't be reached, or was never asked: look until it can."""
-        if self._probing is not None and not self._probing.done():
+        if self._stopping or (self._probing is not None and not self._probing.done()):
             return
         if self._up.is_set():
             self._tell(Ended(NAME, "it can't be reached", expected=False))
@@ -261,11 +262,16 @@ _NOT_THERE = frozenset({502, 503, 504})
 
 
 async def _answered(reply: Reply) -> Reply:
-    """`reply`, if it is the model's. Raises `NotAdmitted` for a bare 503 and `WorkerLost` for another 5xx."""
+    """`reply`, if it is the model's.
+
+    Raises `NotAdmitted` for a bare 503, `WorkerLost` for another 5xx and for a worker of ours that drains.
+    """
     if reply.status < 500:
         return reply
     body = await _start_of(reply)
-    if _is_openai(body):
+    if error := _error(body):
+        if error.get("code") == STOPPING:
+            raise WorkerLost("The worker was stopping when it was asked.")
         headers = without(reply.headers, ["content-length", "transfer-encoding"])
         if reply.status == 503 and reply.header("retry-after") is None:
             headers = (*headers, *retry_after(FULL_RETRY_AFTER_S))
@@ -286,12 +292,14 @@ async def _start_of(reply: Reply) -> bytes:
     return b"".join(parts)
 
 
-def _is_openai(body: bytes) -> bool:
+def _error(body: bytes) -> Mapping[str, Any] | None:
+    """The error of an answer in OpenAI's shape."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and isinstance(value.get("error"), dict)
+        return None
+    error = value.get("error") if isinstance(value, dict) else None
+    return error if isinstance(error, dict) else None
 
 
 def _seconds(reply: Reply) -> float:

@@ -82,6 +82,7 @@ class WarmParent:
         self._process: asyncio.subprocess.Process | None = None
         self._output: Output | None = None
         self._starting = asyncio.Lock()
+        self._hung = False
         self._lifeline = -1
 
     async def launch(self, environ: Mapping[str, str], output: Output) -> Launched:
@@ -105,7 +106,8 @@ class WarmParent:
             self._tell_why(output)
             raise
         except asyncio.CancelledError:
-            self.kill()  # it was given its time: the next worker needs one that answers
+            self._hung = True  # it was given its time: the next worker needs one that answers
+            self.kill()
             raise
 
     def _tell_why(self, output: Output) -> None:
@@ -115,7 +117,10 @@ class WarmParent:
 
     async def _start(self, environ: Mapping[str, str]) -> None:
         if self._process is not None and self._process.returncode is None:
-            return
+            if not self._hung:
+                return
+            await self._process.wait()
+        self._hung = False
         self._let_go()
         self._socket_path.unlink(missing_ok=True)
         self._output = Output(
@@ -215,8 +220,8 @@ class _Forked:
 
 
 def _answer(line: bytes) -> dict[str, int]:
-    """What the parent says; nothing once it is gone."""
-    return json.loads(line) if line else {}
+    """What the parent says; nothing once it is gone, be it in the middle of a line."""
+    return json.loads(line) if line.endswith(b"\n") else {}
 
 
 async def _spawn(

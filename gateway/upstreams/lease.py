@@ -18,8 +18,8 @@ REPEATS_S = (0.15, 0.35, 0.5, 1.0)
 class Lease:
     """Held by the worker `worker_id` as long as it polls.
 
-    `hung` is called when it has not polled for `lease_s`. Pings are written down and prove
-    nothing: the SDK sends them from a process of their own, which outlives its worker.
+    `hung` is called when it has not polled for `lease_s`. Pings prove nothing: the SDK sends them from a
+    process of their own, which outlives its worker.
     """
 
     def __init__(
@@ -32,7 +32,6 @@ class Lease:
         repeats_s: Sequence[float] = REPEATS_S,
     ) -> None:
         self.worker_id = worker_id
-        self.pinged_s: float | None = None
         self.paused = False
         """It gets no jobs, and polls on."""
         self.asking = 0

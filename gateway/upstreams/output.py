@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import re
@@ -54,7 +55,7 @@ class Output:
         os.mkfifo(pipe, 0o600)
         # For writing too: the pipe has then no end, though a writer ends before another begins.
         self._fd = os.open(pipe, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        self._file = os.open(kept, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = _held(kept)
         self._size_bytes = os.fstat(self._file).st_size
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._fd, self._read)
@@ -116,7 +117,28 @@ class Output:
         return text
 
     def _turn_over(self) -> None:
-        self.kept.replace(self.kept.with_name(f"{self.kept.name}.1"))
-        os.close(self._file)
-        self._file = os.open(self.kept, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size_bytes = 0
+        with suppress(FileNotFoundError):  # it has been moved, and then there was no new one to be had
+            self.kept.replace(self.kept.with_name(f"{self.kept.name}.1"))
+        file = _held(self.kept)
+        os.close(self._file)  # not before: the number of a closed one is soon another file's
+        self._file, self._size_bytes = file, 0
+
+
+def _held(kept: Path) -> int:
+    """`kept`, to be appended to, in such a way that `is_held` sees it."""
+    file = os.open(kept, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with suppress(OSError):  # a network disk without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def is_held(kept: Path) -> bool:
+    """Whether an `Output` of any pool still writes to the file `kept`."""
+    with kept.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from gateway.scaling import Scaler, Scaling, Seen
 from gateway.upstreams import WorkerView
@@ -24,7 +24,7 @@ from gateway.upstreams.devices import VISIBLE, Devices
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.folder import PrivateFolder
 from gateway.upstreams.launch import Launcher
-from gateway.upstreams.output import secrets_of
+from gateway.upstreams.output import is_held, secrets_of
 from gateway.upstreams.process import PERMANENT, SLOTS_GUESS, Exit
 from gateway.upstreams.waits import first
 from gateway.upstreams.worker import Worker
@@ -35,7 +35,6 @@ from handler.parallel import devices_per_engine
 
 log = logging.getLogger("gateway")
 
-STATES = ("stopped", "starting", "ready", "leaving", "failed", "closed")
 COLD_START_GUESS_S = 30.0
 BUSY_RETRY_S = 5.0
 """When a pool whose workers are full may have room again: a guess, for nobody knows how long answers get."""
@@ -119,7 +118,8 @@ class WorkerPool(ABC):
         self.starts = 0
 
     async def __aenter__(self) -> Self:
-        for file in sorted(self._logs.glob("worker-*.log"), key=_changed_at)[:-ENDED_SHOWN]:
+        ended = [file for file in self._logs.glob("worker-*.log") if not is_held(file)]
+        for file in sorted(ended, key=_changed_at)[:-ENDED_SHOWN]:
             _remove_log(file)
         self._devices.join(self, self._look_soon)
         self._entered = True
@@ -148,30 +148,6 @@ class WorkerPool(ABC):
         """Keep to other bounds from now on; no request is dropped for it."""
         self._scaler.scaling = self._bounded(scaling)
         self._look_soon()
-
-    @property
-    def state(self) -> str:
-        """One of `STATES`, that of the worker that is furthest."""
-        if self._stop.done():
-            return "closed"
-        states = {worker.state for worker in self._workers.values()}
-        if self.ready:
-            return "ready"
-        if "starting" in states:
-            return "starting"
-        if self._failure is not None:
-            return "failed"
-        return "leaving" if states else "stopped"
-
-    @property
-    def phase(self) -> str | None:
-        """What the worker that starts says that it does."""
-        return next((worker.phase for worker in self._workers.values() if worker.starting), None)
-
-    @property
-    def health(self) -> Mapping[str, Any]:
-        """What `/health` shows of it."""
-        return {"worker": {"state": self.state, "phase": self.phase, "starts": self.starts}}
 
     @property
     def ready(self) -> bool:
@@ -351,6 +327,7 @@ class WorkerPool(ABC):
                 self._fail(f"worker-{self.starts}", Exit(75, why), permanent=True)
                 return math.inf
             if self._lacks_memory():
+                self._again_at_s = now_s + MEMORY_RETRY_S
                 return MEMORY_RETRY_S
             devices = self._devices.take(self._devices_each, self)
             if devices is None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.notify import NotifySocket
 from gateway.upstreams import folder
 from gateway.upstreams.launch import Launched, Launcher
+from gateway.upstreams.notify import NotifySocket
 from gateway.upstreams.output import Output
 
 NOT_INHERITED = ("HOST", "PORT", "API_KEY", "DATABASE_URL")

@@ -121,10 +121,18 @@ class SocketProxy(Proxy):
 
 
 class NetworkProxy(Proxy):
-    """Asks the HTTP server at `base`, which may be another machine."""
+    """Asks the HTTP server at `base`, which may be another machine, or many behind one address.
+
+    Each request has a connection of its own: what balances connections (a Kubernetes service) spreads
+    requests then, and a new worker gets its share at once. TLS is worth keeping: who ends it sees requests.
+    """
 
     def __init__(self, base: str, headers: Headers = ()) -> None:
-        super().__init__(base, aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S), headers)
+        if base.startswith("https:"):
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        else:
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        super().__init__(base, connector, headers)
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO | None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.job import Job
@@ -73,17 +72,6 @@ class RunpodPool(WorkerPool):
     def in_line(self) -> int:
         """How many jobs no worker has taken yet."""
         return self._line.queued
-
-    @property
-    def health(self) -> Mapping[str, Any]:
-        """What `/health` shows of it."""
-        shown, line = super().health, self._line
-        pings_s = [lease.pinged_s for lease in self._plane.leases.values() if lease.pinged_s is not None]
-        ago_s = round(time.monotonic() - max(pings_s), 1) if pings_s else None
-        return {
-            "worker": {**shown["worker"], "pinged_s_ago": ago_s},
-            "jobs": {"in_queue": line.queued, "in_progress": line.in_progress},
-        }
 
     def _held(self, worker_id: str, more: int) -> None:
         """`worker_id` holds one job more, or (-1) one less."""

@@ -87,7 +87,11 @@ class Successive:
 
     async def follow(self, pool: OwnPool) -> None:
         """From now on it is `pool` that is asked."""
-        await pool.__aenter__()
+        try:
+            await pool.__aenter__()
+        except BaseException:
+            await pool.__aexit__(None, None, None)
+            raise
         old, running = self._pool, self._running
         self._set(pool)
         pool.want(*self._wanted)

@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from handler import edge, metrics, slots, traces
 from handler.bridge import across
-from handler.drain import RETRY_AFTER_S, Drain
+from handler.drain import RETRY_AFTER_S, STOPPING, Drain
 from handler.engine import Engine
 from handler.errors import EngineFailed, NotAdmitted, StartError, StartFailed
 from handler.listener import listen, listen_unix
@@ -171,4 +171,4 @@ class _Server:
 
 
 def _stopping() -> NotAdmitted:
-    return NotAdmitted("The worker is stopping.", retry_after_s=RETRY_AFTER_S, code="worker_stopping")
+    return NotAdmitted("The worker is stopping.", retry_after_s=RETRY_AFTER_S, code=STOPPING)

@@ -23,11 +23,14 @@ from tests.scripted_worker import Scripts
 MODELS = "GET /v1/models"
 CLEAR = "\x1b[2K"
 IN_FRONT = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it."""
+"""Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it.
+
+A shell's background jobs ignore that, and what they start."""
 
 
 def environ(tmp_path: Path, **more: str) -> dict[str, str]:
@@ -163,7 +166,7 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
         user.types("More")
         await user.sees("again")
         await user.sees("> ")
-        user.types("/save said.json")
+        user.types(f"/save {tmp_path}/said.json")
         await user.sees("> ")
         user.types("And more")
         await user.sees("for ever")
@@ -173,9 +176,9 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
         await cast.started[0].saw("disconnected", CHAT)
         user.presses("C")
         assert await user.process.wait() == 0
-    saved = json.loads((ROOT / "said.json").read_text())
-    (ROOT / "said.json").unlink()
-    assert saved == {
+    said = tmp_path / "said.json"
+    assert stat.S_IMODE(said.stat().st_mode) == 0o600
+    assert json.loads(said.read_text()) == {
         "model": "org/a",
         "messages": [
             {"role": "system", "content": "Be long."},

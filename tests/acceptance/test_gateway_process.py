@@ -293,12 +293,15 @@ async def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path) -> None:
         await worker.saw("gone")
 
 
-async def test_killed_gateway_leaves_no_worker(tmp_path: Path) -> None:
-    """The lifeline ends with the gateway, however it ended."""
-    async with gateway(tmp_path, (READY, {})) as program:
-        worker = await started(program)
+@pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])
+async def test_killed_gateway_leaves_no_worker(tmp_path: Path, worker: str) -> None:
+    """The lifeline ends with the gateway, however it ended: that of a forked worker too."""
+    command = WITH_SCRIPTED_WORKER.replace("scripted_worker", worker)
+    environ = {"WARM_PARENT": "on" if worker == "scripted_zygote" else "off"}
+    async with gateway(tmp_path, (READY, {}), environ=environ, program=command) as program:
+        left = await started(program)
         assert await program.end(signal.SIGKILL) == -signal.SIGKILL
-        await worker.saw("gone")
+        await left.saw("gone")
 
 
 @pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])

@@ -99,7 +99,7 @@ async def test_a_stream_is_one_trace_from_wait_to_last_token(tmp_path: Path) -> 
             assert (status, said[-14:]) == (200, b"data: [DONE]\n\n")
     spans = receiver.wait(FRONT)
     assert {span.trace_id for span in spans} == {TRACE}
-    wait = ["wait", ["cold start"]]
+    wait = ["wait", [["cold start", ["import vllm", "open engine", "first token"]]]]  # those of COLD_START
     chat, steps = "chat org/model", ["first token", "rest of the stream"]
     assert tree(spans, PARENT) == [[FRONT, [wait, [chat, ["first token"]], wait, [chat, steps]]]]
     assert {span.service for span in spans} == {"firsttoken-gateway"}

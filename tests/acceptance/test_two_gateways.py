@@ -308,7 +308,7 @@ async def test_a_restart_of_the_database_under_load_loses_nothing(
         await asyncio.gather(*(one.began.wait() for one in streams))
         await asyncio.to_thread(server.stop, crash=True)
         status, told = await a.ask("GET", f"/v2/local/status/{jobs[0]}")
-        assert (status, told["error"]["code"]) == (503, "database_unavailable")
+        assert (status, told["error"]["code"]) == (503, "storage_unavailable")
         await asyncio.gather(*reading)
         assert all(stream.whole for stream in streams), "no answer waits for the database for ever"
         await asyncio.sleep(LEASE_S)  # every lease has run out

@@ -7,6 +7,7 @@ SDK; and a Lambda function behind a REST API and behind a URL of its own.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,14 +74,23 @@ def scripted(request: pytest.FixtureRequest) -> ScriptedApp:
     return ScriptedApp(*mark.args)
 
 
+ELSEWHERE = "CONTRACT_URL"
+"""Names an OpenAI server, whose key is the tests' own: the contract is then tried there, and nowhere else."""
+
+
 @pytest.fixture(
-    params=[
+    params=["elsewhere"]
+    if ELSEWHERE in os.environ
+    else [
         *("scripted-worker", "scripted-gateway", "scripted-runpod", "scripted-lambda", "scripted-url"),
         *("vllm-worker", "vllm-gateway", "vllm-bound", "vllm-limited", "vllm-runpod", "vllm-lambda"),
     ]
 )
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Server]:
     """Each program around each application; of the scripted one every script must be played."""
+    if request.param == "elsewhere":
+        yield Server(os.environ[ELSEWHERE])
+        return
     app, _, program = request.param.partition("-")
     if request.param == "vllm-lambda":
         yield request.getfixturevalue("lambda_function")["rest"]

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 
@@ -16,6 +16,7 @@ from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
 
+STOPPING = json.dumps({"error": {"message": "bye", "type": "server_error", "code": "worker_stopping"}})
 ERROR = json.dumps({"error": {"message": "it broke", "type": "server_error", "param": None, "code": None}})
 MODELS = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -121,8 +122,9 @@ async def test_it_is_asked_under_its_own_path_and_key() -> None:
         "",
         whole("500 Internal Server Error", "text/plain", "replica died"),
         whole("502 Bad", "text/html", "<p>"),
+        whole("503 Service Unavailable", "application/json", STOPPING),
     ],
-    ids=["cut", "bare-500", "bare-502"],
+    ids=["cut", "bare-500", "bare-502", "draining"],
 )
 async def test_what_was_not_answered_is_asked_again(lost: str) -> None:
     """Nothing of an answer was there: another of its workers gets the request."""
@@ -229,11 +231,53 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
         assert opened.free == 0
 
 
+async def test_who_finds_it_away_as_the_gateway_stops_is_told_so() -> None:
+    """Nobody waits for it any more, and nobody looks for it."""
+    events: list[Event] = []
+    async with AsyncExitStack() as stack:
+        async with served(Scripted(whole("200 OK", "application/json", "{}"))) as port:
+            opened = await stack.enter_async_context(pool(port, tell=events.append))
+
+            async def ask() -> None:
+                async with opened.call(chat()):
+                    pass
+
+            await ask()  # its connection is closed with it
+        asking = asyncio.create_task(ask())
+        await asyncio.sleep(0)  # it is being connected
+        opened.stop_taking()
+        with pytest.raises(NotAdmitted, match="stopping"):
+            await asking
+    assert [type(event) for event in events] == [Starting, Ready]
+
+
 def patient(request: Request) -> Request:
     """`request`, which has waited for nearly as long as it may."""
     loop = asyncio.get_running_loop()
     object.__setattr__(request.visit, "arrived_s", loop.time() - 19.8)
     return request
+
+
+async def test_each_request_has_a_connection_of_its_own() -> None:
+    """What balances connections sends the next request to another worker, and a new one gets its share."""
+    connections: list[asyncio.Task[None] | None] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.current_task())
+        with suppress(asyncio.IncompleteReadError):
+            while True:  # as long as the other side wants to keep it
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(MODELS.encode())
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server, pool(server.sockets[0].getsockname()[1], tell=lambda _: None) as opened:
+        for number in range(1, 4):
+            async with opened.call(Request("GET", "/v1/models")) as reply:
+                assert await read(reply) == b"{}"
+            assert len(connections) == number + 1  # and the one that asked whether it is there
+    await asyncio.gather(*filter(None, connections))
 
 
 async def test_it_has_as_many_places_as_it_was_given() -> None:

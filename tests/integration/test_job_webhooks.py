@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 
 from gateway.jobs import webhooks
-from gateway.jobs.webhooks import WEBHOOKS, Allowed, Webhooks
+from gateway.jobs.webhooks import HOST_AT_ONCE, WEBHOOKS, Allowed, Webhooks
 from gateway.store import Store
 from tests.hooks import Hooks
 from tests.job_endpoints import Names
@@ -119,3 +121,47 @@ async def test_a_webhook_that_was_not_sent_is_the_next_gateways(store: Store) ->
         async with sending(store, "127.0.0.1"):
             await until_none_left(store)
     assert len(hooks.got) == 2
+
+
+async def test_hosts_that_hang_hold_up_only_their_own(store: Store) -> None:
+    """However much there is for them: each has a few at once, and no more."""
+    dead = [f"dead-{number}.example" for number in range(16)]
+    names = Names(**{host: ["127.0.0.1"] for host in (*dead, "alive.example")})
+    async with Hooks().listening() as hanging, Hooks().listening() as hooks:
+        hanging.hang = True
+        for host in dead * (HOST_AT_ONCE + 2):
+            await put(store, f"http://{host}:{hanging.port}/{host}")
+        async with sending(store, "127.0.0.1", resolver=names) as sender:
+            await hanging.came(len(dead) * HOST_AT_ONCE)
+            for number in range(1, 20):
+                await put(store, f"http://alive.example:{hooks.port}/a")
+                sender.wake()
+                await hooks.came(number)
+            assert sorted(path for path, _ in hanging.got) == sorted(
+                f"/{host}" for host in dead * HOST_AT_ONCE
+            )
+
+
+class FullDisk(Store):
+    """A database that can't be written `failures` times."""
+
+    failures = 0
+
+    async def write(self, work: Callable[[Any], Any], *, insist: bool = False) -> Any:
+        """Fail, or write."""
+        if self.failures:
+            self.failures -= 1
+            raise OperationalError("INSERT", {}, Exception("database or disk is full"))
+        return await super().write(work, insist=insist)
+
+
+async def test_a_full_disk_has_no_webhook_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came of it is written down as soon as it can be."""
+    monkeypatch.setattr(webhooks, "DATABASE_AGAIN_S", 0.0)
+    with closing(FullDisk.open(f"sqlite:///{tmp_path}/full.db")) as store:
+        async with Hooks().listening() as hooks:
+            await put(store, f"http://127.0.0.1:{hooks.port}/a")
+            store.failures = 3
+            async with sending(store, "127.0.0.1"):
+                await until_none_left(store)
+    assert (hooks.got, store.failures) == ([("/a", BODY)], 0)

@@ -147,15 +147,15 @@ async def test_worker_starts_on_the_first_request_and_answers(tmp_path: Path) ->
     """Nothing is started until somebody waits; then status, headers and bytes pass unchanged."""
     script = answer({"id": "a"}, 201, (("x-worker", "1"), ("connection", "keep-alive")))
     async with stage(tmp_path, (READY, {"GET /v1/models": script})) as on:
-        assert (on.upstream.state, on.events) == ("stopped", [])
+        assert (on.upstream.workers, on.events) == ([], [])
         await ready(on)
-        assert on.upstream.state == "ready"
+        assert on.upstream.ready
         async with on.upstream.call(Request("GET", "/v1/models")) as reply:
             assert (reply.status, reply.header("x-worker"), await read(reply)) == (201, "1", b'{"id": "a"}')
             assert not {"connection", "transfer-encoding", "date", "server"} & {
                 name for name, _ in reply.headers
             }
-    assert on.upstream.state == "closed"
+    assert not on.upstream.ready
 
 
 async def test_start_is_told_step_by_step(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) ->
         assert not isinstance(failed.value, WorkerLost)
         await on.until(lambda event: isinstance(event, Ended))
         assert on.events[-1] == Ended("", "it was ended by SIGKILL", expected=False)
-        assert on.upstream.state == "stopped"
+        assert (on.upstream.ready, on.upstream.refusal) == (False, None)
         second = await ready(on)
         assert second.pid != first.pid
         async with on.upstream.call(arriving(CHAT)) as reply:
@@ -317,7 +317,7 @@ async def test_failed_start_is_told_to_all_who_wait_and_then_rests(tmp_path: Pat
             assert (refused.status, refused.code) == (503, "worker_start_failed")
             assert refused.message == "The worker could not start: the model was not found."
             assert refused.headers == (("retry-after", str(int(NEVER))),)
-        assert on.upstream.state == "failed"
+        assert on.upstream.refusal is not None
         with pytest.raises(NotAdmitted):
             await until_ready(on.upstream)
         assert on.events[-1] == StartFailed(
@@ -339,7 +339,7 @@ async def test_start_is_tried_again_after_the_rest(tmp_path: Path) -> None:
     async with stage(tmp_path, ([("exit", "75")], {}), (READY, {}), back_off=lambda _: 0.0) as on:
         with pytest.raises(NotAdmitted):
             await until_ready(on.upstream)
-        await turns(lambda: on.upstream.state != "failed")
+        await turns(lambda: on.upstream.refusal is None)
         await ready(on)
 
 

@@ -14,12 +14,13 @@ import pytest
 
 from gateway.admission import Admission
 from gateway.scaling import Scaling
-from gateway.upstreams import WorkerLost, WorkerView
+from gateway.upstreams import WorkerLost, WorkerView, pool
 from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import TRIES, Keep
+from handler import machine
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
 from tests import scripted_zygote
@@ -86,6 +87,7 @@ async def stage(
     hung_s: float = NEVER,
     environ: dict[str, str] | None = None,
     at_once: bool = False,
+    start_timeout_s: float = NEVER,
     logs: Path | None = None,
 ) -> AsyncIterator[Stage]:
     """A pool whose nth worker plays the nth of `plays`."""
@@ -95,7 +97,7 @@ async def stage(
         on = Stage(director)
         keep = Keep(
             at_once=at_once,
-            start_timeout_s=NEVER,
+            start_timeout_s=start_timeout_s,
             drain_timeout_s=NEVER,
             scaling=scaling,
             devices=devices or Devices(),
@@ -156,7 +158,6 @@ async def test_from_none_to_several_and_back(tmp_path: Path, launcher: str) -> N
         assert [(view.state, view.in_flight, view.log_tail) for view in on.pool.workers] == [
             ("ended", 0, ())
         ] * 3
-        assert on.pool.state == "stopped"
 
 
 async def test_the_least_loaded_is_asked(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ async def test_a_hung_worker_is_killed_and_replaced(tmp_path: Path, launcher: st
     plays = [(READY, hangs), (READY, {ROUTE: answer({"id": "b"})})]
     scaling = Scaling(max_workers=1)
     async with (
-        stage(tmp_path, *plays, scaling=scaling, launcher=launcher, hung_s=0.5) as on,
+        stage(tmp_path, *plays, scaling=scaling, launcher=launcher, hung_s=2.0) as on,
         AsyncExitStack() as stack,
     ):
         (worker,) = await started(on, 1)
@@ -237,12 +238,12 @@ async def test_a_hung_worker_is_killed_and_replaced(tmp_path: Path, launcher: st
         assert not isinstance(failed.value, WorkerLost)
         assert await asking == b'{"id": "b"}'
         ended = await on.until(Ended)
-        assert ended == Ended(on.views("ended")[0].id, "it has not answered for 0.5 s", expected=False)
+        assert ended == Ended(on.views("ended")[0].id, "it has not answered for 2 s", expected=False)
 
 
 async def test_a_worker_that_is_busy_does_not_hang(tmp_path: Path) -> None:
     """An answer may take as long as it likes: what is looked for is that of the probe."""
-    async with stage(tmp_path, (READY, {ROUTE: Script((Pause("computing"),))}), hung_s=0.2) as on:
+    async with stage(tmp_path, (READY, {ROUTE: Script((Pause("computing"),))}), hung_s=20.0) as on:
         (worker,) = await started(on, 1)
 
         async def ask() -> int:
@@ -251,7 +252,7 @@ async def test_a_worker_that_is_busy_does_not_hang(tmp_path: Path) -> None:
 
         asking = asyncio.create_task(ask())
         await worker.saw("paused", "computing")
-        await asyncio.sleep(0.6)  # three times what a hung one would have
+        await worker.saw("probed", "", worker.events.count(("probed", "")) + 3)
         worker.open("computing")
         assert (await asking, on.count(Ended)) == (200, 0)
 
@@ -342,9 +343,11 @@ async def test_a_parent_that_ends_says_why(tmp_path: Path) -> None:
     """Its output is all that there is of the worker which it has not forked."""
     broken = ("sh", "-c", "echo no module named torch >&2; exit 1")
     keep = Keep(at_once=False, start_timeout_s=NEVER, drain_timeout_s=NEVER)
-    async with LocalPool(lambda folder: WarmParent(broken, folder / "parent.sock"), os.environ, keep) as pool:
+    async with LocalPool(
+        lambda folder: WarmParent(broken, folder / "parent.sock"), os.environ, keep
+    ) as broken_one:
         with pytest.raises(NotAdmitted) as refused:
-            await until_ready(pool)
+            await until_ready(broken_one)
     assert (
         "the warm parent exited with code 1.\nIts output ends with:\nno module named torch"
         in refused.value.message
@@ -444,4 +447,44 @@ async def test_a_worker_that_was_started_at_once_goes_when_nobody_needs_it(tmp_p
         assert ended.expected
         for _ in range(9):
             await asyncio.sleep(0)
-        assert (on.pool.state, on.count(Starting)) == ("stopped", 1)
+        assert ([view.state for view in on.pool.workers], on.count(Starting)) == (["ended"], 1)
+
+
+async def test_a_parent_that_hangs_is_replaced(tmp_path: Path) -> None:
+    """The start that it has held up fails, and the next has another parent."""
+    async with stage(
+        tmp_path,
+        (ONE_SLOT, {}),
+        (ONE_SLOT, {}),
+        launcher="forked",
+        start_timeout_s=3.0,
+        back_off=lambda _: 0.0,
+    ) as on:
+        await started(on, 1)
+        parent = int(_parent(on.pool.workers[0].pid))
+        os.kill(parent, signal.SIGSTOP)
+        on.pool.want(2, NEVER)
+        failed = await on.until(StartFailed)
+        assert isinstance(failed, StartFailed)
+        assert failed.reason == "it was not ready within 3 s"
+        await on.until(Ready, 2)
+        assert on.count(StartFailed) == 1
+        assert int(_parent(on.views("ready")[1].pid)) != parent
+        assert on.count(Ended) == 0
+
+
+async def test_no_worker_is_started_into_memory_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one takes that is there, the next must find; the first is nobody's measure."""
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(pool, "MEMORY_RETRY_S", 0.05)
+    async with stage(tmp_path, (ONE_SLOT, {}), (ONE_SLOT, {})) as on:
+        await started(on, 1)
+        on.pool.want(9, NEVER)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert on.count(Starting) == 1
+        monkeypatch.undo()
+        on.pool.want(9, NEVER)
+        await on.until(Ready, 2)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bench.servers import tree
-from gateway.notify import NotifySocket
+from gateway.upstreams.notify import NotifySocket
 from tests.runpod_plane import Plane
 from tests.runpod_worker import COMMAND
 from tests.scripted_app import EVENT_STREAM, Crash, Fail, Pause, Say, Script, answer, stream

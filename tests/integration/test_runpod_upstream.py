@@ -19,6 +19,7 @@ import pytest
 
 from gateway.admission import Admission
 from gateway.metrics import Metrics
+from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.control_plane import ControlPlane
 from gateway.upstreams.events import Ended, Event
@@ -26,6 +27,7 @@ from gateway.upstreams.job import HIGH_WATER_BYTES
 from gateway.upstreams.launch import Fresh
 from gateway.upstreams.line import Line
 from gateway.upstreams.pool import Keep
+from gateway.upstreams.process import SLOTS_GUESS
 from gateway.upstreams.runpod import RunpodPool
 from handler import sse
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, UpstreamFailed
@@ -65,6 +67,10 @@ class Stage:
         """How often `what` has happened to a job."""
         return float(self.metrics.runpod_jobs.labels("local", what)._value.get())
 
+    def held(self) -> int:
+        """How many jobs workers hold."""
+        return sum(view.in_flight for view in self.upstream.workers)
+
     async def ended(self) -> Ended:
         """How the first worker ended, once it has."""
         while not (ends := [event for event in self.events if isinstance(event, Ended)]):
@@ -100,6 +106,7 @@ async def stage(
     execution_timeout_s: float = NEVER,
     lease_s: float = NEVER,
     hold_s: float = 20.0,
+    scaling: Scaling = Scaling(),  # noqa: B008 - frozen
 ) -> AsyncIterator[Stage]:
     """An upstream whose nth worker plays the nth of `plays`."""
     async with AsyncExitStack() as stack:
@@ -125,6 +132,7 @@ async def stage(
                 at_once=False,
                 start_timeout_s=60,
                 drain_timeout_s=30,
+                scaling=scaling,
                 tell=tell,
                 back_off=lambda _: NEVER,
             ),
@@ -228,11 +236,11 @@ async def test_request_becomes_a_job_and_its_output_the_answer(tmp_path: Path) -
             "id": job["id"],
             "input": {"openai_route": "/v1/chat/completions", "openai_input": {"n": 1}},
         }
-        assert on.upstream.health["jobs"] == {"in_queue": 0, "in_progress": 1}
+        assert (on.upstream.in_line, on.held()) == (0, 1)
         await sdk.stream(job["id"], {"id": "a"})
         assert await asking == b'{"id":"a"}'
         await sdk.done(job["id"], {"output": [{"id": "a"}]})
-        assert on.upstream.health["jobs"] == {"in_queue": 0, "in_progress": 0}
+        assert (on.upstream.in_line, on.held()) == (0, 0)
         assert (on.counted("stopped"), on.counted("dropped")) == (0, 0)
 
 
@@ -303,7 +311,7 @@ async def test_progress_and_nonsense_end_no_job(tmp_path: Path) -> None:
         job = await sdk.take()
         assert job is not None
         await sdk.done(job["id"], {"status": "IN_PROGRESS", "output": "half"}, generator=False)
-        assert on.upstream.health["jobs"]["in_progress"] == 1
+        assert on.held() == 1
         await sdk.done(job["id"], {})
         assert json.loads(await asking)["error"]["code"] == "upstream_failed"
 
@@ -312,7 +320,7 @@ async def test_leaving_the_line_is_not_heard_of(tmp_path: Path) -> None:
     """The next in line is taken."""
     async with spoken(tmp_path) as (on, sdk):
         gone, asking = on.ask(), on.ask()
-        while on.upstream.health["jobs"]["in_queue"] < 2:  # noqa: ASYNC110 - a state has no event
+        while on.upstream.in_line < 2:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait({gone})
@@ -350,9 +358,9 @@ async def test_leaving_a_complete_answer_stops_nothing(tmp_path: Path) -> None:
         job_id, _ = await begun(on, sdk, client)
         await sdk.stream(job_id, DONE)
         await client.aclose()
-        assert on.upstream.health["jobs"]["in_progress"] == 1
+        assert on.held() == 1
         await sdk.done(job_id, {"output": ["data: 1\n\n", DONE]})
-        assert on.upstream.health["jobs"]["in_progress"] == 0
+        assert on.held() == 0
         assert (on.counted("stopped"), on.counted("dropped")) == (0, 0)
 
 
@@ -427,7 +435,7 @@ async def test_full_line_turns_away_and_waiting_has_an_end(tmp_path: Path) -> No
     """503 with a hint, and 504."""
     async with spoken(tmp_path, queue_limit=1) as (on, _):
         waiting = on.ask()
-        while not on.upstream.health["jobs"]["in_queue"]:  # noqa: ASYNC110 - a state has no event
+        while not on.upstream.in_line:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
         with pytest.raises(NotAdmitted):
             await on.ask()
@@ -467,7 +475,7 @@ async def test_dead_worker_fails_what_had_begun_and_hands_on_the_rest(tmp_path: 
         taken = await sdk.take()
         assert taken is not None
         queued = on.ask(Request("GET", "/v1/models"))
-        while not on.upstream.health["jobs"]["in_queue"]:  # noqa: ASYNC110 - a state has no event
+        while not on.upstream.in_line:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
         os.kill(on.upstream.workers[0].pid or 0, signal.SIGKILL)
         with pytest.raises(UpstreamFailed) as failed:
@@ -544,7 +552,6 @@ async def test_hung_worker_is_killed_and_replaced(tmp_path: Path) -> None:
         job = await sdk.take()
         assert job is not None
         await sdk.ping(f"job_id={job['id']}&runpod_version=1.12.0")
-        assert on.upstream.health["worker"]["pinged_s_ago"] == 0
         poll.cancel()
         with pytest.raises(WorkerLost):
             await asking
@@ -570,7 +577,7 @@ async def test_those_in_line_are_refused_when_no_worker_can_start(tmp_path: Path
     async with stage(tmp_path, *plays) as on:
         worker = await on.worker()
         asking = on.ask()
-        while not on.upstream.health["jobs"]["in_queue"]:  # noqa: ASYNC110 - a state has no event
+        while not on.upstream.in_line:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0)
         worker.kill()
         with pytest.raises(NotAdmitted) as refused:
@@ -585,7 +592,7 @@ async def test_stopping_answers_the_polls_and_turns_away_the_line(tmp_path: Path
     async with spoken(tmp_path) as (on, sdk):
         poll, asking = asyncio.create_task(sdk.stops()), on.ask()
         (lease,) = on.upstream._plane.leases.values()
-        while not (on.upstream.health["jobs"]["in_queue"] and lease._polls):  # noqa: ASYNC110 - as above
+        while not (on.upstream.in_line and lease._polls):  # noqa: ASYNC110 - as above
             await asyncio.sleep(0)
         on.upstream.stop_taking()
         with pytest.raises(NotAdmitted, match="stopping"):
@@ -593,6 +600,46 @@ async def test_stopping_answers_the_polls_and_turns_away_the_line(tmp_path: Path
         assert await poll == []
         with pytest.raises(NotAdmitted):
             await on.ask()
+
+
+async def test_jobs_are_shared_between_workers(tmp_path: Path) -> None:
+    """A job goes to whoever holds least of those that ask; who is retired gets none, and is waited for."""
+    scaling = Scaling(min_workers=2, max_workers=2)
+    async with (
+        stage(tmp_path, (TAKES_JOBS, {}), (TAKES_JOBS, {}), scaling=scaling) as on,
+        AsyncExitStack() as clients,
+    ):
+        sdks = [await clients.enter_async_context(speaking_for(await on.director.worker())) for _ in range(2)]
+        while on.upstream.capacity < 2 * SLOTS_GUESS:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(0)
+        asking = [on.ask(numbered(0))]
+        held = await sdks[0].take_batch(8)
+        polls = [asyncio.create_task(sdk.take_batch(8)) for sdk in sdks]
+        while len([lease for lease in on.upstream._plane.leases.values() if lease.asking]) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert on.upstream.free == 16
+        asking.append(on.ask(numbered(1)))
+        assert [job["input"]["openai_input"]["n"] for job in await polls[1]] == [1]  # the other holds one
+        on.upstream.rescale(Scaling(max_workers=1, idle_timeout_s=0.0))
+        while not (going := [view for view in on.upstream.workers if view.state == "retiring"]):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        left = [sdk.worker_id for sdk in sdks].index(going[0].id)
+        stays = 1 - left
+        polls[1] = asyncio.create_task(sdks[1].take_batch(8))
+        asking.append(on.ask(numbered(2)))
+        assert [job["input"]["openai_input"]["n"] for job in await polls[stays]] == [2]
+        for number, sdk in ((0, sdks[0]), (1, sdks[1]), (2, sdks[stays])):
+            (job,) = [
+                job
+                for job in on.upstream._line._handed.values()
+                if job.input["openai_input"] == {"n": number}
+            ]
+            await sdk.done(job.id, {"output": [number]})
+        assert [await asked for asked in asking] == [b"0", b"1", b"2"]
+        assert held
+        assert await polls[left] == []
+        ended = await on.ended()
+        assert ended.expected
 
 
 # --- with the real SDK ------------------------------------------------------------------------

@@ -52,13 +52,13 @@ def test_a_start_is_told_as_systemd_wants_it(parent: socket.socket, notifiers: M
     notifier = notifiers(parent.getsockname())
     cold_start = {"total_s": 1.5, "phases": [{"name": "import vllm", "begin_s": 0.0, "end_s": 1.0}]}
     notifier.status("import vllm")
-    notifier.ready(cold_start)
+    notifier.ready(cold_start, slots=8)
     notifier.stopping()
     notifier.failed(66, "there is no such folder")
     assert heard(parent) == {"STATUS": "import vllm"}
     ready = heard(parent)
     assert json.loads(ready.pop("X_COLD_START")) == cold_start
-    assert ready == {"READY": "1", "STATUS": "ready"}
+    assert ready == {"READY": "1", "STATUS": "ready", "X_SLOTS": "8"}
     assert heard(parent) == {"STOPPING": "1", "STATUS": "draining"}
     assert heard(parent) == {"EXIT_STATUS": "66", "STATUS": "there is no such folder"}
 

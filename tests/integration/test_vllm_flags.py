@@ -20,6 +20,7 @@ from handler.settings import TABLE as WORKER
 from handler.settings import Settings
 from handler.table import NEAR, nearest
 from handler.unread import COMMON, SERVER, WORKER_VLLM
+from scripts.kubernetes import check, values
 
 ORDINARY_NAMES = (Path(__file__).parent.parent / "unit" / "ordinary_names.txt").read_text()
 
@@ -377,3 +378,18 @@ def test_ways_to_read_weights_are_vllms(parser: argparse.ArgumentParser, tmp_pat
 def test_flags_of_reading_weights_are_vllms(names: dict[str, str]) -> None:
     """A flag that is renamed would no longer count as set by the user."""
     assert {flag.replace("-", "_").upper() for flag in loader.FLAGS} <= names.keys()
+
+
+def test_kubernetes_gives_workers_flags_that_are_there(parser: argparse.ArgumentParser) -> None:
+    """In every overlay; a slip in one is found."""
+    rendered = {folder.name: check.rendered(folder) for folder in check.overlays(check.FOLDER)}
+    for overlay, objects in rendered.items():
+        assert [*values.flags(objects, parser)] == [], overlay
+    settings = next(
+        one
+        for one in rendered["gpu"]
+        if one["kind"] == "ConfigMap" and one["metadata"]["name"].startswith("worker")
+    )
+    settings["data"]["MAX_MODEL_LENGHT"] = "4096"
+    (fault,) = values.flags(rendered["gpu"], parser)
+    assert "MAX_MODEL_LENGHT" in fault

@@ -42,6 +42,10 @@ def work(asked, tell):
             seen.write_text(str(os.getpid()))
             return 70
         return 3
+    if play == "writes":
+        os.write(1, b"out\\n")
+        os.write(2, b"err\\n")
+        return 0
     if play == "until told":
         print("up", flush=True)
         signal.pause()
@@ -180,6 +184,19 @@ def test_each_connection_is_one_worker_and_its_lifeline(tmp_path: Path) -> None:
         assert first.hears() == {"exit": 5}
         second.close_after_asking()
         assert second.hears() == {"exit": 5}
+
+
+def test_a_worker_writes_where_it_is_asked_to(tmp_path: Path) -> None:
+    """Both of its standard outputs; to a place that is not there it is no reason to fail."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with parent(tmp_path) as running, os.fdopen(os.open(pipe, os.O_RDWR), "rb") as reading:
+        for output in (str(pipe), str(tmp_path / "nothing" / "here")):
+            client = running.send(json.dumps({"environ": {"PLAY": "writes"}, "output": output}) + "\n")
+            assert client.hears().keys() == {"pid"}
+            assert client.hears() == {"exit": 0}
+        assert [reading.readline(), reading.readline()] == [b"out\n", b"err\n"]
+        assert running.said() == "out"
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"environ": {"A": 1}}', "{}"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from gateway import usage
 from gateway.admin import Admin
@@ -50,9 +51,9 @@ class Place:
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         head = (("authorization", f"Bearer {key}"), *headers)
         async with call_app(self.app)(Request(method, path, head, raw, query)) as reply:
-            text = (await read(reply)).decode()
+            raw = await read(reply)
             is_json = "json" in (reply.header("content-type") or "")
-            return reply.status, dict(reply.headers), json.loads(text) if is_json else text
+            return reply.status, dict(reply.headers), json.loads(raw) if is_json else raw.decode()
 
     async def key(self, **fields: Any) -> str:
         """A new key."""
@@ -275,14 +276,33 @@ async def test_usage_is_answered_by_day_key_endpoint_and_model(place: Place) -> 
         _, _, answered = await place.ask("GET", f"/admin/usage?{query}")
         totals = answered["totals"]
         assert [totals[name] for name in ("requests", "prompt_tokens", "completion_tokens")] == sums, query
-    _, headers, text = await place.ask("GET", "/admin/usage?group=endpoint,key&format=csv")
+    _, headers, table = await place.ask("GET", "/admin/usage?group=endpoint,key&format=csv")
     assert headers["content-type"] == "text/csv; charset=utf-8"
-    assert text.splitlines() == [
+    assert table.splitlines() == [
         "endpoint,key_id,key_name,requests,prompt_tokens,completion_tokens,cost",
         "one,env,API_KEY,3,5,5,0.00",
         f"one,{key_id},a,2,11,22,1.500000001",
         f"two,{key_id},a,1,100,200,0.000000007",
     ]
+
+
+async def test_a_database_that_fails_is_told_as_what_passes(place: Place) -> None:
+    """Clients come again; what the database has said is not for them."""
+    place.store.write_now(lambda connection: connection.execute(text("ALTER TABLE keys RENAME TO away")))
+    status, headers, body = await place.ask("POST", "/admin/keys", {"name": "a"})
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "storage_unavailable", "5")
+    assert "keys" not in body["error"]["message"]
+
+
+async def test_no_cell_is_a_formula(place: Place) -> None:
+    """Whatever a key is called, whoever opens the table in a spreadsheet runs nothing by it."""
+    _, _, made = await place.ask("POST", "/admin/keys", {"name": "=1+2"})
+    entry = Entry(made["id"], "one", "@m", 1, 2, 0)
+    place.store.write_now(lambda connection: usage.add(connection, entry, date(2027, 1, 1)))
+    _, _, table = await place.ask("GET", "/admin/usage?group=key,model&format=csv")
+    assert table.splitlines()[1] == f"{made['id']},'=1+2,'@m,1,1,2,0.00"
+    _, _, shown = await place.ask("GET", "/admin/usage?group=key")
+    assert shown["data"][0]["key_name"] == "=1+2"
 
 
 def row(

@@ -57,6 +57,25 @@ async def test_an_application_sees_the_request_as_it_is() -> None:
     )
 
 
+async def test_a_server_may_have_us_below_a_folder() -> None:
+    """Ray Serve's `route_prefix` is ASGI's `root_path`, with which a path begins."""
+    seen: list[str] = []
+
+    @asynccontextmanager
+    async def call(request: Request) -> AsyncIterator[Reply]:
+        seen.append(request.path)
+        yield Reply(200, (), once(b""))
+
+    app = app_of(call)
+
+    async def below(scope: Message, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": "/one", "path": "/one" + scope["path"]}, receive, send)
+
+    async with call_app(below)(Request("GET", "/v1/models")):
+        pass
+    assert seen == ["/v1/models"]
+
+
 async def test_status_and_headers_come_back_in_order() -> None:
     """Names in lower case, repeated ones kept."""
     script = Script(

@@ -85,7 +85,7 @@ def test_a_line_is_a_request() -> None:
     assert item.request is not None
     assert (item.custom_id, item.request.method, item.request.path) == ("a", "POST", URL)
     assert item.request.header("content-type") == "application/json"
-    assert item.request.body == b'{"messages": [{"content": "\xc3\xbc \\ud800"}]}'
+    assert item.request.body == b'{"messages":[{"content":"\xc3\xbc \\ud800"}]}'
     assert item.line.raw is None
 
 

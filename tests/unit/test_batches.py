@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import OperationalError
 
 from gateway import batch_results, batch_runs, batch_table, usage
 from gateway.batch_run import Means
@@ -516,7 +518,16 @@ async def test_a_batch_whose_results_are_gone_has_failed(place: Place) -> None:
 async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried again, and nothing is lost or counted twice."""
     monkeypatch.setattr(batch_runs, "AGAIN_S", 0.0)
-    failures = [OSError(28, "No space left on device")] * 3
+    failures: list[Exception] = [OSError(28, "No space left on device")] * 3
+    unreadable = [OperationalError("SELECT", {}, sqlite3.OperationalError("disk I/O error"))]
+    one = batch_table.one
+
+    def look(connection: Connection, batch_id: str) -> batch_table.Row:
+        if unreadable:
+            raise unreadable.pop()
+        return one(connection, batch_id)
+
+    monkeypatch.setattr(batch_table, "one", look)
     real = batch_results.Results.append
 
     def full(self: Any, *pieces: bytes) -> tuple[int, ...]:
@@ -527,7 +538,7 @@ async def test_a_batch_that_meets_a_full_disk_waits(running: Place, monkeypatch:
 
     monkeypatch.setattr(batch_results.Results, "append", full)
     batch = await running.over(await running.create(*(line(str(n)) for n in range(9))))
-    assert failures == []
+    assert failures == unreadable == []
     assert texts(await running.lines(batch["output_file_id"])) == [str(n) for n in range(9)]
     assert running.used() == [("k1", "local", "m", 9, 27, 18)]
 

@@ -172,12 +172,21 @@ def test_every_fault_is_told_at_once_with_its_place(tmp_path: Path) -> None:
         ("[endpoint]\nid = 'a'\n", "endpoint is no list of tables; write [[endpoint]] above each"),
         ("id = ", "no TOML: Invalid value (at "),
         ("\xff", "no TOML: "),
+        ("a = " + "[" * 10_000, "no TOML: "),
+        ("a = " + "9" * 10_000, "no TOML: "),
     ],
 )
 def test_a_file_without_endpoints_is_one_fault(tmp_path: Path, text: str, fault: str) -> None:
     """Empty, of another shape, or no TOML."""
     (told,) = faults(tmp_path, text)
     assert told.startswith(fault)
+
+
+def test_a_file_may_begin_with_a_mark_of_its_encoding(tmp_path: Path) -> None:
+    """As editors of Windows write one."""
+    path = tmp_path / "endpoints.toml"
+    path.write_text("[[endpoint]]\nid = 'a'\nmodel = 'org/m'\n", encoding="utf-8-sig")
+    assert [one.id for one in load(path, {}).endpoints] == ["a"]
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ EXAMPLES: tuple[RequestError, ...] = (
     errors.UpstreamFailed("why"),
     errors.AwsFailed("why", "NoSuchBucket", 404),
     errors.NotAdmitted("why", retry_after_s=3),
-    errors.DatabaseAway(),
     errors.StartFailed(errors.ModelNotFound("there is\n  no such folder.")),
+    errors.StorageDown(),
     errors.DeadlineExceeded("why"),
 )
 
@@ -63,7 +63,7 @@ EXPECTED = {
     "AwsFailed": (502, "server_error", None, "upstream_failed", {}),
     "NotAdmitted": (503, "server_error", None, "not_admitted", {"retry-after": "3"}),
     "StartFailed": (503, "server_error", None, "worker_start_failed", {"retry-after": "60"}),
-    "DatabaseAway": (503, "server_error", None, "database_unavailable", {"retry-after": "5"}),
+    "StorageDown": (503, "server_error", None, "storage_unavailable", {"retry-after": "5"}),
     "DeadlineExceeded": (504, "server_error", None, "deadline_exceeded", {}),
 }
 

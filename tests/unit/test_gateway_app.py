@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import pytest
 
 from gateway.admission import Admission
-from gateway.keys import Keys
+from gateway.keys import Key, Keys
 from handler import early, sse
 from handler.asgi import App, Message, call_app
+from handler.auth import digest
 from handler.errors import UpstreamFailed
 from handler.messages import Headers, Request, read
 from tests import gateways
+from tests.asgi_client import exchange, turns
 from tests.pools import ScriptedPool
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
 
@@ -112,6 +115,7 @@ async def test_model_ids_may_hold_slashes() -> None:
         ("GET", "/v2", KEY, 404, ("invalid_request_error", None, "endpoint_not_found")),
         ("POST", "/v2/local/run", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("GET", "/v2/local/openai", KEY, 404, ("invalid_request_error", None, "unknown_url")),
+        ("OPTIONS", "*", (), 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/v1/nothing", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/invocations", KEY, 404, ("invalid_request_error", None, "unknown_url")),
         ("POST", f"{BASE}/v1/load_lora_adapter", KEY, 404, ("invalid_request_error", None, "unknown_url")),
@@ -170,6 +174,29 @@ async def test_body_over_the_cap_is_413() -> None:
     assert (status, error(body)) == (413, ("invalid_request_error", None, "request_too_large"))
 
 
+async def test_a_key_holds_no_more_than_its_share_of_what_is_not_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many connections it has: another one is a 429, until one of those has gone."""
+    monkeypatch.setattr("gateway.app.HELD_MAX_BYTES", 200)
+    chat = f"{BASE}/v1/chat/completions"
+    app = gateway(ScriptedApp({"POST /v1/chat/completions": [answer({}), answer({})]}))
+    async with (
+        exchange(app, path=chat, headers=KEY, parts=None) as first,
+        exchange(app, path=chat, headers=KEY, parts=None) as second,
+    ):
+        for one in (first, second):
+            one.body(b" " * 100, more=True)
+        await turns()
+        assert (await ask(app, "POST", chat, body=b"{}"))[0] == 429
+        first.leave()
+        await first.over()
+        assert (await ask(app, "POST", chat, body=b"{}"))[0] == 200
+        second.body()
+        await second.over()
+        assert second.status == 200, "what it has, it may finish"
+
+
 async def test_request_id_is_echoed_and_passed_on() -> None:
     """One id names the request for client, gateway and worker."""
     scripted = ScriptedApp({"GET /v1/models": answer({})})
@@ -221,6 +248,13 @@ async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
         (False, KEY, 200),
         (True, (), 200),
         (True, (("x-forwarded-for", "203.0.113.9"),), 401),
+        (True, (("x-forwarded-proto", "https"),), 401),
+        (True, (("host", "127.0.0.1:8000"),), 200),
+        (True, (("host", "[::1]:8000"),), 200),
+        (True, (("host", "localhost"),), 200),
+        (True, (("host", "rebound.example:8000"),), 401),
+        (True, (("host", "[::1"),), 401),
+        (True, (("host", "rebound.example"), *KEY), 200),
     ],
 )
 async def test_metrics_want_the_key_unless_on_loopback(
@@ -229,6 +263,22 @@ async def test_metrics_want_the_key_unless_on_loopback(
     """A proxy on this machine does not open them to the world."""
     status, _, _ = await ask(gateway(ScriptedApp({}), open_metrics=open_metrics), "GET", "/metrics", headers)
     assert status == expected
+
+
+@pytest.mark.parametrize(
+    ("bound", "expected"),
+    [
+        ({}, 200),
+        ({"endpoints": frozenset({"local"})}, 403),
+        ({"models": frozenset({"m"})}, 403),
+        ({"endpoints": frozenset({"local"}), "admin": True}, 200),
+    ],
+)
+async def test_metrics_are_for_keys_that_are_not_bound(bound: Mapping[str, Any], expected: int) -> None:
+    """They tell of all endpoints and models."""
+    keys = Keys(stored=[Key("key_a", "a", digest("own"), **bound)])
+    app = gateways.one(call_app(ScriptedApp({})), keys).app(max_body_bytes=100, cors_origins=())
+    assert (await ask(app, "GET", "/metrics", (("authorization", "Bearer own"),)))[0] == expected
 
 
 async def test_requests_are_counted_by_route_and_status() -> None:

@@ -49,11 +49,11 @@ class Stage:
         return dict(zip(words[::3], words[1::3], strict=True))
 
 
-def stages() -> tuple[dict[str, str | None], list[Stage]]:
+def stages(file: Path = ROOT / "Dockerfile") -> tuple[dict[str, str | None], list[Stage]]:
     """The arguments that come before the first stage, with their defaults, and the stages in order."""
     before: dict[str, str | None] = {}
     found: list[Stage] = []
-    for step in parse_dockerfile_ast((ROOT / "Dockerfile").read_text()).instructions:
+    for step in parse_dockerfile_ast(file.read_text()).instructions:
         if step.name == "FROM":
             base, _, name = step.args
             found.append(Stage(name, base))

@@ -225,6 +225,9 @@ async def test_a_keys_limits_and_models_hold_for_jobs(store: Store) -> None:
         other = {**INPUT, "openai_input": {"model": "other", "messages": []}}
         status, body = await asked.ask("POST", "run", {"input": other}, key="few")
         assert (status, body["error"]["code"]) == (404, "model_not_found")
+        listing = {"openai_route": "/v1/models", "openai_input": {}}
+        status, body = await asked.ask("POST", "run", {"input": listing}, key="few")
+        assert (status, body["error"]["code"]) == (400, "invalid_request"), "a job would tell them all"
         await asked.run("few")
         await asked.run("few", {"nothing": 1})
         status, body = await asked.ask("POST", "run", {"input": INPUT}, key="few")

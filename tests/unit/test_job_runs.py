@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from gateway.jobs import Jobs, State, runner, table
 from gateway.jobs.table import JOBS
@@ -251,17 +253,22 @@ async def test_a_job_that_waits_is_cancelled_and_never_asked(store: Store) -> No
 
 
 async def test_a_job_whose_ttl_is_over_is_gone(store: Store) -> None:
-    """It is not found, stops in the worker, and whoever waits for it hears of it."""
-    app, clock = ScriptedApp({CHAT: Script((Pause("here"),))}), Clock()
+    """It is not found, stops in the worker, whoever waits for it hears of it, and nothing is left of it."""
+    script = Script((Say("data: 1\n\n"), Pause("here")), headers=EVENT_STREAM)
+    app, clock = ScriptedApp({CHAT: [frames("a"), script]}), Clock()
     async with running(store, ScriptedEndpoint(app), clock=clock) as jobs:
-        job = await jobs.submit(chat(ttl_s=10))
+        ended = await jobs.wait(await jobs.submit(chat(streams=True)), 60)
+        await jobs.stream(ended, 60)
+        job = await jobs.submit(chat(streams=True, ttl_s=10))
+        await jobs.stream(job, 60)
         waiting = asyncio.ensure_future(jobs.wait(job, 60))
-        await app.gate("here").reached.wait()
-        clock.now += 10
+        clock.now += 1800
         assert await jobs.find(job.id) is None
         await waiting  # the sweep is a second away at most
-        await app.seen[0].over.wait()
-    assert app.seen[0].ended == "disconnected"
+        await app.seen[1].over.wait()
+    assert app.seen[1].ended == "disconnected"
+    assert store.read_now(lambda connection: connection.execute(JOBS.select()).all()) == []
+    assert jobs._desk._told == {}
 
 
 async def test_as_many_jobs_are_asked_for_as_are_worked_on(store: Store) -> None:
@@ -301,14 +308,33 @@ async def test_keys_take_turns(store: Store) -> None:
 
 async def test_what_a_stopped_gateway_has_not_finished_the_next_one_does(store: Store) -> None:
     """A clean stop gives back what runs: it is no attempt that failed."""
-    app = ScriptedApp({CHAT: [Script((Pause("here"),)), whole()]})
-    endpoint = ScriptedEndpoint(app)
+    half = Script((Say('data: {"model":"m"}\n\n'), Pause("here")), headers=EVENT_STREAM)
+    endpoint = ScriptedEndpoint(ScriptedApp({CHAT: [half, frames("a")]}))
     async with running(store, endpoint) as jobs:
-        job = await jobs.submit(chat())
-        await app.gate("here").reached.wait()
+        job = await jobs.submit(chat(streams=True))
+        await jobs.stream(job, 60)
     async with running(store, endpoint) as jobs:
         job = await jobs.wait(job, 60)
     assert (job.state, job.retries, job.attempt) == (State.COMPLETED, 0, 2)
+    assert await spent(store) == [(job.id, 5)]
+
+
+async def test_what_is_claimed_as_the_gateway_stops_is_given_back(store: Store) -> None:
+    """However often it is told to stop meanwhile."""
+    endpoint = ScriptedEndpoint(ScriptedApp({}))
+    written = threading.Event()
+    async with running(store, endpoint) as jobs:
+        job = await jobs.submit(chat())
+        store.begin_write(lambda _: written.wait(60))  # the claim waits behind it
+        for _ in range(3):
+            await asyncio.sleep(0)
+        jobs.stop_taking()
+        await asyncio.sleep(0)
+        jobs.stop_taking()
+        written.set()
+    row = store.read_now(lambda connection: connection.execute(select(JOBS.c.state, JOBS.c.attempt)).one())
+    assert (row.state, row.attempt) == (State.IN_QUEUE, 1), job.id
+    assert not endpoint.asked
 
 
 async def test_a_failed_job_is_lined_up_again_by_its_client(store: Store) -> None:
@@ -358,20 +384,19 @@ async def test_a_stream_is_told_as_it_comes_each_part_once(store: Store) -> None
     app = ScriptedApp({CHAT: Script(steps, headers=EVENT_STREAM)})
     async with running(store, ScriptedEndpoint(app)) as jobs:
         job = await jobs.submit(chat(streams=True))
-        polls = [await jobs.stream(job, 60)]
+        polls, rest = [await jobs.stream(job, 60)], []
         app.gate("one").opened.set()
         await app.gate("two").reached.wait()
         polls += [await jobs.stream(job, 60), await jobs.stream(job, 0.01)]
         app.gate("two").opened.set()
-        await jobs.wait(job, 60)
-        polls += [await jobs.stream(job, 60), await jobs.stream(job, 60)]
+        while (poll := await jobs.stream(job, 60)) and (poll.outputs or poll.status != "COMPLETED"):
+            rest.append(poll)
     assert [(poll.status, poll.attempt, list(map(json.loads, poll.outputs))) for poll in polls if poll] == [
         ("IN_PROGRESS", 1, [one]),
         ("IN_PROGRESS", 1, [two + three]),
         ("IN_PROGRESS", 1, []),
-        ("COMPLETED", 1, [four]),
-        ("COMPLETED", 1, []),
     ]
+    assert [json.loads(output) for poll in rest for output in poll.outputs] == [four]
 
 
 async def test_a_stream_that_no_job_could_hold_is_stopped(

@@ -49,6 +49,9 @@ def test_what_is_allowed_is_told_by_name_address_or_network() -> None:
     assert checked("http://127.0.0.1:8000/x", allowed) == "http://127.0.0.1:8000/x"
     with pytest.raises(BadRequest, match="WEBHOOK_HOSTS"):
         checked("http://127.0.0.2:8000/x", allowed)
+    for path in ("\r\nx: y", "\0", "\ud800"):
+        with pytest.raises(BadRequest, match="printable"):
+            checked(f"http://hooks.local/{path}", allowed)
 
 
 async def test_a_name_is_what_it_is_resolved_to() -> None:

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 from gateway import key_table
 from gateway.key_table import Following
@@ -90,9 +91,16 @@ def test_every_fault_of_a_wish_is_named() -> None:
         assert f"`{name}`" in refused.value.message, name
 
 
-@pytest.mark.parametrize("name", [None, 5, " ", "x" * 65, "a\nb", "key_1", "env", "API_KEY"])
+@pytest.mark.parametrize("name", [None, 5, " ", "x" * 65, "key_1", "env", "API_KEY"])
 def test_a_name_is_not_an_id(name: object) -> None:
     """A key can be revoked by either."""
+    with pytest.raises(BadRequest, match="`name` must be"):
+        key_table.parse({"name": name}, NOW_S)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x9b31m", "a\N{RIGHT-TO-LEFT OVERRIDE}b", "\ud800"])
+def test_a_name_is_what_it_looks_like(name: str) -> None:
+    """A terminal obeys none of it, and the database can hold it."""
     with pytest.raises(BadRequest, match="`name` must be"):
         key_table.parse({"name": name}, NOW_S)
 
@@ -146,6 +154,57 @@ async def test_a_gateway_hears_of_changes(store: Store) -> None:
     assert keys.of(key.id).revoked_s == NOW_S + 5
 
 
+async def test_a_slow_look_does_not_bring_a_revoked_key_back(store: Store) -> None:
+    """Two look at once, and what the slower one has read is older."""
+
+    class Slow:
+        """Reads at once and tells late, while `late` is not set."""
+
+        def __init__(self) -> None:
+            self.has_read, self.late = asyncio.Event(), asyncio.Event()
+
+        async def read(self, work: Any) -> Any:
+            found = await store.read(work)
+            if work is key_table.load and not self.has_read.is_set():
+                self.has_read.set()
+                await self.late.wait()
+            return found
+
+    slow, keys = Slow(), Keys()
+    following = Following(keys, cast("Store", slow))
+    key, made = create(store, name="a")
+    looking = asyncio.create_task(following.look())
+    await slow.has_read.wait()
+    revoke(store, key.id)
+    await following.look()
+    slow.late.set()
+    await looking
+    with pytest.raises(Unauthorized):
+        keys.check(bearing(made))
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_keys_are_heeded_though_nothing_can_be_written(store: Store) -> None:
+    """On a full disk, say; when they were used is written down later."""
+    keys = Keys(clock=lambda: NOW_S)
+    following = Following(keys, store)
+    _, made = create(store, name="a")
+    await following.look()
+    keys.check(bearing(made))
+    _, other = create(store, name="b")
+    store.write_now(
+        lambda c: c.exec_driver_sql(
+            "CREATE TRIGGER full BEFORE UPDATE ON keys BEGIN SELECT RAISE(FAIL, 'full'); END"
+        )
+    )
+    with pytest.raises(SQLAlchemyError):
+        await following.look()
+    assert keys.check(bearing(other)).name == "b"
+    store.write_now(lambda c: c.exec_driver_sql("DROP TRIGGER full"))
+    await following.look()
+    assert [one.last_used_s for one in store.read_now(key_table.load)[0]] == [NOW_S, NOW_S]
+
+
 async def test_a_gateway_looks_again_after_a_failure(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,7 +213,7 @@ async def test_a_gateway_looks_again_after_a_failure(
     keys = Keys()
     store.write_now(lambda c: c.exec_driver_sql("ALTER TABLE keys RENAME TO away"))
     running = asyncio.create_task(Following(keys, store).run())
-    while "keys could not be read" not in caplog.messages:
+    while "keys could not be read or written" not in caplog.messages:
         await store.read(lambda _: None)
     store.write_now(lambda c: c.exec_driver_sql("ALTER TABLE away RENAME TO keys"))
     key, _made = create(store, name="a")

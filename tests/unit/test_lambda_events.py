@@ -216,7 +216,7 @@ def test_whole_answers_as_each_door_takes_them() -> None:
 def test_a_request_in_a_message() -> None:
     """Where its answer goes is a field of it, or an attribute, which wins."""
     job = {"openai_route": CHAT, "openai_input": {"messages": []}, "reply_to": "s3://a/b", "custom_id": "c-1"}
-    request = Request("POST", CHAT, (("content-type", "application/json"),), b'{"messages": []}')
+    request = Request("POST", CHAT, (("content-type", "application/json"),), b'{"messages":[]}')
     assert held(message(job)) == [Job(request, "s3://a/b", "c-1")]
     assert held(message({"messages": [], "reply_to": "s3://a/b"})) == [Job(request, "s3://a/b", None)]
     given = message(job)
@@ -376,7 +376,7 @@ async def test_what_is_not_done_in_time_has_failed() -> None:
 
 def test_a_direct_invoke() -> None:
     """With a body of OpenAI's, or a job as RunPod has it."""
-    request = Request("POST", CHAT, (("content-type", "application/json"),), b'{"messages": []}')
+    request = Request("POST", CHAT, (("content-type", "application/json"),), b'{"messages":[]}')
     job = {"openai_route": CHAT, "openai_input": {"messages": []}}
     shapes: list[Any] = [{"messages": []}, job, {"input": job}, {"id": "1", "input": {"messages": []}}]
     assert [parsed(shape) for shape in shapes] == [Invoked(request)] * 4

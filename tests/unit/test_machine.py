@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_no_gpu(tmp_path: Path) -> None:
 def test_the_vector_instructions_of_a_processor(tmp_path: Path, line: str, found: list[str]) -> None:
     """Those that code may be compiled for, on x86 and on Arm."""
     assert machine.instructions(written(tmp_path / "cpuinfo", f"processor\t: 0\n{line}\n")) == found
+
+
+def test_the_memory_of_a_process() -> None:
+    """This one has some; one that has ended has none."""
+    assert machine.memory_bytes(os.getpid()) > 1 << 20
+    assert machine.memory_bytes(2**22) == 0  # above the largest number of a process

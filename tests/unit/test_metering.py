@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +192,36 @@ async def test_the_end_of_a_stream_takes_its_row_away(store: Store) -> None:
     assert store.read_now(counted) == [ONE]
 
 
+async def test_a_stream_that_ends_while_its_checkpoint_waits_is_counted_once(store: Store) -> None:
+    """What is counted together is written at the place of the first: its own row must not come after that."""
+    busy = threading.Event()
+    streams = [Gates(ROLE, chunk("a")), Gates(ROLE, chunk("a"))]
+    async with gateway(store) as metering, AsyncExitStack() as stack:
+        replies = []
+        for stream in streams:
+            call = metered(metering, stream.call)(request(stream=True))
+            replies.append(await stack.enter_async_context(call))
+            assert [await anext(replies[-1].frames) for _ in range(2)] == [ROLE, chunk("a")]
+        blocked = asyncio.create_task(store.write(lambda _: busy.wait(10)))
+        await asyncio.sleep(0)
+        ends = []
+        for number, (stream, reply) in enumerate(zip(streams, replies, strict=True)):
+            if number:  # the other one's end waits for the database by now
+                checkpoint = asyncio.create_task(metering.checkpoint())
+                await asyncio.sleep(0)
+            for frame in (USAGE_CHUNK, sse.DONE):
+                stream.frames.put_nowait(frame)
+            ends.append(asyncio.ensure_future(anext(reply.frames)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+        busy.set()
+        assert await asyncio.gather(*ends) == [sse.DONE] * 2
+        await asyncio.gather(blocked, checkpoint)
+        assert store.read_now(open_rows) == []
+    async with gateway(store):
+        assert await store.read(counted) == [(*ONE[:3], 2, 40, 6, 55_000)]
+
+
 async def test_a_client_that_leaves_at_the_last_frame_is_counted_once(store: Store) -> None:
     """Cancelled while the account is being written: it is written all the same."""
     stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE)
@@ -230,6 +263,22 @@ async def test_a_database_that_is_away_is_tried_again(store: Store, monkeypatch:
             async with metered(metering, stream.call)(request(stream=True)) as reply:
                 await read(reply)
         await metering.checkpoint()
+        assert await store.write(counted) == [ONE]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_database_that_is_locked_holds_no_answer_up(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has its answer though another process has the database, which counts it after that."""
+    monkeypatch.setattr("gateway.metering.SETTLE_MAX_S", 0.01)
+    async with gateway(store) as metering:
+        stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE, b"")
+        with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            async with metered(metering, stream.call)(request(stream=True)) as reply:
+                assert await read(reply) == chunk("a") + sse.DONE
+            assert store.read_now(counted) == []
         assert await store.write(counted) == [ONE]
 
 

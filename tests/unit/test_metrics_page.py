@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.metrics import Metrics
+from gateway.metrics import MODELS_MAX, Metrics
+from gateway.usage import Entry
 from scripts.metrics_page import PAGE, fill, gateway_rows
 
 
@@ -17,3 +18,19 @@ async def test_every_metric_has_a_row() -> None:
     text = (await Metrics().exposition()).decode()
     told = [line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE firsttoken_")]
     assert sorted(told) == sorted([row.name, row.type] for row in gateway_rows())
+
+
+async def test_there_are_labels_for_so_many_models_only() -> None:
+    """An upstream that makes up names does not make a time series of each."""
+    metrics = Metrics()
+    for number in range(MODELS_MAX + 10):
+        metrics.used(Entry("key", "chat", f"m{number}", 1, 2, 0))
+    metrics.used(Entry("key", "chat", "m0", 1, 2, 0))
+    text = (await metrics.exposition()).decode()
+    series = [
+        line for line in text.splitlines() if line.startswith("firsttoken_gateway_prompt_tokens_total{")
+    ]
+    assert len(series) == MODELS_MAX + 1
+    counted = dict(line.split() for line in series)
+    assert counted['firsttoken_gateway_prompt_tokens_total{endpoint="chat",model="m0"}'] == "2.0"
+    assert counted['firsttoken_gateway_prompt_tokens_total{endpoint="chat",model="other"}'] == "10.0"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from gateway.upstreams import output
-from gateway.upstreams.output import Output, secrets_of
+from gateway.upstreams.output import Output, is_held, secrets_of
 
 
 def written(made: Output, *parts: bytes) -> None:
@@ -45,6 +47,52 @@ async def test_secrets_are_in_neither(tmp_path: Path) -> None:
     written(made, b"401 for hf_abcdef, org/tokenizer, pass-word\n")
     assert made.tail == ("401 for [hidden], org/tokenizer, [hidden]",)
     assert (tmp_path / "log").read_text() == "401 for [hidden], org/tokenizer, [hidden]\n"
+
+
+async def test_a_file_is_held_until_its_worker_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what is left of others can be told from it."""
+    monkeypatch.setattr(output, "LOG_MAX_BYTES", 10)
+    made = Output(tmp_path / "pipe", tmp_path / "log", ())
+    assert is_held(tmp_path / "log")
+    os.write(made._fd, b"a line\n" * 2)
+    made._read()
+    os.write(made._fd, b"a line\n")
+    made._read()
+    assert (is_held(tmp_path / "log"), is_held(tmp_path / "log.1")) == (True, False)
+    made.close()
+    assert not is_held(tmp_path / "log")
+
+
+async def test_a_file_that_can_t_be_made_is_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written meanwhile goes nowhere else."""
+    monkeypatch.setattr(output, "LOG_MAX_BYTES", 10)
+    made = Output(tmp_path / "pipe", tmp_path / "log", ())
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def write(line: bytes) -> None:
+        os.write(made._fd, line)
+        made._read()
+
+    write(b"1 line\n")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (made._file + 9, before[1]))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(made._fd))
+        write(b"2 line\n")
+        assert os.fstat(made._file).st_ino == (tmp_path / "log.1").stat().st_ino
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for fd in taken:
+            os.close(fd)
+    write(b"3 line\n")
+    made.close()
+    assert ((tmp_path / "log.1").read_text(), (tmp_path / "log").read_text()) == ("1 line\n", "3 line\n")
 
 
 async def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,7 @@ async def test_state_is_what_the_endpoints_say_now() -> None:
     status = {
         "id": "a",
         "waiting": 3,
+        "in_flight": 4,
         "capacity": 16,
         "workers": [{"state": state} for state in ("ready", "ready", "starting", "ended", "failed")],
         "jobs": {"IN_QUEUE": 5},
@@ -174,6 +175,7 @@ async def test_state_is_what_the_endpoints_say_now() -> None:
     metrics.watch(saying_of(statuses))
     found = series((await metrics.exposition()).decode())
     assert found[of("firsttoken_gateway_queue_depth", endpoint="a")] == 3
+    assert found[of("firsttoken_gateway_outstanding", endpoint="a")] == 7
     assert found[of("firsttoken_gateway_capacity", endpoint="a")] == 16
     assert found[of("firsttoken_gateway_jobs", endpoint="a", state="IN_QUEUE")] == 5
     states = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.scaling import Scaling
 from gateway.settings import TABLE as GATEWAY_TABLE
 from gateway.settings import GatewaySettings, KeptSettings
 from handler import platforms
@@ -601,6 +602,17 @@ def test_the_address_of_a_database_is_not_shown() -> None:
     """It may hold a password."""
     assert gateway_faults({"DATABASE_URL": "u:secret@host"}) == (
         "DATABASE_URL (not shown) is not allowed; allowed: a URL such as sqlite:////srv/gateway.db or postgresql://user:password@host/name",
+    )
+
+
+def test_bounds_of_workers() -> None:
+    """The idle timeout is measured unless it is set; the least is not more than the most."""
+    environ = {"MIN_WORKERS": "1", "MAX_WORKERS": "4", "IDLE_TIMEOUT_S": "90"}
+    assert GatewaySettings.from_environ(environ).scaling == Scaling(1, 4, 90.0)
+    assert GatewaySettings.from_environ({"IDLE_TIMEOUT_S": "Auto"}).scaling == Scaling(0, 1, None)
+    assert gateway_faults({"MIN_WORKERS": "3", "MAX_WORKERS": "2", "IDLE_TIMEOUT_S": "never"}) == (
+        "IDLE_TIMEOUT_S='never' is not allowed; allowed: auto, or seconds from 1 to 86400",
+        "MIN_WORKERS=3 is more than MAX_WORKERS=2",
     )
 
 

@@ -138,9 +138,16 @@ def test_data_reads_what_event_wrote(value: dict[str, object]) -> None:
     assert sse.data(sse.event(value)) == value
 
 
-@pytest.mark.parametrize("frame", [sse.DONE, sse.KEEP_ALIVE, b"data: {\n\n", b"event: a\ndata: {}\n\n"])
+def test_data_of_a_named_event_is_read() -> None:
+    """As `/v1/responses` and `/v1/messages` have them."""
+    assert sse.data(b'event: message_stop\ndata: {"type":"message_stop"}\n\n') == {"type": "message_stop"}
+
+
+@pytest.mark.parametrize(
+    "frame", [sse.DONE, sse.KEEP_ALIVE, b"data: {\n\n", b": data: {}\n\n", b"data: {}\ndata: {}\n\n"]
+)
 def test_data_of_other_frames_is_none(frame: bytes) -> None:
-    """Only a single line of JSON is read."""
+    """What is no JSON in one line."""
     assert sse.data(frame) is None
 
 

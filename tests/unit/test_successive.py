@@ -11,7 +11,7 @@ from gateway.scaling import Scaling
 from gateway.upstreams.successive import Successive
 from handler.errors import NotAdmitted
 from handler.messages import Request, read
-from tests.owned_pool import OwnedPool
+from tests.pools import OwnedPool
 from tests.scripted_app import Pause, ScriptedApp, answer
 
 ASK = Request("POST", "/v1/x")

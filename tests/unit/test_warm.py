@@ -62,6 +62,7 @@ def test_the_configuration_is_for_the_same_engine_only(
 
     assert prepared_for() is parent.prepared is not None
     assert prepared_for(PORT="1", UDS=str(tmp_path / "s"), LOG_LEVEL="DEBUG") is parent.prepared
+    assert prepared_for(CUDA_VISIBLE_DEVICES="3", SHARED_BY="2") is parent.prepared, "of the same kind"
     assert prepared_for(LC_CTYPE="C.UTF-8") is parent.prepared, "Python's own, where there is no locale"
     for asked in ({"MODEL_NAME": "org/other"}, {"MAX_MODEL_LEN": "512"}, {"OMP_NUM_THREADS": "3"}):
         assert prepared_for(**asked) is None

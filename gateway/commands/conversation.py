@@ -10,7 +10,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from gateway.client import Client
+from gateway.commands.client import Client
+from handler.errors import Unreachable
 
 
 class Conversation:
@@ -68,7 +69,10 @@ class Conversation:
         began_s = self._clock()
         base = f"/v2/{self.endpoint_id}/openai/v1"
         if self.model is None:
-            self.model = (await asked.get(f"{base}/models"))["data"][0]["id"]
+            listed = (await asked.get(f"{base}/models"))["data"]
+            if not listed:
+                raise Unreachable(f"endpoint {self.endpoint_id} has no model for this key; --model names one")
+            self.model = listed[0]["id"]
         question = {"role": "user", "content": text}
         body = {
             "model": self.model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import readline
 import time
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from gateway.client import Client
-from gateway.conversation import Conversation
+from gateway.commands.client import Client
+from gateway.commands.conversation import Conversation
+from gateway.commands.tables import plain
 from handler.errors import Unreachable
 
 CLEAR_LINE = "\r\x1b[2K"
@@ -21,13 +21,6 @@ HISTORY_LINES = 1000
 LOOK_S = 1.0
 QUIET_S = 0.5
 """How long nothing is said of a wait: most answers begin before."""
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey: whoever wrote it, the model has only repeated it."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @contextmanager

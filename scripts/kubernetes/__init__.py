@@ -1,0 +1,1 @@
+"""What deploy/kubernetes/ is checked for, without a cluster: `python -m scripts.kubernetes`."""

@@ -1,0 +1,30 @@
+"""What commands show, and what they ask first."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from gateway.commands.client import Client
+from gateway.commands.conversation import Conversation
+from gateway.commands.tables import table
+from handler.errors import Unreachable
+
+
+def test_a_table_obeys_nobody() -> None:
+    """Names of models and reasons of failures are others' words."""
+    rows = [("model", "number"), ("\x1b[2Jm\x07", 7), ("longer name", 10)]
+    assert table(rows, right={"number"}) == "model        number\n�[2Jm�            7\nlonger name      10\n"
+
+
+async def test_a_key_without_a_model_is_told_so() -> None:
+    """There is none to be the first."""
+
+    class Empty:
+        async def get(self, _: str) -> Any:
+            return {"object": "list", "data": []}
+
+    asking = Conversation("chat").ask(cast("Client", Empty()), "hi")
+    with pytest.raises(Unreachable, match="endpoint chat has no model for this key"):
+        await anext(asking)

@@ -1,0 +1,16 @@
+"""`gateway.__main__`: what is wrong with arguments before any command looks at them."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.__main__ import main
+
+
+@pytest.mark.parametrize("arguments", [["keys", "revoke", "\udcff"], ["usage", "--key", "\udcff"]])
+def test_arguments_that_are_no_text_are_told(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte of no letter in a shell is a sentence and 64."""
+    assert main(arguments) == 64
+    assert capsys.readouterr().err == "firsttoken: the arguments are not all UTF-8\n"
