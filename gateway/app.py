@@ -110,9 +110,9 @@ class Gateway:
         try:
             async with self._find(request)(request) as reply:
                 yield reply
-        except AWAY as error:
-            log.warning("the database does not answer", extra={"reason": str(error)})
-            raise StorageDown from None
+        except AWAY as error:  # a full disk, another process that has it, a server that is away
+            log.warning("the database failed a request", extra={"reason": str(error)})
+            raise StorageDown from error
         except DataError:  # PostgreSQL's texts have no zero; with SQLite nobody has such a name
             raise BadRequest("Something in the request is no text that could be kept.") from None
 

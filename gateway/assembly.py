@@ -126,8 +126,7 @@ class Assembly:
         """Raises `StartError`, and has then left nothing behind."""
         with faults_told():
             async with AsyncExitStack() as stack:
-                parts = (self._instance, self._metering, self.endpoints, self._jobs, self._batches)
-                for part in parts:
+                for part in (self._instance, self._metering, self.endpoints, self._jobs, self._batches):
                     await stack.enter_async_context(part)
                 self._stack = stack.pop_all()
         self._instance.adopters += [self._metering.adopt, self._jobs.adopt, self._batches.adopt]

@@ -267,8 +267,6 @@ class Webhooks:
                 except SQLAlchemyError:
                     log.exception("webhooks can't be read")
                     wait_s = DATABASE_AGAIN_S
-                if self._store.shared:
-                    wait_s = LOOK_S if wait_s is None else min(LOOK_S, wait_s)
                 try:
                     async with asyncio.timeout(wait_s):
                         await self._news.wait()
@@ -283,28 +281,43 @@ class Webhooks:
         while room := AT_ONCE - len(self._sending):
             hosts = Counter(self._sending.values())
             full = [host for host, number in hosts.items() if number >= HOST_AT_ONCE]
-            found = await self._store.read(partial(_next, list(self._sending), full, room, self._ours))
+            wanted = partial(_next, list(self._sending), full, room, self._ours)
+            found = await self._store.read(wanted)
             if not found:
-                return None
+                return self._look_s
             for waiting in found:
                 wait_s = waiting.due_at - self._clock()
                 if wait_s > 0:
-                    return wait_s
+                    return min(wait_s, self._look_s or wait_s)
                 if hosts[waiting.host] < HOST_AT_ONCE:  # else the next look leaves its host out
                     hosts[waiting.host] += 1
                     self._sending[waiting.id] = waiting.host
                     tasks.create_task(self._send(session, waiting))
-        return None
+        return self._look_s
 
     @property
     def _ours(self) -> ColumnElement[bool]:
+        """What no other gateway that lives has on its way."""
         return or_(dead(WEBHOOKS.c.instance), WEBHOOKS.c.instance == self._instance)
+
+    @property
+    def _look_s(self) -> float | None:
+        """How long until what another gateway has left is looked for."""
+        return LOOK_S if self._store.shared else None
+
+    async def _take(self, waiting: Waiting) -> bool:
+        """Whether it is this gateway's to send, and from now on no other's."""
+        if not self._store.shared:
+            return True
+        due = (WEBHOOKS.c.id == waiting.id, WEBHOOKS.c.due_at == waiting.due_at, self._ours)
+        taking = update(WEBHOOKS).where(*due).values(instance=self._instance)
+        return await self._store.write(lambda connection: connection.execute(taking).rowcount > 0)
 
     async def _send(self, session: aiohttp.ClientSession, waiting: Waiting) -> None:
         try:
+            if not await self._take(waiting):
+                return
             async with self._large if waiting.size_bytes > LARGE_BYTES else nullcontext():
-                if self._store.shared and not await self._store.write(partial(self._take, waiting.id)):
-                    return
                 body = partial(_body, waiting.id)
                 why = await self._refused(session, URL(waiting.url), await self._store.read(body))
             await self._note(waiting, why)
@@ -315,20 +328,14 @@ class Webhooks:
             del self._sending[waiting.id]
             self._news.set()
 
-    def _take(self, number: int, connection: Connection) -> bool:
-        """Have it, if it is nobody else's by now."""
-        mine = update(WEBHOOKS).where(WEBHOOKS.c.id == number, self._ours).values(instance=self._instance)
-        return connection.execute(mine).rowcount == 1
-
     async def _note(self, waiting: Waiting, why: str | None) -> None:
         """Write down what came of it. A full disk has nothing sent again."""
         mine = WEBHOOKS.c.id == waiting.id
         change: Delete | Update = delete(WEBHOOKS).where(mine)
         if why is not None and waiting.tries + 1 < TRIES_MAX:
             again_at = self._clock() + self._again_s
-            change = (
-                update(WEBHOOKS).where(mine).values(tries=waiting.tries + 1, due_at=again_at, instance=None)
-            )
+            again = {"tries": waiting.tries + 1, "due_at": again_at, "instance": None}
+            change = update(WEBHOOKS).where(mine).values(again)
         elif why is not None:
             log.warning("webhook given up", extra={"host": waiting.host, "reason": why})
 
@@ -363,13 +370,13 @@ def _next(
     ours: ColumnElement[bool],
     connection: Connection,
 ) -> list[Waiting]:
-    """The next of `ours` but for those that are `sending` and those to hosts that are `full`."""
+    """The next of `ours` to be sent but for those that are `sending` and those to hosts that are `full`."""
     wanted = (
         select(
             *(WEBHOOKS.c[name] for name in ("id", "url", "host", "tries", "due_at")),
             func.length(WEBHOOKS.c.body).label("size_bytes"),
         )
-        .where(WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full), ours)
+        .where(ours, WEBHOOKS.c.id.not_in(sending), WEBHOOKS.c.host.not_in(full))
         .order_by(WEBHOOKS.c.due_at)
         .limit(most)
     )

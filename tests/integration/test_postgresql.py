@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, text, update
+from aiohttp import web
+from sqlalchemy import Connection, func, insert, select, text, update
 
 from gateway import batch_table, instances, key_table
 from gateway.admin import Admin
@@ -23,8 +24,9 @@ from gateway.batch_table import Row
 from gateway.file_store import File as Kept
 from gateway.file_store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
-from gateway.jobs import table
+from gateway.jobs import table, webhooks
 from gateway.jobs.table import NewJob, State
+from gateway.jobs.webhooks import Allowed, Webhooks
 from gateway.key_table import Following
 from gateway.keys import Key, Keys
 from gateway.limits import Limits
@@ -372,6 +374,47 @@ async def test_a_gateway_that_was_only_slow_counts_what_has_come_since(store: St
     await taker.adopt()
     totals = await store.read(lambda c: report(c, Question.parse({})).totals)
     assert (totals["requests"], totals["prompt_tokens"], totals["completion_tokens"]) == (1, 9, 4)
+
+
+async def test_a_webhook_is_sent_by_one_of_two(store: Store, other: Store) -> None:
+    """And what the dead had on its way is sent by another."""
+    told: list[str] = []
+
+    async def hear(request: web.Request) -> web.Response:
+        told.append(request.path)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/{name}", hear)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        port = runner.addresses[0][1]
+        for name in ("a", "b"):
+            lives = insert(INSTANCES).values(id=name, lease_until=1e12)
+            await store.write(lambda c, lives=lives: c.execute(lives))  # type: ignore[misc]
+        for number in range(20):
+            url = f"http://127.0.0.1:{port}/{number}"
+            await store.write(lambda c, url=url: webhooks.add(c, url, b"{}", 0.0))  # type: ignore[misc]
+        held = update(webhooks.WEBHOOKS).where(webhooks.WEBHOOKS.c.id == 1).values(instance="dead")
+        await store.write(lambda c: c.execute(held))
+        allowed = Allowed.of(["127.0.0.1"])
+        both = [Webhooks(on, allowed, instance=name) for on, name in ((store, "a"), (other, "b"))]
+        for one in both:
+            one.start()
+
+        def left() -> int:
+            count = select(func.count()).select_from(webhooks.WEBHOOKS)
+            return store.read_now(lambda c: c.execute(count).scalar_one())
+
+        await asyncio.to_thread(until, lambda: not left())
+        for one in both:
+            await one.close()
+        assert sorted(told) == sorted(f"/{number}" for number in range(20))
+    finally:
+        await runner.cleanup()
 
 
 # --- batches ------------------------------------------------------------------------------------

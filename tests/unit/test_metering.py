@@ -250,12 +250,11 @@ async def test_a_database_that_fails_holds_no_answer_up_and_is_tried_again(store
     assert await store.write(counted) == [ONE]
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_a_database_that_is_locked_holds_no_answer_up(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client has its answer though another process has the database, which counts it after that."""
-    if store.shared:
-        pytest.skip("PostgreSQL locks rows, not the database")
     monkeypatch.setattr("gateway.metering.SETTLE_MAX_S", 0.01)
     async with gateway(store) as metering:
         stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE, b"")
