@@ -148,6 +148,7 @@ def stack(model: Path) -> Iterator[Stack]:
             id = "local"
             model = {json.dumps(str(model))}
             served_model_name = "{MODEL}"
+            min_workers = 1
 
             [[endpoint]]
             id = "other"
@@ -200,7 +201,7 @@ def jobs_stack(model: Path) -> Iterator[Stack]:
     """`python -m gateway serve --upstream runpod`: the worker has no socket of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder,
-        gateway(model, Path(folder), "serve", "--upstream", "runpod") as (server, _),
+        gateway(model, Path(folder), "serve", "--upstream", "runpod", MIN_WORKERS="1") as (server, _),
     ):
         yield Stack(server, server)
 

@@ -233,7 +233,7 @@ async def test_a_worker_that_is_killed_loses_no_job(folder: Path) -> None:
             for _ in range(AT_ONCE):
                 await app.taken.acquire()
             asking += [asyncio.create_task(one.ask(http)) for one in asked[AT_ONCE:]]
-            while (await http.get(gateway.health_url)).json()["waiting"] < in_line:
+            while (await http.get(gateway.health_url)).json()["endpoints"][0]["waiting"] < in_line:
                 pass
             begun = [one for one in asked if app.begun[one.name]]
             await asyncio.gather(*(one.heard.wait() for one in begun if one.streamed))

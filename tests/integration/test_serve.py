@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.endpoints_file import describe
+from gateway.file_store import FilesUnusable
 from gateway.serve import serve
 
 
@@ -22,6 +23,6 @@ async def test_the_first_key_is_shown_though_the_start_fails(
         "DATA_DIR": str(tmp_path),
     }
     (tmp_path / "files").touch()  # where a folder should be
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FilesUnusable):
         await serve(*describe(environ), environ, ())
     assert "key ft-" in capsys.readouterr().out
