@@ -148,7 +148,6 @@ def test_the_contract_holds(cluster: Cluster) -> None:
     """Every scenario of tests/contract, through the gateway and Ray, to vLLM."""
     with deployed(cluster, MIN_WORKERS="1"), gateway(cluster) as server:
         suite = [
-            sys.executable,
             "-m",
             "pytest",
             "-q",
