@@ -199,7 +199,7 @@ class BatchRuns:
             try:
                 expired, used = await files.expired(), await self.means.store.read(table.inputs)
                 await files.delete([file_id for file_id in expired if file_id not in used])
-            except Exception:  # it will do the next time
+            except (SQLAlchemyError, OSError):  # it will do the next time
                 log.exception("expired files could not be deleted")
             await self._pause(SWEEP_S)
 

@@ -16,9 +16,9 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -47,8 +47,8 @@ from gateway.keys import Key, Keys
 from gateway.limits import Limits
 from gateway.store import Store, metadata
 from gateway.usage import Entry, Prices, add, kept_name, sums
-from handler.messages import Call, Reply, Request
-from handler.usage import Meter, with_usage
+from handler.messages import Call, Request
+from handler.usage import Meter, read_along
 
 log = logging.getLogger("gateway")
 
@@ -153,26 +153,17 @@ class Metering:
         An answer that names no model is counted for `model_id`.
         """
 
-        @asynccontextmanager
-        async def counted(request: Request) -> AsyncIterator[Reply]:
-            if request.method != "POST":
-                async with call(request) as reply:
-                    yield reply
-                return
-            asked, hides = with_usage(request)
-            async with call(asked) as reply:
-                if reply.status >= 400:
-                    yield reply
-                    return
-                one = _Open(self._keys.of(request.visit.caller), endpoint_id, model_id, prices)
-                one.meter = Meter(hides=hides, settle=partial(self._settle, one))
-                self._open.add(one)
-                try:
-                    yield one.meter.read(reply)
-                finally:
-                    self._close(one)
+        @contextmanager
+        def meter(request: Request, hides: bool) -> Iterator[Meter]:
+            one = _Open(self._keys.of(request.visit.caller), endpoint_id, model_id, prices)
+            one.meter = Meter(hides=hides, settle=partial(self._settle, one))
+            self._open.add(one)
+            try:
+                yield one.meter
+            finally:
+                self._close(one)
 
-        return counted
+        return read_along(call, meter)
 
     async def checkpoint(self) -> None:
         """Write down what every stream has made by now, and what could not be counted before."""

@@ -7,8 +7,8 @@ the engine is always asked, and the chunk that says it is taken out again for a 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,24 @@ def metered(call: Call, tell: Callable[[Usage], None]) -> Call:
     by then the engine has not said.
     """
 
+    @contextmanager
+    def meter(_: Request, hides: bool) -> Iterator[Meter]:
+        reading = Meter(hides=hides)
+        try:
+            yield reading
+        finally:
+            tell(reading.usage())
+
+    return read_along(call, meter)
+
+
+def read_along(call: Call, meter: Callable[[Request, bool], AbstractContextManager[Meter]]) -> Call:
+    """`call`, of which a meter reads every successful answer to a POST.
+
+    `meter` is given the request, and whether its client does not want to see what that adds (`with_usage`);
+    what it gives is left when the answer is over.
+    """
+
     @asynccontextmanager
     async def counted(request: Request) -> AsyncIterator[Reply]:
         if request.method != "POST":
@@ -59,11 +77,8 @@ def metered(call: Call, tell: Callable[[Usage], None]) -> Call:
             if reply.status >= 400:
                 yield reply
                 return
-            meter = Meter(hides=hides)
-            try:
-                yield meter.read(reply)
-            finally:
-                tell(meter.usage())
+            with meter(request, hides) as reading:
+                yield reading.read(reply)
 
     return counted
 
