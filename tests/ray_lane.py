@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -124,6 +125,16 @@ async def stream(client: openai.AsyncOpenAI, asked: Asked) -> None:
         asked.error = error
     finally:
         asked.begun.set()
+
+
+def test_one_command_is_enough(tmp_path: Path) -> None:
+    """Without RAY_ADDRESS `ray up` has a cluster of its own, and a replica takes what its engine can hold."""
+    environ = {**engine_environ(ROOT / "tests/tinychat/model"), "PYTHONPATH": str(ROOT), "PORT": "8177"}
+    with program("handler", environ, tmp_path, "ray", "up") as (process, errors):
+        first_line(process, "ready  http://127.0.0.1:8177/v1", errors)
+        models = httpx.get("http://127.0.0.1:8177/v1/models").json()
+        assert [model["id"] for model in models["data"]] == [MODEL]
+    assert process.returncode == 0
 
 
 async def test_from_none_to_two_and_back(cluster: Cluster) -> None:

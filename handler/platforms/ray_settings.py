@@ -17,7 +17,7 @@ from handler.table import Setting, Table, choice, read, seconds, whole
 from handler.unread import UNREAD
 
 SLOTS = 256
-"""What vLLM batches on most devices; MAX_NUM_SEQS or MAX_CONCURRENCY says another number."""
+"""What vLLM batches on most devices: until an engine says what it can hold, or MAX_CONCURRENCY does."""
 BUSY = 0.7
 """The share of its slots that a replica has in use, on average, before another is started."""
 UP_AFTER_S = 3.0
@@ -83,6 +83,11 @@ class RaySettings:
         slots = values["max_concurrency"] or (int(batched) if batched.isdecimal() and int(batched) else SLOTS)
         return cls(**values, devices=devices_per_engine(environ) if gpus else 0, slots=slots)
 
+    @property
+    def first_replicas(self) -> int:
+        """How many start before anybody asks."""
+        return max(self.min_workers, int(self.start == "now"))
+
     def deployment(self) -> dict[str, Any]:
         """The options of `ray.serve.deployment`."""
         return {
@@ -91,7 +96,7 @@ class RaySettings:
             "backpressure_config": {"status_code": 503, "retry_after_s": FULL_RETRY_AFTER_S},
             "autoscaling_config": {
                 "min_replicas": self.min_workers,
-                "initial_replicas": max(self.min_workers, int(self.start == "now")),
+                "initial_replicas": self.first_replicas,
                 "max_replicas": self.max_workers,
                 "target_ongoing_requests": max(1.0, BUSY * self.slots),
                 "upscale_delay_s": UP_AFTER_S,
