@@ -19,6 +19,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests import postgres
 from tests.servers import KEY, ROOT
@@ -33,6 +35,8 @@ WITH_STEADY_WORKERS = (
     "sys.exit(main(sys.argv[1:], COMMAND))"
 )
 TOKENS = 30
+CUT_TOKENS = 90
+"""Of a stream that is to be cut: long enough to be written down on its way."""
 SLOTS = 10
 """Of each worker."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
@@ -192,9 +196,8 @@ def server() -> Iterator[postgres.Server]:
 
 
 @asynccontextmanager
-async def two(folder: Path, server: postgres.Server) -> AsyncIterator[tuple[Gateway, Gateway]]:
-    """Two gateways over one database."""
-    url = server.database()
+async def two(folder: Path, url: str) -> AsyncIterator[tuple[Gateway, Gateway]]:
+    """Two gateways over the database at `url`."""
     async with AsyncExitStack() as stack:
         a = await stack.enter_async_context(gateway("a", folder, url))
         yield a, await stack.enter_async_context(gateway("b", folder, url))
@@ -205,13 +208,14 @@ class Stream:
     """One client's stream, of a model of its own, so that its tokens can be told from others'."""
 
     model: str
+    tokens: int = TOKENS
     seen: int = 0
     whole: bool = False
     began: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self, at: Gateway, key: str = KEY) -> None:
         """Read to the end, whatever that is."""
-        body = {"model": self.model, "messages": [], "max_tokens": TOKENS, "stream": True}
+        body = {"model": self.model, "messages": [], "max_tokens": self.tokens, "stream": True}
         url = f"{at.root}/v2/local/openai/v1/chat/completions"
         with suppress(aiohttp.ClientError):
             async with at.session.post(url, json=body, headers={"authorization": f"Bearer {key}"}) as reply:
@@ -219,20 +223,36 @@ class Stream:
                 async for line in reply.content:
                     self.seen += b'"content":"t"' in line
                     self.whole = self.whole or line == b"data: [DONE]\n"
-                    if self.seen == TOKENS // 2:
+                    if self.seen == self.tokens // 2:
                         self.began.set()
         self.began.set()
+
+
+async def written_down(url: str, models: set[str]) -> None:
+    """Return once the database has heard of a stream of each of `models` that is on its way."""
+    database = create_async_engine(url)
+    try:
+        async with database.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+
+            async def told() -> bool:
+                return models <= set(await connection.scalars(text("SELECT model FROM open_requests")))
+
+            await come(told)
+    finally:
+        await database.dispose()
 
 
 async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
     tmp_path: Path, server: postgres.Server
 ) -> None:
     """Streams of the killed one are counted as far as they came, its jobs are finished by the other, once."""
-    async with two(tmp_path, server) as (a, b):
+    url = server.database()
+    async with two(tmp_path, url) as (a, b):
         jobs = [await a.submit(f"job-{n}") for n in range(6)]
-        streams = [Stream(f"stream-{n}") for n in range(6)]
+        streams = [Stream(f"stream-{n}", CUT_TOKENS) for n in range(6)]
         reading = [asyncio.create_task(one.read(a if n % 2 else b)) for n, one in enumerate(streams)]
-        await asyncio.gather(*(one.began.wait() for one in streams))
+        await written_down(url, {one.model for one in streams[1::2]})
         a.process.kill()
         await asyncio.gather(*reading)
         ended = [await b.ended(job) for job in jobs]
@@ -249,7 +269,7 @@ async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
             row = rows[stream.model]
             assert row["requests"] == 1
             if stream.whole:
-                assert (row["prompt_tokens"], row["completion_tokens"]) == (PROMPT_TOKENS, TOKENS)
+                assert (row["prompt_tokens"], row["completion_tokens"]) == (PROMPT_TOKENS, CUT_TOKENS)
             else:
                 assert 0 < row["completion_tokens"] <= stream.seen + 1
         assert sum(stream.whole for stream in streams) == 3
@@ -257,7 +277,7 @@ async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
 
 async def test_both_work_on_one_queue_and_hear_of_each_other(tmp_path: Path, server: postgres.Server) -> None:
     """Each job is done once; a key that one revokes the other refuses; a cancelled job stops anywhere."""
-    async with two(tmp_path, server) as (a, b):
+    async with two(tmp_path, server.database()) as (a, b):
         jobs = [await a.submit(f"shared-{n}") for n in range(40)]
         await asyncio.gather(a.in_flight(1), b.in_flight(1))
         ended = [await b.ended(job) for job in jobs]
@@ -301,7 +321,7 @@ async def test_a_restart_of_the_database_under_load_loses_nothing(
     tmp_path: Path, server: postgres.Server
 ) -> None:
     """Who asks for something of it gets a 503; streams and jobs go on, and are counted once."""
-    async with two(tmp_path, server) as (a, b):
+    async with two(tmp_path, server.database()) as (a, b):
         jobs = [await a.submit(f"job-{n}") for n in range(10)]
         streams = [Stream(f"stream-{n}") for n in range(6)]
         reading = [asyncio.create_task(one.read(a if n % 2 else b)) for n, one in enumerate(streams)]
