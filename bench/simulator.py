@@ -1,7 +1,7 @@
 """One endpoint on a virtual clock: the gateway's own queue and scaling policy over workers that are a model.
 
-The queue is `gateway.turns.Turns`, a policy what `gateway.scaling.Scaler` is. A worker is a few numbers
-(`Replica`). Nothing is random here: a trace and a policy always give the same.
+The queue is `gateway.endpoints.turns.Turns`, a policy what `gateway.scaling.Scaler` is. A worker is a few
+numbers (`Replica`). Nothing is random here: a trace and a policy always give the same.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from bench.policies import Policy
 from bench.traces import Arrival
-from gateway.admission import FULL_S
+from gateway.endpoints.admission import FULL_S
+from gateway.endpoints.turns import Turn, Turns
 from gateway.scaling import Seen
-from gateway.turns import Turn, Turns
 
 
 @dataclass(frozen=True, slots=True)

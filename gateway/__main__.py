@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import uvloop
 
 from gateway.commands import INTERRUPTED
-from gateway.endpoints_file import describe
+from gateway.endpoints.file import describe
 from gateway.settings import UPSTREAMS
 from handler import logs
 from handler.errors import StartError, UsageError

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from gateway import key_table
-from gateway.report import Question, report
+from gateway.accounts import key_table
+from gateway.accounts.report import Question, report
 from gateway.store import Store
 from handler.body import json_object
 from handler.errors import BadRequest, MethodNotAllowed, json_reply

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.exc import DataError
 
+from gateway.accounts.keys import Key
+from gateway.accounts.limits import Limits
 from gateway.bodies import HELD_MAX_BYTES, Bodies
-from gateway.keys import Key
-from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.store import AWAY
 from handler import asgi, edge

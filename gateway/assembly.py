@@ -10,37 +10,37 @@ from typing import TYPE_CHECKING, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway import batch_table
+from gateway.accounts.clients import Clients
+from gateway.accounts.key_table import Following
+from gateway.accounts.keys import Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.usage import Prices
 from gateway.admin import Admin
 from gateway.app import Doorkeeper, Gateway, Part
-from gateway.batch_run import Means
-from gateway.batch_runs import BatchRuns
-from gateway.batches import Batches
-from gateway.clients import Clients
+from gateway.batches import table as batch_table
+from gateway.batches.routes import Batches
+from gateway.batches.run import Means
+from gateway.batches.runs import BatchRuns
 from gateway.control import Control
-from gateway.endpoints import Changes, Endpoints
-from gateway.endpoints_file import Description, describe
-from gateway.file_store import FileStore
-from gateway.files import Files
+from gateway.endpoints.endpoints import Changes, Endpoints
+from gateway.endpoints.file import Description, describe
+from gateway.endpoints.site import Site
+from gateway.files.routes import Files
+from gateway.files.store import FileStore
 from gateway.instances import Instance
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
 from gateway.jobs.routes import JobRoutes, worker_counts
 from gateway.jobs.webhooks import Allowed, Webhooks
-from gateway.key_table import Following
-from gateway.keys import Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
-from gateway.site import Site
 from gateway.store import Store, StoreUnusable
 from gateway.upstreams.events import Event
-from gateway.usage import Prices
 from handler.errors import BadSettings, NoResources
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gateway import worker_logs
-from gateway.endpoints import Endpoints
+from gateway.endpoints.endpoints import Endpoints
 from gateway.worker_logs import Source
 from handler import sse
 from handler.errors import (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway.keys import ENV_ID, Key
+from gateway.accounts.keys import ENV_ID, Key
 from handler.errors import NoResources
 from handler.listener import listen_unix
 from handler.messages import Request
@@ -24,7 +24,7 @@ OWNER = Key(ENV_ID, "API_KEY", b"", admin=True)
 
 
 class Owner:
-    """In the place of `gateway.keys.Keys`: whoever is here is the owner."""
+    """In the place of `gateway.accounts.keys.Keys`: whoever is here is the owner."""
 
     def check(self, _: Request) -> Key:
         """The owner."""

@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
+from gateway.accounts.usage import Entry
 from gateway.scrape import SCRAPE_TIMEOUT_S, Target, render, scrape
 from gateway.upstreams import WORKER_STATES
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed
-from gateway.usage import Entry
 from handler import sse
 from handler.messages import Reply
 from handler.phases import own_s

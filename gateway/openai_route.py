@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.keys import Keys
+from gateway.accounts.keys import Keys
 from handler.errors import BadRequest
 from handler.messages import Request
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from gateway.endpoint import Endpoint
-from gateway.keys import Keys
+from gateway.accounts.keys import Keys
+from gateway.endpoints.endpoint import Endpoint
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
 from handler.errors import Forbidden, MethodNotAllowed, NoSuchEndpoint, json_reply

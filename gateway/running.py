@@ -13,7 +13,7 @@ from gateway.app import Gateway
 from gateway.assembly import Assembly
 from gateway.commands import INTERRUPTED
 from gateway.console import Console
-from gateway.endpoints import Endpoints
+from gateway.endpoints.endpoints import Endpoints
 from gateway.settings import GatewaySettings
 from gateway.upstreams.events import Event, StartFailed, Starting
 from gateway.upstreams.pool import KILL_GRACE_S

@@ -12,13 +12,14 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gateway import door, key_table
+from gateway import door
+from gateway.accounts import key_table
+from gateway.accounts.key_table import Following
+from gateway.accounts.keys import Keys
 from gateway.alone import alone
 from gateway.assembly import Assembly, Base, faults_told
 from gateway.console import Address, Console
-from gateway.endpoints_file import Description
-from gateway.key_table import Following
-from gateway.keys import Keys
+from gateway.endpoints.file import Description
 from gateway.running import Running
 from gateway.settings import GatewaySettings
 from gateway.store import Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gateway.endpoints_file import ROWS
+from gateway.endpoints.file import ROWS
 from handler.table import SWITCH
 
 PAGE = Path(__file__).parent.parent / "docs" / "gateway.md"

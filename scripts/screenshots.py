@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from playwright.async_api import Page, async_playwright
 
-from gateway import key_table, usage
+from gateway.accounts import key_table, usage
 from gateway.store import Store
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.accounts.keys import Keys
+from gateway.accounts.limits import Limits
 from gateway.app import Gateway
-from gateway.endpoint import Endpoint
-from gateway.keys import Keys
-from gateway.limits import Limits
+from gateway.endpoints.endpoint import Endpoint
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI, Operations
 from gateway.settings import GatewaySettings

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.keys import Keys
+from gateway.accounts.keys import Keys
 from gateway.settings import GatewaySettings
 from gateway.upstreams.proxy import SocketProxy
 from handler.asgi import call_app, serve

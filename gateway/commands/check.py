@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gateway.commands.tables import table
-from gateway.endpoints_file import Described, describe
+from gateway.endpoints.file import Described, describe
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers

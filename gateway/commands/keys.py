@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gateway import key_table
+from gateway.accounts import key_table
+from gateway.accounts.keys import Key
 from gateway.commands import kept
 from gateway.commands.tables import table
-from gateway.keys import Key
 from handler.errors import RequestError, UsageError
 
 if TYPE_CHECKING:

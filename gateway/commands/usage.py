@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gateway.accounts.report import Question, money, report
 from gateway.commands import kept
 from gateway.commands.tables import table
-from gateway.report import Question, money, report
 from handler.errors import RequestError, UsageError
 
 if TYPE_CHECKING:

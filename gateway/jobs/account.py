@@ -1,4 +1,4 @@
-"""What a key may ask for through jobs, and what they cost it: as its other requests (`gateway.clients`)."""
+"""What a key may ask for through jobs, and what they cost it: as elsewhere (`gateway.accounts.clients`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
-from gateway import usage
-from gateway.clients import MODELS, permit
+from gateway.accounts import usage
+from gateway.accounts.clients import MODELS, permit
+from gateway.accounts.keys import Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.usage import Entry, Prices
 from gateway.jobs.table import Job
-from gateway.keys import Keys
-from gateway.limits import Limits
-from gateway.usage import Entry, Prices
 from handler.errors import BadRequest
 from handler.messages import Request
 from handler.usage import Usage

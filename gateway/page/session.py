@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from gateway.endpoint import Endpoint
-from gateway.keys import Keys
+from gateway.accounts.keys import Keys
+from gateway.endpoints.endpoint import Endpoint
 from handler.errors import MethodNotAllowed, json_reply
 from handler.messages import Call, Reply, Request
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateway.admission import Admission
-from gateway.keys import Keys
+from gateway.accounts.keys import Keys
+from gateway.endpoints.admission import Admission
 from handler import early
 from handler.asgi import call_app
 from handler.errors import NotAdmitted

@@ -12,12 +12,12 @@ from typing import Any
 import openai
 import pytest
 
-from gateway.clients import Clients
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
+from gateway.accounts.clients import Clients
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.usage import Prices
 from gateway.store import Store
-from gateway.usage import Prices
 from handler.auth import digest
 from handler.errors import NotAdmitted, RateLimited, json_reply
 from handler.listener import listen

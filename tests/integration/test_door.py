@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway import door
-from gateway.keys import ENV_ID
+from gateway.accounts.keys import ENV_ID
 from handler.errors import NoResources
 from handler.messages import Request
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.admission import Admission
+from gateway.endpoints.admission import Admission
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.admission import Admission
+from gateway.endpoints.admission import Admission
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView, pool
 from gateway.upstreams.devices import Devices

@@ -15,26 +15,28 @@ import pytest
 from aiohttp import web
 from sqlalchemy import Connection, func, insert, select, text, update
 
-from gateway import batch_table, instances, key_table
+from gateway import instances
+from gateway.accounts import key_table
+from gateway.accounts.key_table import Following
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.report import Question, report
+from gateway.accounts.usage import Entry, Prices, add
 from gateway.admin import Admin
 from gateway.app import Gateway
-from gateway.batch_run import Means
-from gateway.batch_runs import BatchRuns
-from gateway.batch_table import Row
-from gateway.file_store import File as Kept
-from gateway.file_store import FileStore, new_id, put
+from gateway.batches import table as batch_table
+from gateway.batches.run import Means
+from gateway.batches.runs import BatchRuns
+from gateway.batches.table import Row
+from gateway.files.store import File as Kept
+from gateway.files.store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
 from gateway.jobs import table, webhooks
 from gateway.jobs.table import NewJob, State
 from gateway.jobs.webhooks import Allowed, Webhooks
-from gateway.key_table import Following
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
 from gateway.metrics import Metrics
-from gateway.report import Question, report
 from gateway.store import AWAY, Store, StoreUnusable
-from gateway.usage import Entry, Prices, add
 from handler import batch_object, sse
 from handler.errors import RequestError, StorageDown
 from handler.messages import Reply, Request, Visit, once, read

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.admission import Admission
+from gateway.endpoints.admission import Admission
 from gateway.metrics import Metrics
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.endpoints_file import describe
-from gateway.file_store import FilesUnusable
+from gateway.endpoints.file import describe
+from gateway.files.store import FilesUnusable
 from gateway.serve import serve
 
 

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from gateway import usage
+from gateway.accounts import usage
+from gateway.accounts.clients import Clients
+from gateway.accounts.key_table import Following
+from gateway.accounts.keys import Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.usage import Entry, Prices
 from gateway.admin import Admin
 from gateway.app import Gateway, Part
-from gateway.clients import Clients
-from gateway.key_table import Following
-from gateway.keys import Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
 from gateway.metrics import Metrics
 from gateway.parts import OpenAI
 from gateway.store import Store
-from gateway.usage import Entry, Prices
 from handler.asgi import App, call_app
 from handler.messages import Headers, Request, read
 from tests import gateways

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway.admission import SERVED_GUESS_S, TRIES, Admission, Outcome
+from gateway.endpoints.admission import SERVED_GUESS_S, TRIES, Admission, Outcome
 from gateway.upstreams import WorkerLost
 from handler import sse
 from handler.errors import BadRequest, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed

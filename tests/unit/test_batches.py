@@ -18,13 +18,16 @@ import pytest
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import OperationalError
 
-from gateway import batch_results, batch_runs, batch_table, usage
-from gateway.batch_run import Means
-from gateway.batch_runs import BatchRuns
-from gateway.batches import Batches
-from gateway.file_store import File, FileStore, new_id, put
-from gateway.files import Files
-from gateway.keys import Key, Keys
+from gateway.accounts import usage
+from gateway.accounts.keys import Key, Keys
+from gateway.batches import results as batch_results
+from gateway.batches import runs as batch_runs
+from gateway.batches import table as batch_table
+from gateway.batches.routes import Batches
+from gateway.batches.run import Means
+from gateway.batches.runs import BatchRuns
+from gateway.files.routes import Files
+from gateway.files.store import File, FileStore, new_id, put
 from gateway.store import Store
 from handler import batch_ask, batch_lines, early
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed, retry_after
@@ -298,7 +301,7 @@ async def test_a_line_is_asked_again_while_there_is_no_room_and_a_few_times_when
 ) -> None:
     """The first for as long as it takes."""
     monkeypatch.setattr(batch_ask, "BUSY_MAX_S", 0.0)
-    monkeypatch.setattr("gateway.batch_run.PAUSE_S", 0.0)
+    monkeypatch.setattr("gateway.batches.run.PAUSE_S", 0.0)
     running.endpoint.failures = {
         "busy": [NotAdmitted("full", retry_after_s=1) for _ in range(9)],
         "late": [DeadlineExceeded("no turn", headers=retry_after(1)) for _ in range(9)],
@@ -355,7 +358,7 @@ async def test_a_bad_line_fails_the_batch_before_anything_is_asked(
 
 async def test_a_file_has_at_most_so_many_requests(running: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As at OpenAI."""
-    monkeypatch.setattr("gateway.batch_check.REQUESTS_MAX", 3)
+    monkeypatch.setattr("gateway.batches.check.REQUESTS_MAX", 3)
     batch = await running.over(await running.create(*(line(str(n)) for n in range(4))))
     assert [one["code"] for one in batch["errors"]["data"]] == ["too_many_tasks"]
 
@@ -364,7 +367,7 @@ async def test_not_every_fault_of_a_large_file_is_told(
     running: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first ones are."""
-    monkeypatch.setattr("gateway.batch_check.FAULTS_MAX", 3)
+    monkeypatch.setattr("gateway.batches.check.FAULTS_MAX", 3)
     batch = await running.over(await running.create(*[b"no json"] * 9))
     assert [one["line"] for one in batch["errors"]["data"]] == [1, 2, 3]
 
@@ -563,7 +566,7 @@ async def test_an_endpoint_that_is_gone_is_waited_for(
 ) -> None:
     """A reload may bring it back."""
     monkeypatch.setattr(batch_ask, "BUSY_MAX_S", 0.0)
-    monkeypatch.setattr("gateway.batch_run.PAUSE_S", 0.0)
+    monkeypatch.setattr("gateway.batches.run.PAUSE_S", 0.0)
     running.endpoint.gate("0")
     batch = await running.create(line("0"), line("1"), line("2"), line("3"))
     await running.endpoint.reached["0"].wait()
@@ -680,7 +683,7 @@ async def test_a_file_for_something_else_makes_no_batch(running: Place) -> None:
 
 async def test_a_key_has_so_many_batches_at_most(running: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """That are not over."""
-    monkeypatch.setattr("gateway.batches.UNFINISHED_MAX", 1)
+    monkeypatch.setattr("gateway.batches.routes.UNFINISHED_MAX", 1)
     running.endpoint.gate("0")
     batch = await running.create(line("0"))
     wanted = {"input_file_id": batch["input_file_id"], "endpoint": CHAT, "completion_window": "24h"}

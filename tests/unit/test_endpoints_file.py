@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.endpoints_file import KEPT, NAMED, ROWS, Described, describe, load
+from gateway.endpoints.file import KEPT, NAMED, ROWS, Described, describe, load
 from gateway.settings import TABLE
 from handler.errors import BadSettings
 

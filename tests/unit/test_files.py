@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.file_store import FILES, FileStore, new_id
-from gateway.files import Files
-from gateway.keys import Key, Keys
+from gateway.accounts.keys import Key, Keys
+from gateway.files.routes import Files
+from gateway.files.store import FILES, FileStore, new_id
 from gateway.store import Store
 from handler.errors import Conflict, RequestError, StorageFull
 from handler.messages import Request, Visit, read
@@ -341,7 +341,7 @@ async def test_an_id_never_names_a_path(desk: Desk, file_id: str) -> None:
 def test_ids_are_in_the_order_of_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none comes twice."""
     times: Callable[[], int] = iter([1_700_000_000_000_000_000, 1_700_000_000_001_000_000]).__next__
-    monkeypatch.setattr("gateway.file_store.time.time_ns", times)
+    monkeypatch.setattr("gateway.files.store.time.time_ns", times)
     before, after = new_id("file-"), new_id("file-")
     assert before < after
     assert len(before) == len("file-") + 32

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gateway.admission import Admission
-from gateway.keys import Key, Keys
+from gateway.accounts.keys import Key, Keys
+from gateway.endpoints.admission import Admission
 from handler import early, sse
 from handler.asgi import App, Message, call_app
 from handler.auth import digest

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.endpoints_file import describe
+from gateway.endpoints.file import describe
 from handler.errors import BadSettings
 from scripts.gateway_page import PAGE, fill
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.usage import USAGE, Prices
 from gateway.app import Gateway
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
 from gateway.jobs.rates import LIMITS, Rates
 from gateway.jobs.routes import JobRoutes, worker_counts
 from gateway.jobs.webhooks import Allowed
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
 from gateway.metrics import Metrics
 from gateway.store import Store
-from gateway.usage import USAGE, Prices
 from handler.asgi import App, call_app
 from handler.auth import digest
 from handler.errors import RateLimited

@@ -1,4 +1,4 @@
-"""`gateway.key_table`: keys are made, found and revoked in the database, and a gateway hears of it."""
+"""`gateway.accounts.key_table`: keys are made, found and revoked in the database; a gateway hears of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway import key_table
-from gateway.key_table import Following
-from gateway.keys import Key, Keys
+from gateway.accounts import key_table
+from gateway.accounts.key_table import Following
+from gateway.accounts.keys import Key, Keys
 from gateway.store import Store
 from handler.errors import BadRequest, NotFound, Unauthorized
 from handler.messages import Request

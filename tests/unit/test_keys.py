@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.keys import ENV_ID, Key, Keys
+from gateway.accounts.keys import ENV_ID, Key, Keys
 from handler.auth import digest
 from handler.errors import Unauthorized
 from handler.messages import Request

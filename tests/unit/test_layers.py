@@ -64,6 +64,19 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"errors", "table"},
     {"imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
 )
+GATEWAY_LAYERS = (
+    {"__main__"},
+    {"serve"},
+    {"running"},
+    {"assembly"},
+    {"batches", "commands", "control", "page", "parts"},
+    {"endpoints", "files"},
+    {"app", "upstreams"},
+    {"admin", "door", "jobs", "metrics", "openai_route"},
+    {"accounts"},
+    {"alone", "console", "instances", "settings", "worker_logs"},
+    {"bodies", "counted", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
+)
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
 ONLY_IN["ray"] = "handler/platforms/ray_serve.py"
@@ -80,9 +93,15 @@ def imports(path: Path) -> Iterator[str]:
             yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
 
 
-def module(path: Path) -> str:
-    """The file's name in `LAYERS`: a package counts as one."""
-    return path.relative_to(ROOT / "handler").parts[0].removesuffix(".py")
+def module(path: Path, package: str = "handler") -> str:
+    """The file's name in the layers of `package`: a package in it counts as one.
+
+    But for what stands behind the gateway: whoever asks workers knows `gateway.upstreams` itself and what
+    happens to them, and none of the ways to have some.
+    """
+    parts = path.relative_to(ROOT / package).with_suffix("").parts
+    shared = parts in {("upstreams", "__init__"), ("upstreams", "events")}
+    return ".".join(parts) if shared else parts[0]
 
 
 def files(name: str) -> list[Path]:
@@ -111,6 +130,24 @@ def test_a_file_of_the_worker_imports_only_from_below(path: Path) -> None:
             assert line[below] > line[module(path)], f"{path.name} imports {name}, which is not below it"
         if module(path) in LEAVES:
             assert top in {*sys.stdlib_module_names, "handler", "pydantic"}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "gateway").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_a_file_of_the_gateway_imports_only_from_below(path: Path) -> None:
+    """A new file, or folder, is given its line in `GATEWAY_LAYERS`."""
+    line = {name: number for number, names in enumerate(GATEWAY_LAYERS) for name in names}
+    empty = ROOT / "gateway/__init__.py"
+    if path == empty:
+        assert not list(imports(path))
+        return
+    mine = module(path, "gateway")
+    for name in imports(path):
+        if name.partition(".")[0] == "gateway":
+            *_, found = [at for at in files(name) if at != Path("gateway/__init__.py")]
+            below = module(ROOT / found, "gateway")
+            assert below == mine or line[below] > line[mine], f"{path} imports {name}, which is not below it"
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IN))

@@ -1,4 +1,4 @@
-"""`gateway.limits`: what a key may ask in a minute, on a clock that the test sets."""
+"""`gateway.accounts.limits`: what a key may ask in a minute, on a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.keys import Key
-from gateway.limits import Bucket, Limits, duration
+from gateway.accounts.keys import Key
+from gateway.accounts.limits import Bucket, Limits, duration
 from handler.errors import RateLimited
 
 

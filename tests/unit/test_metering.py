@@ -1,4 +1,4 @@
-"""`gateway.metering`: every answer is counted once, whenever its gateway ends."""
+"""`gateway.accounts.metering`: every answer is counted once, whenever its gateway ends."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.usage import USAGE, Prices
 from gateway.store import Store
-from gateway.usage import USAGE, Prices
 from handler import sse
 from handler.messages import Call, Headers, Reply, Request, Visit, once, read
 
@@ -255,7 +255,7 @@ async def test_a_database_that_is_locked_holds_no_answer_up(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client has its answer though another process has the database, which counts it after that."""
-    monkeypatch.setattr("gateway.metering.SETTLE_MAX_S", 0.01)
+    monkeypatch.setattr("gateway.accounts.metering.SETTLE_MAX_S", 0.01)
     async with gateway(store) as metering:
         stream = Gates(chunk("a"), USAGE_CHUNK, sse.DONE, b"")
         with closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:

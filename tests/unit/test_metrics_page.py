@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gateway.accounts.usage import Entry
 from gateway.metrics import MODELS_MAX, Metrics
-from gateway.usage import Entry
 from scripts.metrics_page import PAGE, fill, gateway_rows
 
 

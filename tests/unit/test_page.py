@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.accounts.keys import Key, Keys
 from gateway.app import Gateway
-from gateway.keys import Key, Keys
 from gateway.metrics import Metrics
 from gateway.page import IMMUTABLE, POLICY, SECURITY, Page
 from gateway.page.session import Session

@@ -12,10 +12,10 @@ import pytest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.accounts.usage import Entry
 from gateway.metrics import Metrics, Statuses
 from gateway.scrape import Target, render, scrape
 from gateway.upstreams.events import Ended, Ready, StartFailed
-from gateway.usage import Entry
 from handler.errors import UpstreamFailed
 from handler.messages import Call, Reply, Request, once
 

@@ -8,10 +8,10 @@ from typing import Self
 
 import pytest
 
-from gateway.admission import Admission
-from gateway.endpoints import Endpoints
-from gateway.endpoints_file import Described, Description
-from gateway.served import Served
+from gateway.endpoints.admission import Admission
+from gateway.endpoints.endpoints import Endpoints
+from gateway.endpoints.file import Described, Description
+from gateway.endpoints.served import Served
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool
 from handler.errors import NotAdmitted

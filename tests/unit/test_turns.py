@@ -1,4 +1,4 @@
-"""`gateway.turns`: nothing is lost, in order within a key, fair between keys, and bounded."""
+"""`gateway.endpoints.turns`: nothing is lost, in order within a key, fair between keys, and bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway.turns import BACKGROUND_EVERY, Turn, Turns
+from gateway.endpoints.turns import BACKGROUND_EVERY, Turn, Turns
 
 LIMIT = 6
 LIMIT_BYTES = 60

@@ -1,4 +1,4 @@
-"""`gateway.uploads`: a form in pieces, its file given on as it comes."""
+"""`gateway.files.uploads`: a form in pieces, its file given on as it comes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import uploads
-from gateway.uploads import Form, read_form
+from gateway.files import uploads
+from gateway.files.uploads import Form, read_form
 from handler.errors import BadRequest, StorageFull
 from handler.messages import Request
 

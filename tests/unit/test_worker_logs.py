@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.control import Control
-from gateway.endpoints import Endpoints
+from gateway.endpoints.endpoints import Endpoints
 from gateway.upstreams import WorkerView
 from gateway.worker_logs import Reader, Source, follow, last, sources
 from handler.errors import BadRequest

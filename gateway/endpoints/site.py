@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.admission import Admission
-from gateway.clients import Clients
-from gateway.endpoints_file import Described
+from gateway.accounts.clients import Clients
+from gateway.accounts.usage import Prices
+from gateway.endpoints.admission import Admission
+from gateway.endpoints.file import Described
+from gateway.endpoints.served import Served, refusals
 from gateway.metrics import Metrics
-from gateway.served import Served, refusals
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool
 from gateway.upstreams.control_plane import ControlPlane
@@ -23,7 +24,6 @@ from gateway.upstreams.local import LocalPool
 from gateway.upstreams.pool import Keep
 from gateway.upstreams.runpod import RunpodPool
 from gateway.upstreams.successive import OwnPool
-from gateway.usage import Prices
 from handler.messages import Call
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Site:
-    """Makes endpoints of their descriptions (`gateway.served.Means`).
+    """Makes endpoints of their descriptions (`gateway.endpoints.served.Means`).
 
     Their workers are `command`, run on the devices that `environ` lets this process see, and what they write
     is kept in a folder of `logs` for each endpoint. `tell` hears, on the loop, what happens to whose workers.

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from gateway.batch_table import Row
-from gateway.draft import digest, sync_folder
-from gateway.file_store import READ_BYTES, File, FileStore
+from gateway.batches.table import Row
+from gateway.files.draft import digest, sync_folder
+from gateway.files.store import READ_BYTES, File, FileStore
 
 
 class Results:

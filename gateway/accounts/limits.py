@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 
-from gateway.keys import Key
+from gateway.accounts.keys import Key
 from handler.errors import RateLimited
 from handler.messages import Headers
 

@@ -32,7 +32,7 @@ from sqlalchemy import (
     select,
 )
 
-from gateway.draft import Draft, full_disk_is_told
+from gateway.files.draft import Draft, full_disk_is_told
 from gateway.store import Store, metadata
 from handler.errors import NotFound, StartError, StorageFull
 

@@ -1,6 +1,6 @@
 """Who may come in: the keys that a gateway knows, as hashes, and what each of them may ask.
 
-They are kept in the database (`gateway.key_table`), but for the one that `API_KEY` gives.
+They are kept in the database (`gateway.accounts.key_table`), but for the one that `API_KEY` gives.
 """
 
 from __future__ import annotations

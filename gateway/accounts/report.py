@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, literal, or_, select
 
-from gateway.key_table import TABLE as KEYS
-from gateway.keys import ENV_ID, ENV_NAME
-from gateway.usage import USAGE
+from gateway.accounts.key_table import TABLE as KEYS
+from gateway.accounts.keys import ENV_ID, ENV_NAME
+from gateway.accounts.usage import USAGE
 from handler.errors import BadRequest
 
 _NAME = func.coalesce(KEYS.c.name, literal(ENV_NAME))

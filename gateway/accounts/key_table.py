@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.keys import ENV_ID, ENV_NAME, Key, Keys
+from gateway.accounts.keys import ENV_ID, ENV_NAME, Key, Keys
 from gateway.store import Store, metadata
 from handler.auth import digest, generate
 from handler.errors import BadRequest, NotFound

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from gateway.endpoint import Endpoint
-from gateway.endpoints_file import Described, Description
-from gateway.served import Served
+from gateway.endpoints.endpoint import Endpoint
+from gateway.endpoints.file import Described, Description
+from gateway.endpoints.served import Served
 from gateway.settings import GatewaySettings
 from handler.errors import BadSettings, NotAdmitted
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from gateway import batch_table as table
-from gateway import file_store, openai_route
-from gateway.batch_runs import BatchRuns
-from gateway.batch_table import Row
-from gateway.file_store import new_id
-from gateway.files import expires_in_s
-from gateway.keys import Keys
+from gateway import openai_route
+from gateway.accounts.keys import Keys
+from gateway.batches import table
+from gateway.batches.runs import BatchRuns
+from gateway.batches.table import Row
+from gateway.files import store as file_store
+from gateway.files.routes import expires_in_s
+from gateway.files.store import new_id
 from handler import batch_lines, batch_object
 from handler.batch_lines import FILE_MAX_BYTES
 from handler.batch_object import Batch

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self
 
-from gateway.admission import Admission
 from gateway.counted import Counted
-from gateway.endpoint import Endpoint
-from gateway.endpoints_file import Described
+from gateway.endpoints.admission import Admission
+from gateway.endpoints.endpoint import Endpoint
+from gateway.endpoints.file import Described
 from gateway.settings import GatewaySettings
 from gateway.upstreams import Pool, WorkerView
 from gateway.upstreams.successive import FINISH_S, OwnPool, Successive
@@ -27,7 +27,7 @@ OTHERS_HOLD = ("queue_limit", "queue_timeout_s")
 
 
 class Means(Protocol):
-    """What endpoints are made with: `gateway.site.Site`."""
+    """What endpoints are made with: `gateway.endpoints.site.Site`."""
 
     def pool(self, described: Described) -> OwnPool:
         """Workers, of whom none is started yet."""

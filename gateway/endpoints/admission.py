@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from gateway.turns import Turn, Turns
+from gateway.endpoints.turns import Turn, Turns
 from gateway.upstreams import Pool, WorkerLost
 from handler.admission import with_cold_start
 from handler.errors import DeadlineExceeded, NotAdmitted, RequestError, retry_after
@@ -52,12 +52,12 @@ class _Waiter(Turn):
 class Admission:
     """Lets a request through to `pool` at once if there is a place and nobody waits for it.
 
-    The others wait for a fair turn (`gateway.turns`): at most `limit` of `limit_bytes`, as many again in the
-    background, each until its deadline, `queue_timeout_s` after its arrival (`Visit.deadline_s`). A stream
-    that waits gets comments (`handler.waiting.kept_alive`). `check` sees each that would have to wait, and
-    raises what the worker is sure to answer it with. A request whose worker went away before it answered goes
-    first to the next one. Who waited for a start hears in `x-cold-start` how many seconds that took. `tell`
-    hears what came of each request, and for how many seconds it waited.
+    The others wait for a fair turn (`gateway.endpoints.turns`): at most `limit` of `limit_bytes`, as many
+    again in the background, each until its deadline, `queue_timeout_s` after its arrival
+    (`Visit.deadline_s`). A stream that waits gets comments (`handler.waiting.kept_alive`). `check` sees each
+    that would have to wait, and raises what the worker is sure to answer it with. A request whose worker went
+    away before it answered goes first to the next one. Who waited for a start hears in `x-cold-start` how
+    many seconds that took. `tell` hears what came of each request, and for how many seconds it waited.
 
     Raises `NotAdmitted` and `DeadlineExceeded`, both with `Retry-After`.
     """

@@ -42,11 +42,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.usage import Entry, Prices, add, kept_name, sums
 from gateway.instances import dead
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
 from gateway.store import Store, metadata
-from gateway.usage import Entry, Prices, add, kept_name, sums
 from handler.messages import Call, Request
 from handler.usage import Meter, read_along
 

@@ -16,10 +16,10 @@ from urllib.parse import quote
 from sqlalchemy import Connection
 
 from gateway import openai_route
+from gateway.accounts.keys import Keys
 from gateway.app import Reads
-from gateway.file_store import READ_BYTES, FileStore, no_such_file
-from gateway.keys import Keys
-from gateway.uploads import OVERHEAD_BYTES, read_form
+from gateway.files.store import READ_BYTES, FileStore, no_such_file
+from gateway.files.uploads import OVERHEAD_BYTES, read_form
 from handler.errors import BadRequest, MethodNotAllowed, json_reply
 from handler.messages import Call, Reply, Request
 

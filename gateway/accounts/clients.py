@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from email.parser import BytesParser
 from email.policy import HTTP
 
-from gateway.keys import Key, Keys
-from gateway.limits import Limits
-from gateway.metering import Metering
-from gateway.usage import Prices
+from gateway.accounts.keys import Key, Keys
+from gateway.accounts.limits import Limits
+from gateway.accounts.metering import Metering
+from gateway.accounts.usage import Prices
 from handler.body import json_object
 from handler.errors import BadRequest, NoSuchModel, json_reply
 from handler.messages import Call, Reply, Request, read

@@ -21,11 +21,10 @@ from typing import Any, Self
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway import batch_results
-from gateway import batch_table as table
-from gateway.batch_run import BatchRun, Means
-from gateway.batch_table import Row
-from gateway.file_store import new_id, to_the_end
+from gateway.batches import results, table
+from gateway.batches.run import BatchRun, Means
+from gateway.batches.table import Row
+from gateway.files.store import new_id, to_the_end
 from handler import batch_object
 from handler.batch_object import Batch
 from handler.errors import Conflict
@@ -164,7 +163,7 @@ class BatchRuns:
     async def _moved(self, row: Row) -> Row:
         """`row`, whose results are copies of what counts of the last gateway's."""
         mine = replace(row, output_file_id=new_id("file-"), error_file_id=new_id("file-"))
-        await asyncio.to_thread(batch_results.copy, self.means.files, row, mine)
+        await asyncio.to_thread(results.copy, self.means.files, row, mine)
         await self.means.store.write(partial(table.move, row=mine))
         return mine
 

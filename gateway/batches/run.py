@@ -17,17 +17,18 @@ from functools import partial
 
 from sqlalchemy import Connection
 
-from gateway import batch_table as table
-from gateway import file_store, usage
-from gateway.batch_check import Checked, check
-from gateway.batch_results import Results, made_files
-from gateway.batch_table import Row
-from gateway.clients import permit
-from gateway.endpoint import Endpoint
-from gateway.file_store import FileStore, to_the_end
-from gateway.keys import Keys
+from gateway.accounts import usage
+from gateway.accounts.clients import permit
+from gateway.accounts.keys import Keys
+from gateway.accounts.usage import Entry, Prices
+from gateway.batches import table
+from gateway.batches.check import Checked, check
+from gateway.batches.results import Results, made_files
+from gateway.batches.table import Row
+from gateway.endpoints.endpoint import Endpoint
+from gateway.files import store as file_store
+from gateway.files.store import FileStore, to_the_end
 from gateway.store import Store
-from gateway.usage import Entry, Prices
 from handler import batch_object
 from handler.batch_ask import Asker
 from handler.batch_lines import Item, Outcome, Progress

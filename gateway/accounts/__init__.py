@@ -1,0 +1,1 @@
+"""Whose requests they are: keys, what each of them may ask, and what was used on its account."""

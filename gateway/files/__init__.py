@@ -1,0 +1,1 @@
+"""OpenAI's files, kept on this machine: they come in pieces, and nobody sees one that is not whole."""
