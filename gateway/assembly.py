@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.accounts.clients import Clients
 from gateway.accounts.key_table import Following
 from gateway.accounts.keys import Keys
+from gateway.accounts.levels import Levels
 from gateway.accounts.limits import Limits
 from gateway.accounts.metering import Metering
 from gateway.accounts.usage import Prices
@@ -69,6 +70,7 @@ class Assembly:
         self._traces = base.traces
         self._metrics, self._limits = Metrics(), Limits()
         self._store, self._instance = store, Instance(store)
+        self._levels = Levels(store, self._limits)
         instance = self._instance.id
         self._metering = Metering(store, keys, self._limits, instance=instance, tell=self._metrics.used)
         site = Site(
@@ -125,8 +127,9 @@ class Assembly:
     async def __aenter__(self) -> Self:
         """Raises `StartError`, and has then left nothing behind."""
         with faults_told():
+            accounts = (self._instance, self._levels, self._metering)
             async with AsyncExitStack() as stack:
-                for part in (self._instance, self._metering, self.endpoints, self._jobs, self._batches):
+                for part in (*accounts, self.endpoints, self._jobs, self._batches):
                     await stack.enter_async_context(part)
                 self._stack = stack.pop_all()
         self._instance.adopters += [self._metering.adopt, self._jobs.adopt, self._batches.adopt]

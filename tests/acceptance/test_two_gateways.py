@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -341,3 +342,94 @@ async def test_a_restart_of_the_database_under_load_loses_nothing(
         assert Counter(row["requests"] for row in rows) == {1: len(jobs) + len(late) + len(streams)}
         assert {row["completion_tokens"] for row in rows} == {TOKENS}
         assert {row["prompt_tokens"] for row in rows} == {PROMPT_TOKENS}
+
+
+@dataclass
+class Limited:
+    """A client with a key of so many requests in a minute, which counts what it gets."""
+
+    key: str
+    per_minute: int
+    got: int = 0
+    began_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def may_have(self) -> float:
+        """How many requests the key has been given by now, if all gateways count together."""
+        return self.per_minute * (1 + (time.monotonic() - self.began_s) / 60)
+
+    async def ask(self, at: Gateway) -> int:
+        """Ask for one token; returns how long to wait, 0 if it was answered."""
+        url, body = f"{at.root}/v2/local/openai/v1/chat/completions", {"model": "m", "messages": []}
+        asking = at.session.post(url, json={**body, "max_tokens": 1}, headers=self.headers)
+        async with asking as reply:
+            assert reply.status in {200, 429}, await reply.text()
+            self.got += reply.status == 200
+            return int(reply.headers.get("retry-after", 0))
+
+    async def ask_until_refused(self, at: Gateway) -> int:
+        """Returns how long to wait then."""
+        while not (wait_s := await self.ask(at)):
+            pass
+        return wait_s
+
+    async def left(self, at: Gateway) -> int:
+        """What a gateway says of it; to ask for that costs nothing."""
+        async with at.session.get(f"{at.root}/v2/local/health", headers=self.headers) as reply:
+            return int(reply.headers.get("x-ratelimit-remaining-requests", 10**6))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of each request."""
+        return {"authorization": f"Bearer {self.key}"}
+
+
+async def limited(a: Gateway, b: Gateway, name: str, per_minute: int) -> Limited:
+    """One whom both know."""
+    asked = {"name": name, "requests_per_minute": per_minute}
+    status, made = await a.ask("POST", "/admin/keys", json=asked)
+    assert status == 201
+    one = Limited(made["key"], per_minute)
+    await come(lambda: _is(one.left(b), lambda left: left == per_minute))
+    return one
+
+
+async def _is(number: Awaitable[int], wanted: Callable[[int], bool]) -> bool:
+    return wanted(await number)
+
+
+async def test_a_limit_is_that_of_all_gateways(tmp_path: Path, server: postgres.Server) -> None:
+    """Also of a new one, and of those that were without a database, for which nobody was refused."""
+    url = server.database()
+    async with AsyncExitStack() as stack:
+        a = await stack.enter_async_context(gateway("a", tmp_path, url, per_s=1000))
+        one: Limited
+        async with gateway("b", tmp_path, url, per_s=1000) as b:
+            one = await limited(a, b, "in turn", 30)
+            for _ in range(20):
+                assert not await one.ask(a)
+            await come(lambda: _is(one.left(b), lambda left: left <= 30 - 20 + 1))
+            wait_s = await one.ask_until_refused(b)
+            assert 30 <= one.got <= one.may_have
+            await come(lambda: _is(one.left(a), lambda left: left == 0))
+            await asyncio.sleep(wait_s)  # as it was told
+            assert not await one.ask(a)
+
+            both = await limited(a, b, "at once", 600)
+            clients = [both.ask_until_refused(at) for at in (a, b) for _ in range(4)]
+            await asyncio.gather(*clients)
+            over = both.got - both.may_have
+            print(f"{both.got} requests of 600 a minute at two gateways, {over:.0f} too many")
+            assert 600 <= both.got <= both.may_have + 300
+
+            away = await limited(a, b, "away", 20)
+            await asyncio.to_thread(server.stop, crash=True)
+            asked = [away.ask(at) for at in (a, b) for _ in range(30)]
+            await asyncio.gather(*asked)
+            assert 40 <= away.got <= 2 * away.may_have, "each may let in what it could alone"
+            await asyncio.to_thread(server.start)
+            for at in (a, b):
+                await come(lambda at=at: _is(away.ask(at), lambda wait_s: wait_s > 20))  # type: ignore[misc]
+        async with gateway("c", tmp_path, url, per_s=1000) as c:
+            assert await both.left(c) < 300
+            assert await away.ask(c) > 10
