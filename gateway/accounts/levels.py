@@ -100,18 +100,23 @@ class Levels:
         self._limits.hear(levels, told)
 
     async def _tell_always(self) -> None:
-        loop, rest_s = asyncio.get_running_loop(), 0.0
         while not self._ending.is_set():
+            rest_s = await self._try_exchange()
             await _heard_within(self._ending, rest_s)
             await _heard_within(self._hurried, TELL_S - rest_s)
             self._hurried.clear()
-            began_s = loop.time()
-            try:
-                await self.exchange()
-                rest_s = min(TELL_S, max(REST_S, loop.time() - began_s))
-            except SQLAlchemyError as error:
-                log.warning("limits could not be told or heard", extra={"reason": str(error)})
-                rest_s = TELL_S
+        await self._try_exchange()
+
+    async def _try_exchange(self) -> float:
+        """Returns how long to rest, whoever is in a hurry."""
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        try:
+            await self.exchange()
+        except SQLAlchemyError as error:
+            log.warning("limits could not be told or heard", extra={"reason": str(error)})
+            return TELL_S
+        return min(TELL_S, max(REST_S, loop.time() - began_s))
 
 
 async def _heard_within(event: asyncio.Event, timeout_s: float) -> None:

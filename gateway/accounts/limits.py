@@ -21,8 +21,6 @@ from handler.errors import RateLimited
 from handler.messages import Headers
 
 MINUTE_S = 60.0
-
-
 TELL_S = 1.0
 """What flows in within this time need not be told before it is over."""
 
