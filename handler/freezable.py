@@ -8,7 +8,10 @@ from typing import Any
 import uvloop
 
 from handler import ties
-from handler.engine import CANARY_TIMEOUT_S, Engine, canary, prepare, speak_to_nobody
+from handler.canary import CANARY_TIMEOUT_S, canary
+from handler.engine import Engine
+from handler.preparation import prepare
+from handler.replacements import speak_to_nobody
 
 SLEEP_LEVEL = 2
 """vLLM's deepest sleep: weights and KV cache are given up, not kept in the machine's memory."""

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import MutableMapping
 
 from handler import baked, logs, model, readahead
-from handler.engine import flag_checks, make_parser
 from handler.errors import BadSettings
 from handler.flags import flag_faults
 from handler.phases import Phases, process_started_s
+from handler.preparation import flag_checks
+from handler.seam import make_parser
 from handler.settings import Settings
 
 log = logging.getLogger("handler")

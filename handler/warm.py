@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
-from handler import baked, engine, machine, readahead
-from handler.engine import Prepared
+from handler import baked, machine, preparation, readahead, seam
 from handler.errors import StartError
 from handler.phases import Phases
+from handler.preparation import Prepared
 from handler.settings import Settings, rest
 from handler.zygote import Asked, Tell, Zygote, threads
 
@@ -64,8 +64,8 @@ class Parent:
         before = dict(environ)
         environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
         try:
-            engine.check(settings, environ)
-            self.prepared = engine.prepare(settings, self.phases, environ)
+            preparation.check(settings, environ)
+            self.prepared = preparation.prepare(settings, self.phases, environ)
         except StartError as error:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
         self.added = {name: value for name, value in environ.items() if before.get(name) != value}
@@ -78,7 +78,7 @@ class Parent:
         """Why a fork of this process would not work, or None."""
         if threading.active_count() > 1 or len(running := threads()) > 1:
             return f"there are threads beside the main one: {', '.join(running)}"
-        return engine.touched_device() if "torch" in sys.modules else None
+        return seam.touched_device() if "torch" in sys.modules else None
 
     def learn(self, told: bytes) -> None:
         """Import what a worker has imported after its fork, for the next one.
@@ -92,7 +92,7 @@ class Parent:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - whatever a module out of its turn raises
                 log.debug("not imported ahead", extra={"import": name, "reason": str(error)})
-        self.prepared = engine.settle(self.prepared)
+        self.prepared = preparation.settle(self.prepared)
         for memory in self.prepared.memories:
             memory.end()  # what else is imported here, a worker brings
             memory.save()
