@@ -31,8 +31,9 @@ from gateway.files.store import FileStore
 from gateway.instances import Instance
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.routes import JobRoutes, worker_counts
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session

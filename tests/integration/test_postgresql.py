@@ -33,8 +33,9 @@ from gateway.files.store import File as Kept
 from gateway.files.store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
 from gateway.jobs import table, webhooks
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.table import NewJob, State
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.store import AWAY, Store, StoreUnusable
 from handler import batch_object, sse
