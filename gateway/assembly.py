@@ -23,6 +23,7 @@ from gateway.batches.routes import Batches
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.control import Control
+from gateway.database import StoreUnusable
 from gateway.endpoints.endpoints import Changes, Endpoints
 from gateway.endpoints.file import Description, describe
 from gateway.endpoints.site import Site
@@ -40,7 +41,7 @@ from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
-from gateway.store import Store, StoreUnusable
+from gateway.store import Store
 from gateway.upstreams.events import Event
 from handler.errors import BadSettings, NoResources
 

@@ -29,6 +29,7 @@ from gateway.batches import table as batch_table
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.batches.table import Row
+from gateway.database import StoreUnusable
 from gateway.files.store import File as Kept
 from gateway.files.store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
@@ -37,7 +38,7 @@ from gateway.jobs.destinations import Allowed
 from gateway.jobs.table import NewJob, State
 from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
-from gateway.store import AWAY, Store, StoreUnusable
+from gateway.store import AWAY, Store
 from handler import batch_object, sse
 from handler.errors import RequestError, StorageDown
 from handler.messages import Reply, Request, Visit, once, read
@@ -110,7 +111,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
     store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait for it as long as the server lets it, and what it had begun was not done."""
-    monkeypatch.setattr("gateway.store.STALL_MAX_S", 1)
+    monkeypatch.setattr("gateway.database.STALL_MAX_S", 1)
     begun, go_on = threading.Event(), threading.Event()
 
     def stall(connection: Connection) -> None:

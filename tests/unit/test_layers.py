@@ -82,6 +82,7 @@ GATEWAY_LAYERS = (
     {"accounts"},
     {"alone", "console", "instances", "settings", "worker_logs"},
     {"bodies", "counted", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
+    {"database"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {
