@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSE_GRACE_S = 10.0
-"""What vLLM gets to end beyond the drain's deadline; then the process ends without it."""
+"""Seconds that vLLM has to shut down, beyond the drain's deadline; then the process ends without it."""
 TYPICAL_TOKENS = 4096
-"""What a long prompt and its answer take of the KV cache."""
+"""Tokens of the KV cache that a long prompt and its answer take."""
 
 
 class Engine:

@@ -108,7 +108,10 @@ def prepare(settings: Settings, phases: Phases, environ: MutableMapping[str, str
 
 
 def remember(environ: Mapping[str, str]) -> Iterator[kept.Memory]:
-    """Take from the last start what Python would look for and compile again, from now on."""
+    """Begin to take from the last start what Python would otherwise look for and compile again.
+
+    Yields each of the memories that are on.
+    """
     if pulled("pack", environ):
         modules = pack.Pack(pack.place(environ), time.time())
         modules.begin()
@@ -214,9 +217,10 @@ def configure(args: Namespace, mode: str) -> Any:
 
 
 def settle(ready: Prepared) -> Prepared:
-    """In a process that only forks: do once what every worker would repeat, on a CPU.
+    """Do once, in a process that only forks, what every worker on a CPU would repeat.
 
-    What vLLM has replaced here is replaced in a fork, and the tokenizer is read.
+    vLLM's kernels are registered and the tokenizer is read; a fork has both. Returns `ready`, with its
+    renderer where that can be made here.
     """
     platform = seam("current_platform")
     if not platform.is_cpu() or ready.renderer is not None:

@@ -35,7 +35,7 @@ def register_model_class(model_name: str) -> None:
 
     vLLM would inspect it in a process that imports vLLM first, so as not to initialise CUDA in
     this one, and keep the result in a cache that a first start does not have. To be called on a
-    CPU only. What vLLM does not know it is left to say itself.
+    CPU only. A model that vLLM does not know is left for vLLM to refuse.
     """
     try:
         config = json.loads((Path(model_name).expanduser() / "config.json").read_text())

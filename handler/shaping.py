@@ -22,8 +22,8 @@ NOT_SHAPING = frozenset(
 def shaping(parser: ArgumentParser, args: Namespace, mode: str, environ: Mapping[str, str]) -> dict[str, str]:
     """What of a start decides which caches it makes and finds: flags that are not vLLM's default, as text.
 
-    Of a text that is no plain word, in which a password might be, its digest. And the compiler that is
-    named, which torch has in its keys though nothing is compiled.
+    A value that is no plain word may hold a password: its digest stands for it. The C++ compiler that
+    the environment names is in it too, because torch's keys have it even where nothing is compiled.
     """
     found = {
         name: _word(str(value))

@@ -42,7 +42,7 @@ class Fork:
         return self.prepared if asked.same_engine(self.prepared.settings) else None
 
     def teach(self) -> None:
-        """Tell the parent what was imported since."""
+        """Tell the parent which modules were imported since the fork."""
         new = (
             name for name in sys.modules.keys() - self.known if name.partition(".")[0] not in OF_ONE_WORKER
         )
@@ -101,7 +101,7 @@ class Parent:
         self.known = frozenset(sys.modules)
 
     def fork(self, asked: Asked, tell: Tell) -> Fork:
-        """In the fork: what the worker goes on from."""
+        """To be called in a fork: what the worker there has from its parent."""
         given = dict(asked.environ)
         baked.adopt(given)
         os.environ.clear()
@@ -112,7 +112,7 @@ class Parent:
         return Fork(given, phases, self.prepared, self.known, tell)
 
     def zygote(self, serve: Callable[[Fork], int]) -> Zygote:
-        """What forks this process; its workers do `serve`, and return its exit code."""
+        """The `Zygote` that forks this process; each worker runs `serve` and returns its exit code."""
         return Zygote(
             work=lambda asked, tell: serve(self.fork(asked, tell)),
             unsafe=self.unsafe,

@@ -31,7 +31,7 @@ class Allowed:
 
     @classmethod
     def of(cls, hosts: Sequence[str]) -> Allowed:
-        """Each of `hosts` is a name, an address or a network such as `10.0.0.0/8`."""
+        """What WEBHOOK_HOSTS allows: names, addresses and networks such as `10.0.0.0/8`."""
         names, networks = set(), []
         for host in hosts:
             try:
@@ -41,7 +41,7 @@ class Allowed:
         return cls(frozenset(names), tuple(networks))
 
     def host(self, name: str) -> bool:
-        """Whether the host `name` may be anywhere."""
+        """Whether the host `name` may lead anywhere, this machine's network included."""
         return name.lower().rstrip(".") in self.names
 
     def address(self, text: str) -> bool:

@@ -147,9 +147,9 @@ class Jobs:
         return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
-        """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
+        """What `job` has said since this was last asked; waits up to `hold_s` for something.
 
-        None if its time is over.
+        None once the job is no longer kept.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + hold_s

@@ -81,7 +81,7 @@ WEBHOOKS = Table(
 
 
 def add(connection: Connection, url: str, body: bytes, now: float) -> None:
-    """Have `body` told to `url`."""
+    """Have `body` sent to `url`, in the transaction of `connection`."""
     host = URL(url).host or ""
     connection.execute(insert(WEBHOOKS).values(url=url, host=host, body=body, tries=0, due_at=now))
 

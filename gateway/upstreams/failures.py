@@ -46,11 +46,11 @@ class Failures:
         return self._again_at_s - now_s
 
     def look_in_s(self, now_s: float) -> float:
-        """In how long `forget` has something to forget; infinite if there is nothing."""
+        """How long until `forget` has something to do; infinite if nothing has failed."""
         return math.inf if self.last is None else self.rest_s(now_s)
 
     def forget(self, now_s: float) -> bool:
-        """Whether the rest after the last failure is over just now: nobody is refused with it any more."""
+        """Forget a failure whose rest is over. True if there was one: nobody is refused with it any more."""
         if self.last is None or self.rest_s(now_s) > 0:
             return False
         self.last = None
