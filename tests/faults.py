@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import aiohttp
 
 from tests.gateway_process import main_with, root_of, running
+from tests.memory import resident_bytes
 from tests.steady_worker import PROMPT_TOKENS
 from tests.until import LOOK_S, until
 
@@ -38,10 +38,7 @@ class Gateway:
 
     def memory_bytes(self) -> int:
         """What it holds of the machine's memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) << 10
+        return resident_bytes(self.process.pid)
 
     async def status(self, session: aiohttp.ClientSession) -> Mapping[str, Any]:
         """Its only endpoint, as its admin sees it."""
