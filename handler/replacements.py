@@ -134,7 +134,7 @@ def allocate_kv_cache_untouched() -> None:
     module.torch = Torch()
 
 
-def speak_to_nobody() -> None:
+def skip_gloo_when_alone() -> None:
     """Have torch make groups of processes without gloo where this process is alone in them.
 
     gloo listens on a TCP port for each group, though nobody can come: 13 ports and threads, which a
