@@ -172,14 +172,14 @@ class WorkerPool(ABC):
         if failure is None or any(worker.starting or worker.serves for worker in self._workers.values()):
             return None
         return NotAdmitted(
-            f"The worker could not start: {failure.reason}.{self._said(failure.worker)}",
+            f"The worker could not start: {failure.reason}.{self._said(failure)}",
             retry_after_s=self._failures.rest_s(time.monotonic()),
             code="worker_start_failed",
         )
 
-    def _said(self, failed: str) -> str:
-        """What the worker `failed` has written last."""
-        tail = next((view.log_tail for view in self._ended if view.id == failed), ())
+    def _said(self, failure: StartFailed) -> str:
+        """What the worker that failed has written last."""
+        tail = next((view.log_tail for view in self._ended if view.id == failure.worker), ())
         return "\nIts output ends with:\n" + "\n".join(tail[-TOLD_LINES:]) if tail else ""
 
     def listen(self, heard: Callable[[], None]) -> None:
