@@ -285,9 +285,7 @@ def _parse(scope: Message) -> Request:
     headers = tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
     )
-    path = scope["path"].removeprefix(
-        scope.get("root_path", "")
-    )  # where an ASGI server has us below a folder
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # a server may have us below a folder
     return Request(scope["method"], path, headers, b"", scope["query_string"].decode("latin-1"))
 
 
