@@ -30,7 +30,7 @@ class Trace(Protocol):
         """It waited for a worker from `since_s` until now."""
 
     def attempted(self, call: Call) -> Call:
-        """`call`, a worker that is asked."""
+        """`call`, which asks a worker: each request to it is told as an attempt."""
 
 
 @dataclass(frozen=True, slots=True)

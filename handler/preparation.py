@@ -54,7 +54,7 @@ class Prepared:
     mode: str
     weights: loader.Choice
     shaping: Mapping[str, str]
-    """What of the settings decides which caches are made and found."""
+    """What decides which caches are made and found (`handler.shaping`)."""
     renderer: Any = None
     """vLLM's front end for prompts, tokenizer included, where a warm parent has made it."""
     memories: tuple[kept.Memory, ...] = ()

@@ -187,7 +187,7 @@ class BatchStore:
     # --- the end -------------------------------------------------------------------------------
 
     def results(self) -> tuple[Seen, Seen]:
-        """What is there of output.jsonl and error.jsonl."""
+        """output.jsonl and error.jsonl as they are now, for `merge`."""
         return self._seen("output.jsonl"), self._seen("error.jsonl")
 
     def merge(self, version: str, seen: tuple[Seen, Seen], goes_on: Callable[[], bool]) -> bool:
