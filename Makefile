@@ -71,7 +71,7 @@ chaos: ## The same for MINUTES (5), and the gateway is killed and reloaded too
 
 test-ray: ## Two nodes of Ray on this machine, real engines, the gateway in front; needs root, takes minutes
 	@$(INSTALL) $(ENGINE) dev ray --with ip
-	@$(PY) -m pytest -q tests/lanes/ray.py
+	@$(PY) -m pytest -q tests/lanes/ray_serve.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
