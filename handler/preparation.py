@@ -52,6 +52,7 @@ class Prepared:
     args: Namespace
     vllm_config: Any
     mode: str
+    """Where the engine core runs: `thread`, `fork` or `spawn`."""
     weights: loader.Choice
     shaping: Mapping[str, str]
     """What decides which caches are made and found (`handler.shaping`)."""
