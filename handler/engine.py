@@ -230,11 +230,8 @@ def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
     )
     with ExitStack() as stack:
         if ready.renderer is not None:
-            stack.enter_context(
-                replaced(
-                    sys.modules[async_llm.__module__], "renderer_from_config", lambda *_, **__: ready.renderer
-                )
-            )
+            theirs = sys.modules[async_llm.__module__]
+            stack.enter_context(replaced(theirs, "renderer_from_config", lambda *_, **__: ready.renderer))
         if ready.mode == "thread":
             core, executor = seam("EngineCore"), seam("Executor").get_class(vllm_config)
             client = ThreadCoreClient(
