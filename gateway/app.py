@@ -38,9 +38,9 @@ log = logging.getLogger("gateway")
 class Part(Protocol):
     """Some of the gateway's routes.
 
-    `find` gives the call that answers `request`, or None if the route is another part's. It runs twice, and
-    first before the body is read: what it raises is then all that the client hears. Who asks is known by then
-    where a key is needed (`Visit.caller`).
+    `find` gives the call that answers `request`, or None if the route is another part's. It runs twice, the
+    first time before the body is read: what it raises then is the whole answer. On routes that want a key,
+    `Visit.caller` is the key's id by then.
     """
 
     def find(self, request: Request) -> Call | None:
@@ -57,7 +57,7 @@ class Doorkeeper(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """A call that reads the body of its request by itself (`Request.pieces`), at most `max_bytes` of it."""
+    """A call that reads the body of its request by itself (`Request.pieces`), up to `max_bytes`."""
 
     call: Call
     max_bytes: int

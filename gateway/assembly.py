@@ -24,6 +24,7 @@ from gateway.batches.routes import Batches
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.control import Control
+from gateway.database import StoreUnusable
 from gateway.endpoints.endpoints import Changes, Endpoints
 from gateway.endpoints.file import Description, describe
 from gateway.endpoints.site import Site
@@ -32,15 +33,16 @@ from gateway.files.store import FileStore
 from gateway.instances import Instance
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.routes import JobRoutes, worker_counts
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
-from gateway.store import Store, StoreUnusable
+from gateway.store import Store
 from gateway.upstreams.events import Event
 from handler.errors import BadSettings, NoResources
 

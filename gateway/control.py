@@ -29,7 +29,7 @@ from handler.messages import Call, Reply, Request, once
 LINES = 100
 LINES_MAX = 10_000
 QUIET_LOOKS = 60
-"""After so many looks without anything new a log that is followed says a comment: about 15 s."""
+"""A log that is followed and has nothing new sends a comment after so many looks: about every 15 s."""
 
 
 async def _no_jobs(_: str) -> Mapping[str, int]:

@@ -36,7 +36,7 @@ log = logging.getLogger("gateway")
 
 LEASE_S = 15.0
 """How long after its last word a gateway is taken for dead: longer than one that stalls can keep the others
-from saying theirs (`gateway.store.STALL_MAX_S`)."""
+from saying theirs (`gateway.database.STALL_MAX_S`)."""
 BEAT_S = 3.0
 
 INSTANCES = Table(

@@ -23,7 +23,7 @@ from handler.supervision import Notifier
 
 
 class Running:
-    """Tells a person what happens, and stops where that is all there is to do."""
+    """Runs a gateway until a signal, or until the first worker of its only endpoint can never start."""
 
     def __init__(self, settings: GatewaySettings, console: Console) -> None:
         self._settings = settings

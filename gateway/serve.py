@@ -93,7 +93,7 @@ def traced(settings: GatewaySettings) -> Iterator[Traces | None]:
 
 @asynccontextmanager
 async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """`work` beside the block, and cancelled after it."""
+    """Run `work` as a task while the block runs, and cancel it at its end."""
     task = asyncio.create_task(work)
     try:
         yield

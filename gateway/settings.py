@@ -1,4 +1,4 @@
-"""Every setting of the gateway: the worker's machinery and shared rows, another table.
+"""Every setting of the gateway, as one table and as one frozen object; rows like the worker's are shared.
 
 Gateway and worker share one environment, so each knows the other's names: none is a
 fault to the other. What only the worker knows, the worker checks.

@@ -80,7 +80,7 @@ def allowed(method: str, path: str) -> None:
 
 
 def pattern(path: str) -> str | None:
-    """One of a bounded number of names for the OpenAI route of `path`; None if it is none."""
+    """The route of `path`, as a label of which there are few; None if it is none of OpenAI's."""
     path = _canonical(path)
     return "/v1/models/{id}" if path.startswith(_MODELS + "/") else path if path in ROUTES else None
 

@@ -54,7 +54,7 @@ from typing import Any, ClassVar
 from handler.messages import Headers, Reply, as_json, once
 
 START_FAILED_RETRY_AFTER_S = 60
-"""A worker that could not start never will: whoever asks again needs another one by then."""
+"""A worker that could not start never will. By then another one may have taken its place."""
 
 STORAGE_RETRY_AFTER_S = 5
 

@@ -49,9 +49,9 @@ def alone() -> None:
 
 def configured(folder: Path, case: Mapping[str, Any]) -> Any:
     """vLLM's configuration for a case, on a CPU."""
-    engine: Any = importlib.import_module("handler.engine")
+    replacements: Any = importlib.import_module("handler.replacements")
     (folder / "config.json").write_text(json.dumps(case["config"]))
-    engine.register_model_class(str(folder))  # else a process of its own would import vLLM to inspect it
+    replacements.register_model_class(str(folder))  # else a process of its own imports vLLM to inspect it
     args = vllm("AsyncEngineArgs")(
         model=str(folder),
         load_format="dummy",

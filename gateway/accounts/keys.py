@@ -97,7 +97,7 @@ class Keys:
         self.store(stored)
 
     def store(self, stored: Iterable[Key]) -> None:
-        """Know these, and no longer the ones before."""
+        """Replace the stored keys by these."""
         self._by_id = {key.id: key for key in (*stored, self._env)}
         self._by_digest = {key.digest: key for key in self._by_id.values()}
 

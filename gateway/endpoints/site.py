@@ -127,7 +127,7 @@ class Site:
         )
 
     def guard(self, settings: GatewaySettings, ask: Call) -> Call:
-        """The call that clients have, made of the one that asks."""
+        """The call that clients have: the limits of their keys and metering around `ask`."""
         return self._clients.call(
             ask,
             endpoint_id=settings.endpoint_id,

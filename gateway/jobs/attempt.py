@@ -61,13 +61,13 @@ class Outputs:
         return taken
 
     async def news(self) -> None:
-        """Return once there is more than when this was asked, or it is known what came of it all."""
+        """Return once there are more outputs than at the time of the call, or all is over."""
         if not self._over:
             self._news.clear()
         await self._news.wait()
 
     def over(self) -> None:
-        """Nothing more comes, and what came of it is written down."""
+        """Say that there will be no more, and that the outcome is in the database."""
         self._over = True
         self._news.set()
 

@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 async def beside(size_bytes: int, work: Callable[[], T]) -> T:
-    """Do `work` on JSON of that size, if that is large in a thread."""
+    """Run `work`, which parses JSON of that size: in a thread if it is large."""
     return work() if size_bytes <= LARGE_BYTES else await asyncio.to_thread(work)
 
 

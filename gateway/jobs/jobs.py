@@ -14,7 +14,7 @@ from typing import Self
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.jobs import table
+from gateway.jobs import claims, table
 from gateway.jobs.attempt import first
 from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Costs, Ledger
@@ -147,9 +147,9 @@ class Jobs:
         return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
-        """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
+        """What `job` has said since this was last asked; waits up to `hold_s` for something.
 
-        None if its time is over.
+        None once the job is no longer kept.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + hold_s
@@ -241,7 +241,7 @@ class Jobs:
         try:
             await self._wake_all()
             running = [attempt.job for attempt in self._desk.attempts]
-            for job in await self._store.read(lambda connection: table.outdated(connection, running)):
+            for job in await self._store.read(lambda connection: claims.outdated(connection, running)):
                 self._stop(job)
         except SQLAlchemyError as error:
             log.warning("jobs can't be looked for", extra={"reason": str(error)})

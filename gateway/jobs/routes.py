@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from gateway.jobs import status, table, webhooks
+from gateway.jobs import destinations, status, table
 from gateway.jobs.document import Document, beside
 from gateway.jobs.jobs import Jobs
 from gateway.jobs.rates import Rates
@@ -73,7 +73,7 @@ class JobRoutes:
     jobs: Jobs
     endpoints: Collection[str]
     account: Callers
-    allowed: webhooks.Allowed
+    allowed: destinations.Allowed
     workers: Callable[[str], Mapping[str, int]] = lambda _: {}
     rates: Rates = field(default_factory=Rates)
 
@@ -225,7 +225,7 @@ def _check_size(request: Request, operation: str) -> None:
 
 
 def _parse(
-    request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed
+    request: Request, endpoint_id: str, kind: str, allowed: destinations.Allowed
 ) -> tuple[NewJob, Request | None]:
     """The job that `request` submits, and what it asks for (`_inside`). Raises `BadRequest`."""
     try:
@@ -250,7 +250,7 @@ def _parse(
         body=document.dump(body["input"]),
         kind=kind,
         background=background,
-        webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
+        webhook=None if body.get("webhook") is None else destinations.checked(body["webhook"], allowed),
         idempotency_key=idempotency_key,
         digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
     )

@@ -21,12 +21,13 @@ from ray import serve
 
 from handler import asgi, edge, metrics, slots
 from handler.bridge import across
-from handler.engine import Engine, make_parser
+from handler.engine import Engine
 from handler.errors import EngineFailed, UsageError
 from handler.flags import named
 from handler.messages import Call, Reply, Request, without
 from handler.platforms import door
 from handler.platforms.ray_settings import RaySettings
+from handler.seam import make_parser
 from handler.settings import TABLE
 from handler.start import begin, open_log, read_settings
 

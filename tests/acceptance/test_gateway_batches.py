@@ -15,8 +15,9 @@ import httpx
 import openai
 import pytest
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, gateway
+from tests.gateway_process import CHAT, Program, gateway
 from tests.scripted_worker import READY, Worker
+from tests.servers import KEY
 from tests.until import until
 
 MODEL = "org/model"
@@ -174,7 +175,7 @@ async def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path: Path) -> None
         host, _, port = url[0].partition(":")
         _, writer = await asyncio.open_connection(host, int(port))
         head = (
-            f"POST /{url[2]}/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n"
+            f"POST /{url[2]}/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
             "content-type: multipart/form-data; boundary=x\r\ncontent-length: 10000000\r\n\r\n"
             '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         )

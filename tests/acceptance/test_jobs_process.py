@@ -15,11 +15,12 @@ from typing import Any
 
 import aiohttp
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, ROOT, Program, gateway, started
+from tests.gateway_process import CHAT, Program, gateway, started
 from tests.hooks import Hooks
 from tests.job_endpoints import frames, used, whole
 from tests.scripted_app import Pause, Say, Script, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY, ROOT
 
 TEXT = "POST /v1/completions"
 VECTORS = "POST /v1/embeddings"

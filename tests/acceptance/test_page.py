@@ -20,11 +20,12 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from handler.errors import error_body
 from tests import servers
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, chunk, completion, gateway, started
 from tests.browser import TIMEOUT_MS, chromium, tab
 from tests.contract.test_openai_node import NPM
+from tests.gateway_process import CHAT, Program, chunk, completion, gateway, started
 from tests.scripted_app import Pause, Script, answer, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -14,10 +14,11 @@ import aiohttp
 import pytest
 
 from tests import otlp
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, chunk, completion, gateway, started
+from tests.gateway_process import CHAT, Program, chunk, completion, gateway, started
 from tests.otlp import Received
 from tests.scripted_app import Crash, Pause, answer, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"

@@ -6,10 +6,7 @@ Nothing that was accepted is lost, nothing is done or counted twice, and nothing
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -24,17 +21,13 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests import postgres
-from tests.servers import KEY, ROOT
+from tests.gateway_process import main_with, root_of, running
+from tests.servers import KEY
 from tests.steady_worker import PROMPT_TOKENS
 from tests.until import LOOK_S
 
 LEASE_S = 2.0
-WITH_STEADY_WORKERS = (
-    "import sys; from gateway import instances; "
-    f"instances.LEASE_S, instances.BEAT_S = {LEASE_S}, 0.4; "
-    "from gateway.__main__ import main; from tests.steady_worker import COMMAND; "
-    "sys.exit(main(sys.argv[1:], COMMAND))"
-)
+QUICKER = f"from gateway import instances; instances.LEASE_S, instances.BEAT_S = {LEASE_S}, 0.4; "
 TOKENS = 30
 CUT_TOKENS = 90
 """Of a stream that is to be cut: long enough to be written down on its way."""
@@ -138,12 +131,6 @@ async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> As
     with suppress(FileExistsError):
         (folder / name / "files").symlink_to(folder / "files")
     environ = {
-        **{key: os.environ[key] for key in ("PATH", "HOME", "VIRTUAL_ENV") if key in os.environ},
-        "PORT": "0",
-        "API_KEY": KEY,
-        "MODEL_NAME": "org/model",
-        "WARM_PARENT": "off",
-        "TMPDIR": str(folder / name),
         "DATA_DIR": str(folder / name),
         "DATABASE_URL": url,
         "MIN_WORKERS": "1",
@@ -153,36 +140,20 @@ async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> As
         "VLLM_SKIP_MODEL_NAME_VALIDATION": "true",
     }
     stderr = folder / f"{name}.stderr"
-    with stderr.open("a") as errors:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WITH_STEADY_WORKERS),
-            env=environ,
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+    program = main_with("tests.steady_worker", QUICKER)
     connector = aiohttp.TCPConnector(limit=0)
-    session = aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}, connector=connector)
     try:
-        assert process.stdout is not None
-        line = b""
-        while b"/openai/v1" not in line:
-            line = await process.stdout.readline()
-            assert line, stderr.read_text()[-4000:]
-        found = re.search(r"(http://\S+)/v2/local/openai/v1", line.decode())
-        assert found
-        at = Gateway(process, found[1], session, stderr)
-        await at.in_flight(0)
-        yield at
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-            assert await process.wait() == 0
+        async with (
+            running(program, folder / name, environ, stderr=stderr) as process,
+            aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}, connector=connector) as session,
+        ):
+            at = Gateway(process, await root_of(process, stderr), session, stderr)
+            await at.in_flight(0)
+            yield at
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+                assert await process.wait() == 0
     finally:
-        await session.close()
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
         assert postgres.PASSWORD not in stderr.read_text()
 
 

@@ -13,7 +13,8 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 
 from gateway.jobs import webhooks
-from gateway.jobs.webhooks import HOST_AT_ONCE, WEBHOOKS, Allowed, Webhooks
+from gateway.jobs.destinations import Allowed
+from gateway.jobs.webhooks import HOST_AT_ONCE, WEBHOOKS, Webhooks
 from gateway.store import Store
 from tests.hooks import Hooks
 from tests.job_endpoints import Names

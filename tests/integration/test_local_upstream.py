@@ -19,7 +19,7 @@ from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
-from gateway.upstreams.pool import Keep, back_off_s
+from gateway.upstreams.pool import Keep
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
 from tests import scripted_zygote
@@ -436,8 +436,3 @@ async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: 
         await worker.saw("stopping")
         worker.open("asked")
         assert await asking == b'{"id": "b"}'
-
-
-def test_back_off_doubles_up_to_a_minute() -> None:
-    """Not a crash loop."""
-    assert [back_off_s(n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]

@@ -17,9 +17,10 @@ from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView, pool
 from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed, Starting
+from gateway.upstreams.failures import TRIES
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
-from gateway.upstreams.pool import TRIES, Keep
+from gateway.upstreams.pool import Keep
 from handler import machine
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read

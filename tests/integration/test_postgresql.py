@@ -29,14 +29,16 @@ from gateway.batches import table as batch_table
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.batches.table import Row
+from gateway.database import StoreUnusable
 from gateway.files.store import File as Kept
 from gateway.files.store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
-from gateway.jobs import table, webhooks
+from gateway.jobs import claims, table, webhooks
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.table import NewJob, State
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
-from gateway.store import AWAY, Store, StoreUnusable
+from gateway.store import AWAY, Store
 from handler import batch_object, sse
 from handler.errors import RequestError, StorageDown
 from handler.messages import Reply, Request, Visit, once, read
@@ -109,7 +111,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
     store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait for it as long as the server lets it, and what it had begun was not done."""
-    monkeypatch.setattr("gateway.store.STALL_MAX_S", 1)
+    monkeypatch.setattr("gateway.database.STALL_MAX_S", 1)
     begun, go_on = threading.Event(), threading.Event()
 
     def stall(connection: Connection) -> None:
@@ -296,8 +298,8 @@ async def test_jobs_of_the_dead_are_adopted_once_and_those_of_the_living_stay(
     now = 1000.0
 
     def claim(connection: Connection, instance: str) -> Any:
-        ((job, _),) = table.claim(connection, "e", 1, background=False, after="", now=now, instance=instance)
-        assert table.begin(connection, job, now)
+        ((job, _),) = claims.claim(connection, "e", 1, background=False, after="", now=now, instance=instance)
+        assert claims.begin(connection, job, now)
         return job
 
     for _ in range(2):
@@ -306,20 +308,20 @@ async def test_jobs_of_the_dead_are_adopted_once_and_those_of_the_living_stay(
         store.write_now(lambda c, name=name: c.execute(insert(INSTANCES).values(id=name, lease_until=1e12)))  # type: ignore[misc]
     living = store.write_now(lambda c: claim(c, "living"))
     dying = other.write_now(lambda c: claim(c, "dying"))
-    assert store.write_now(lambda c: table.adopt(c, now)) == []
+    assert store.write_now(lambda c: claims.adopt(c, now)) == []
     assert store.read_now(lambda c: table.find(c, dying.id, now)).state is State.IN_PROGRESS  # type: ignore[union-attr]
     store.write_now(lambda c: instances._remove(c, INSTANCES.c.id == "dying"))
     for one in (store, other, store):
-        one.write_now(lambda c: table.adopt(c, now))
+        one.write_now(lambda c: claims.adopt(c, now))
     found = store.read_now(lambda c: table.find(c, dying.id, now))
     assert found is not None
     assert (found.state, found.retries) == (State.IN_QUEUE, 1)
     ending = table.Ending(State.COMPLETED, b"[]")
-    assert other.write_now(lambda c: table.end(c, dying, ending, now)) is None, "it was lost"
-    assert store.write_now(lambda c: table.end(c, living, ending, now)) is not None
+    assert other.write_now(lambda c: claims.end(c, dying, ending, now)) is None, "it was lost"
+    assert store.write_now(lambda c: claims.end(c, living, ending, now)) is not None
     assert (
         store.write_now(
-            lambda c: table.claim(c, "e", 1, background=False, after="", now=now, instance="dying")
+            lambda c: claims.claim(c, "e", 1, background=False, after="", now=now, instance="dying")
         )
         == []
     ), "who is taken for dead gets nothing"

@@ -19,9 +19,9 @@ from gateway.accounts.usage import USAGE, Prices
 from gateway.app import Gateway
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.rates import LIMITS, Rates
 from gateway.jobs.routes import JobRoutes, worker_counts
-from gateway.jobs.webhooks import Allowed
 from gateway.metrics import Metrics
 from gateway.store import Store
 from handler.asgi import App, call_app

@@ -12,9 +12,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 from sqlalchemy import Connection, create_engine, event, select
 from sqlalchemy.exc import IntegrityError
 
-from gateway.jobs import table
+from gateway.jobs import claims, table
+from gateway.jobs.claims import ATTEMPTS_MAX
 from gateway.jobs.table import (
-    ATTEMPTS_MAX,
     JOBS,
     OUTPUTS,
     RUN_KEPT_S,
@@ -55,7 +55,7 @@ def new(key_id: str = "a", **how: object) -> NewJob:
 
 def take(connection: Connection, most: int = 1, *, background: bool = False, after: str = "") -> list[Job]:
     """Claim, at the beginning of time."""
-    return [job for job, _ in table.claim(connection, "e", most, background=background, after=after, now=0)]
+    return [job for job, _ in claims.claim(connection, "e", most, background=background, after=after, now=0)]
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Lives(RuleBasedStateMachine):
     )
     def claim(self, most: int, low: bool, after: str) -> object:
         """A runner has room."""
-        claimed = table.claim(self.connection, "e", most, background=low, after=after, now=self.now)
+        claimed = claims.claim(self.connection, "e", most, background=low, after=after, now=self.now)
         for job, body in claimed:
             model = self.models[job.id]
             assert (model.state, model.background, body) == (State.IN_QUEUE, low, b"{}")
@@ -144,7 +144,7 @@ class Lives(RuleBasedStateMachine):
     def begin(self, token: Job) -> None:
         """A worker has it, says a runner."""
         model = self.current(token, State.CLAIMED)
-        assert table.begin(self.connection, token, self.now) is (model is not None)
+        assert claims.begin(self.connection, token, self.now) is (model is not None)
         if model:
             model.state = State.IN_PROGRESS
 
@@ -153,7 +153,7 @@ class Lives(RuleBasedStateMachine):
         """It has come to something, says a runner."""
         model = self.current(token, State.CLAIMED, State.IN_PROGRESS)
         output = b"[%d]" % token.attempt
-        ended = table.end(self.connection, token, Ending(state, output), self.now)
+        ended = claims.end(self.connection, token, Ending(state, output), self.now)
         assert (ended is not None) is (model is not None)
         if model:
             model.state = state
@@ -165,7 +165,7 @@ class Lives(RuleBasedStateMachine):
     def lose(self, token: Job) -> None:
         """Its worker is gone, says a runner."""
         model = self.current(token, State.CLAIMED, State.IN_PROGRESS)
-        assert (table.lose(self.connection, token, "gone", self.now) is not None) is (model is not None)
+        assert (claims.lose(self.connection, token, "gone", self.now) is not None) is (model is not None)
         if model:
             self.lost(model)
 
@@ -173,7 +173,7 @@ class Lives(RuleBasedStateMachine):
     def give_back(self, token: Job) -> None:
         """No worker would have it, says a runner."""
         model = self.current(token, State.CLAIMED, State.IN_PROGRESS)
-        assert table.give_back(self.connection, token) is (model is not None)
+        assert claims.give_back(self.connection, token) is (model is not None)
         if model:
             model.state = State.IN_QUEUE
 
@@ -202,7 +202,7 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """The gateway is killed, and the next one takes over."""
-        table.adopt(self.connection, self.now)
+        claims.adopt(self.connection, self.now)
         for model in self.models.values():
             if model.state is State.CLAIMED:
                 model.state = State.IN_QUEUE
@@ -299,5 +299,5 @@ def test_jobs_that_wait_count_for_the_bound(connection: Connection) -> None:
     assert table.queued(connection, "e") == (2, 4)
     (claimed,) = take(connection)
     assert table.queued(connection, "e") == (2, 4)
-    table.begin(connection, claimed, 0)
+    claims.begin(connection, claimed, 0)
     assert table.queued(connection, "e") == (1, 2)

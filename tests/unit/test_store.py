@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import Column, Connection, Integer, Table, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from gateway.store import Store, StoreUnusable, metadata
+from gateway.database import StoreUnusable
+from gateway.store import Store, metadata
 
 NUMBERS = Table("test_numbers", metadata, Column("number", Integer, primary_key=True))
 

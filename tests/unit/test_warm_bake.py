@@ -190,8 +190,8 @@ def test_a_start_does_not_outlive_who_asked_for_it(bake: Path) -> None:
 LONG_START = """
 import threading
 from builder import start
-from handler import engine
-engine.check = lambda *_: threading.Event().wait()
+from handler import preparation
+preparation.check = lambda *_: threading.Event().wait()
 start.start()
 """
 
