@@ -37,7 +37,15 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.schema import CreateColumn
 
 from handler.errors import StartError
@@ -96,8 +104,9 @@ class OutcomeUnknown(StoreAway):
     """The database does not answer, and may have done what it was asked for."""
 
 
-AWAY = (OperationalError, InterfaceError, StoreAway)
-"""What is raised while there is no database; it may be there the next time."""
+AWAY = (OperationalError, InterfaceError, InternalError, ProgrammingError, StoreAway)
+"""What is raised while there is no database, or one that can't be written, or lacks a table: SQLite has one
+error for these, PostgreSQL a class for each. It may be there the next time."""
 
 
 class Store:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from sqlalchemy import Connection, func, insert, select, text, update
+from sqlalchemy import Connection, event, func, insert, select, text, update
 
 from gateway import instances
 from gateway.accounts import key_table
@@ -48,9 +50,10 @@ KEY = Key("key_a", "a", b"")
 
 
 @pytest.fixture
-def url(postgresql: postgres.Server) -> str:
+def url(postgresql: postgres.Server) -> Iterator[str]:
     """An empty database."""
-    return postgresql.database()
+    with postgresql.schema() as url:
+        yield url
 
 
 @pytest.fixture
@@ -173,6 +176,42 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
         assert await ask("POST") == 503
         await asyncio.to_thread(own_server.start)
         assert await ask("GET") == 200
+
+
+async def test_a_database_that_can_only_be_read_is_told_as_one_that_is_away(url: str) -> None:
+    """As a standby is after a failover: what needs no write is answered, and it passes."""
+    with closing(Store.open(url)) as store:
+        keys = Keys("secret")
+        gateway = Gateway([Admin(store, Following(keys, store))], keys, Metrics())
+        headers = (("authorization", "Bearer secret"), ("content-type", "application/json"))
+
+        async def ask(method: str) -> int:
+            async with gateway.call(Request(method, "/admin/keys", headers, b'{"name": "x"}')) as reply:
+                await read(reply)
+                return reply.status
+
+        def read_only(connection: Connection) -> None:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+        event.listen(store._engine, "begin", read_only)
+        assert await ask("GET") == 200
+        with pytest.raises(StorageDown):
+            await ask("POST")
+        event.remove(store._engine, "begin", read_only)
+        assert await ask("POST") == 201
+
+
+async def test_what_may_be_on_its_way_to_another_gateway_stays_for_a_day(
+    store: Store, tmp_path: Path
+) -> None:
+    """What is older and has no row has been left by one that was killed."""
+    now = time.time()
+    for name, age_s in {"file-1.part": 3600, "file-2": 90_000, "file-3": 90_000}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age_s, now - age_s))
+    await FileStore(store, tmp_path, max_file_bytes=1, max_stored_bytes=1).open({"file-3"})
+    left = await asyncio.to_thread(lambda: {path.name for path in tmp_path.iterdir()})
+    assert left == {"file-1.part", "file-3"}
 
 
 def test_no_password_is_shown(url: str, caplog: pytest.LogCaptureFixture) -> None:
