@@ -197,6 +197,15 @@ class Store:
         """`write` for a command line."""
         return self.begin_write(work).result()
 
+    def session(self) -> Connection:
+        """A connection of its own, to be closed; each statement is a transaction. For locks that end with it.
+
+        Raises `SQLAlchemyError`.
+        """
+        connection = self._engine.connect().execution_options(**_READS, isolation_level="AUTOCOMMIT")
+        connection.detach()
+        return connection
+
     def give_up(self) -> None:
         """Wait no longer for a database that is away: who insists hears that it is."""
         self._closing.set()

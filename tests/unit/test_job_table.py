@@ -262,7 +262,7 @@ class Lives(RuleBasedStateMachine):
 def test_whatever_happens_in_whatever_order_a_job_comes_to_one_end(store: Store) -> None:
     """Nothing is lost, and who comes too late changes nothing."""
     lives = settings(max_examples=60, stateful_step_count=40, deadline=None)
-    run_state_machine_as_test(lambda: Lives(store), settings=lives)  # type: ignore[arg-type] - a factory will do
+    run_state_machine_as_test(lambda: Lives(store), settings=lives)  # type: ignore[arg-type]  # a factory will do
 
 
 def test_keys_take_turns(connection: Connection) -> None:

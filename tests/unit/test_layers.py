@@ -75,6 +75,7 @@ GATEWAY_LAYERS = (
     {"admin", "door", "jobs", "metrics", "openai_route"},
     {"accounts"},
     {"alone", "console", "instances", "settings", "worker_logs"},
+    {"presence"},
     {"bodies", "counted", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
