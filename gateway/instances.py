@@ -99,7 +99,7 @@ class Instance:
     async def __aenter__(self) -> Self:
         held = await self._hold() if self._store.shared else None
         await self._store.write(partial(self._enter, held=held))
-        self._steady_since_s = self._loop.time()
+        self._steady_since_s = time.monotonic()
         if self._store.shared:
             self._beating = asyncio.create_task(self._beat_always())
         return self
@@ -119,10 +119,11 @@ class Instance:
     async def beat(self) -> None:
         """Renew the lease, see who is gone, and take over what they have left."""
         held = await self._hold()
-        beginning_s = self._loop.time()
+        beginning_s = time.monotonic()
         # After an outage of the database every lease has run out: who lives has one lease's time to say so.
         steady = beginning_s - self._steady_since_s >= LEASE_S
-        lived, gone = await self._store.write(partial(self._beat, held=held, steady=steady))
+        beat = partial(self._beat, held=held, beginning_s=beginning_s, steady=steady)
+        lived, gone = await self._store.write(beat)
         if not lived:
             self._steady_since_s = beginning_s
         if gone:
@@ -150,8 +151,11 @@ class Instance:
             connection.execute(delete(INSTANCES))
         connection.execute(insert(INSTANCES).values(self._row(held)))
 
-    def _beat(self, connection: Connection, held: Held | None, *, steady: bool) -> tuple[bool, list[str]]:
+    def _beat(
+        self, connection: Connection, held: Held | None, *, beginning_s: float, steady: bool
+    ) -> tuple[bool, list[str]]:
         """Whether the lease still ran, and who is gone."""
+        now_s = time.monotonic()
         mine = INSTANCES.c.id == self.id
         before = connection.scalar(select(INSTANCES.c.lease_until >= _now()).where(mine))
         if before is None:  # others took this gateway for dead: what it had is theirs
@@ -159,7 +163,8 @@ class Instance:
         else:
             connection.execute(update(INSTANCES).where(mine).values(self._row(held)))
         gone: list[str] = []
-        if held is not None and time.monotonic() - held.since_s >= QUIET_S:
+        # A write that had to wait for its connection may come after an outage that the lock was taken before.
+        if held is not None and now_s - held.since_s >= QUIET_S and now_s - beginning_s < BEAT_S:
             silent = select(INSTANCES.c.id).where(
                 INSTANCES.c.server == held.server, INSTANCES.c.lease_until < _now() + (LEASE_S - QUIET_S)
             )

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
     own_server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 503 with `Retry-After`, be it stopped or silent; once it is there again all is as before."""
-    monkeypatch.setattr("gateway.store.PATIENCE_S", 0.2)
+    monkeypatch.setattr("gateway.store.PATIENCE_S", 1.0)
     with closing(Store.open(own_server.database())) as store:
         keys = Keys("secret")
         admin = Admin(store, Following(keys, store))
@@ -400,6 +401,20 @@ async def test_a_free_lock_proves_nothing_for_a_while(
         monkeypatch.setattr(instances, "QUIET_S", 0.0)
         await a.beat()
         assert listed() == {a.id, b.id}, "it has its lock again"
+
+
+async def test_a_look_that_took_long_proves_nothing(
+    store: Store, other: Store, postgresql: postgres.Server, at_once: None, listed: Callable[[], set[str]]
+) -> None:
+    """There may have been an outage meanwhile, after which this gateway was the first."""
+    async with Instance(store) as a, Instance(other) as b:
+        end_session(postgresql, b)
+        beginning_s = time.monotonic() - instances.BEAT_S
+        beat = partial(a._beat, held=await a._hold(), beginning_s=beginning_s, steady=False)
+        await store.write(beat)
+        assert listed() == {a.id, b.id}
+        await a.beat()
+        assert listed() == {a.id}
 
 
 async def test_a_gateway_that_cant_have_its_lock_is_not_taken_for_dead(
