@@ -31,7 +31,14 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from gateway.database import READS, StoreUnusable, connect, make_tables, parsed
 
@@ -73,8 +80,9 @@ class OutcomeUnknown(StoreAway):
     """The database does not answer, and may have done what it was asked for."""
 
 
-AWAY = (OperationalError, InterfaceError, StoreAway)
-"""What is raised while there is no database; it may be there the next time."""
+AWAY = (OperationalError, InterfaceError, InternalError, ProgrammingError, StoreAway)
+"""What is raised while there is no database, or one that can't be written, or lacks a table: SQLite has one
+error for these, PostgreSQL a class for each. It may be there the next time."""
 
 
 class Store:
@@ -166,6 +174,15 @@ class Store:
     def write_now(self, work: Callable[[Connection], _Result]) -> _Result:
         """`write` for a command line."""
         return self.begin_write(work).result()
+
+    def session(self) -> Connection:
+        """A connection of its own, to be closed; each statement is a transaction. For locks that end with it.
+
+        Raises `SQLAlchemyError`.
+        """
+        connection = self._engine.connect().execution_options(**READS, isolation_level="AUTOCOMMIT")
+        connection.detach()
+        return connection
 
     def give_up(self) -> None:
         """Wait no longer for a database that is away: who insists hears that it is."""

@@ -116,10 +116,7 @@ def postgresql() -> Iterator[postgres.Server]:
         pytest.skip(str(why))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind that the gateway knows."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/gateway.db"
-    server: postgres.Server = request.getfixturevalue("postgresql")
-    return server.database()
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    """An empty database; in `tests/integration/postgresql` one of PostgreSQL."""
+    return f"sqlite:///{tmp_path}/gateway.db"

@@ -65,6 +65,16 @@ class Server:
         self.run(f"CREATE DATABASE {name}")
         return self.url(name)
 
+    @contextmanager
+    def schema(self) -> Iterator[str]:
+        """The URL of an empty schema, to its gateways a database; made and gone sooner than one."""
+        name = f"test_{next(self.numbers)}"
+        self.run(f"CREATE SCHEMA {name}")
+        try:
+            yield f"{self.url('postgres')}?options=-csearch_path%3D{name}"
+        finally:
+            self.run(f"DROP SCHEMA {name} CASCADE")
+
     def run(self, statement: str) -> None:
         """Run a statement, as the server's owner."""
         engine = create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")

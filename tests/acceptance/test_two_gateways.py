@@ -27,7 +27,12 @@ from tests.steady_worker import PROMPT_TOKENS
 from tests.until import LOOK_S
 
 LEASE_S = 2.0
-QUICKER = f"from gateway import instances; instances.LEASE_S, instances.BEAT_S = {LEASE_S}, 0.4; "
+LONG_LEASE_S = 3600.0
+"""Longer than any test: only a gateway's lock can tell that it is gone."""
+QUICKER = (
+    "import os; from gateway import instances; "
+    "instances.LEASE_S, instances.BEAT_S = float(os.environ['LEASE_S']), 0.4; "
+)
 TOKENS = 30
 CUT_TOKENS = 90
 """Of a stream that is to be cut: long enough to be written down on its way."""
@@ -124,7 +129,9 @@ async def come(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 @asynccontextmanager
-async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> AsyncIterator[Gateway]:
+async def gateway(
+    name: str, folder: Path, url: str, *, per_s: float = 15, lease_s: float = LEASE_S
+) -> AsyncIterator[Gateway]:
     """One with a worker of its own; `files` are those of all in `folder`."""
     (folder / name).mkdir(exist_ok=True)
     (folder / "files").mkdir(exist_ok=True)
@@ -138,6 +145,7 @@ async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> As
         "QUEUE_LIMIT": "1000",
         "STEADY_TOKENS_PER_S": str(per_s),
         "VLLM_SKIP_MODEL_NAME_VALIDATION": "true",
+        "LEASE_S": str(lease_s),
     }
     stderr = folder / f"{name}.stderr"
     program = main_with("tests.steady_worker", QUICKER)
@@ -200,19 +208,29 @@ class Stream:
         self.began.set()
 
 
-async def written_down(url: str, models: set[str]) -> None:
-    """Return once the database has heard of a stream of each of `models` that is on its way."""
-    database = create_async_engine(url)
+@asynccontextmanager
+async def asking(url: str) -> AsyncIterator[Callable[[str], Awaitable[list[tuple[Any, ...]]]]]:
+    """Answers statements with what is in the database at `url` then."""
+    database = create_async_engine(url, isolation_level="AUTOCOMMIT")
     try:
         async with database.connect() as connection:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
 
-            async def told() -> bool:
-                return models <= set(await connection.scalars(text("SELECT model FROM open_requests")))
+            async def ask(statement: str) -> list[tuple[Any, ...]]:
+                return [tuple(row) for row in await connection.execute(text(statement))]
 
-            await come(told)
+            yield ask
     finally:
         await database.dispose()
+
+
+async def written_down(url: str, models: set[str]) -> None:
+    """Return once the database has heard of a stream of each of `models` that is on its way."""
+    async with asking(url) as ask:
+
+        async def told() -> bool:
+            return {(model,) for model in models} <= set(await ask("SELECT model FROM open_requests"))
+
+        await come(told)
 
 
 async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
@@ -245,6 +263,87 @@ async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
             else:
                 assert 0 < row["completion_tokens"] <= stream.seen + 1
         assert sum(stream.whole for stream in streams) == 3
+
+
+async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_still_is_not_taken_for_it(
+    tmp_path: Path, server: postgres.Server
+) -> None:
+    """However long leases are, and though neither says a word; nor is one whose session the server ended."""
+    url = server.database()
+    async with AsyncExitStack() as stack:
+        ask = await stack.enter_async_context(asking(url))
+        known: set[str] = set()
+        gateways: list[tuple[str, Gateway]] = []
+        for name in ("killed", "still", "other"):
+            at = await stack.enter_async_context(gateway(name, tmp_path, url, lease_s=LONG_LEASE_S))
+            (instance,) = {row[0] for row in await ask("SELECT id FROM instances")} - known
+            known.add(instance)
+            gateways.append((instance, at))
+        (killed_id, killed), (still_id, still), (_, other) = gateways
+
+        async def held(instance: str) -> set[str]:
+            begun = "SELECT id, instance FROM jobs WHERE state = 'IN_PROGRESS'"
+            return {job for job, its in await ask(begun) if its == instance}
+
+        async def all_begun() -> bool:
+            return bool(await held(killed_id) and await held(still_id)) and not await ask(
+                "SELECT id FROM jobs WHERE state <> 'IN_PROGRESS'"
+            )
+
+        for at in (killed, still):
+            for number in range(3):
+                await at.submit(f"{at.stderr.stem}-{number}", CUT_TOKENS)
+        await come(all_begun)
+        lost, kept = await held(killed_id), await held(still_id)
+
+        async def locked() -> bool:
+            locks = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
+            wanted = {(int.from_bytes(bytes.fromhex(one), signed=True),) for one in known}
+            return wanted <= set(await ask(locks))
+
+        await come(locked)
+        await ask(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'firsttoken'"
+        )
+        await come(locked)
+        still.process.send_signal(signal.SIGSTOP)
+        killed.process.kill()
+        killed_at_s = asyncio.get_running_loop().time()
+
+        async def taken_off() -> bool:
+            return (killed_id,) not in await ask("SELECT id FROM instances")
+
+        await come(taken_off)
+        waited_s = asyncio.get_running_loop().time() - killed_at_s
+        print(f"a killed gateway was taken off the list after {waited_s:.2f} s")
+        ended = [await other.ended(job) for job in lost]
+        assert [(job["status"], job["retries"]) for job in ended] == [("COMPLETED", 1)] * len(lost)
+        assert await held(still_id) == kept
+        still.process.send_signal(signal.SIGCONT)
+        ended = [await other.ended(job) for job in kept]
+        assert [(job["status"], job.get("retries")) for job in ended] == [("COMPLETED", None)] * len(kept)
+
+
+async def test_a_gateway_that_is_killed_and_started_again_goes_on_at_once(
+    tmp_path: Path, server: postgres.Server
+) -> None:
+    """Its jobs are done and its streams counted, whatever lease its former self had."""
+    url = server.database()
+    async with gateway("a", tmp_path, url, lease_s=LONG_LEASE_S) as killed:
+        jobs = [await killed.submit(f"job-{n}", CUT_TOKENS) for n in range(2)]
+        stream = Stream("stream", CUT_TOKENS)
+        reading = asyncio.create_task(stream.read(killed))
+        await killed.in_flight(len(jobs) + 1)
+        await written_down(url, {stream.model})
+        killed.process.kill()
+        await asyncio.gather(killed.process.wait(), reading)
+    async with gateway("a", tmp_path, url, lease_s=LONG_LEASE_S) as again:
+        started_at_s = asyncio.get_running_loop().time()
+        counted = (await again.counted(1))[0]
+        print(f"usage was counted {asyncio.get_running_loop().time() - started_at_s:.2f} s after the start")
+        assert (counted["model"], counted["requests"]) == (stream.model, 1)
+        assert 0 < counted["completion_tokens"] <= stream.seen + 1
+        assert [(await again.ended(job))["status"] for job in jobs] == ["COMPLETED"] * len(jobs)
 
 
 async def test_both_work_on_one_queue_and_hear_of_each_other(tmp_path: Path, server: postgres.Server) -> None:

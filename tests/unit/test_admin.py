@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,9 +62,9 @@ class Place:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Place]:
+async def opened(database_url: str) -> AsyncIterator[Place]:
     """The gateway, and its database."""
-    store = Store.open(f"sqlite:///{folder}/gateway.db")
+    store = Store.open(database_url)
     keys, limits = Keys(ADMIN), Limits(lambda: 0.0)
     following = Following(keys, store)
     scripted = ScriptedApp(
@@ -97,9 +96,9 @@ async def opened(folder: Path) -> AsyncIterator[Place]:
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
+async def place(database_url: str) -> AsyncIterator[Place]:
     """One of the test's own."""
-    async with opened(tmp_path) as place:
+    async with opened(database_url) as place:
         yield place
 
 

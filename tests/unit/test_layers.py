@@ -81,6 +81,7 @@ GATEWAY_LAYERS = (
     {"admin", "door", "jobs", "metrics", "openai_route"},
     {"accounts"},
     {"alone", "console", "instances", "settings", "worker_logs"},
+    {"presence"},
     {"bodies", "counted", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
     {"database"},
 )
