@@ -83,7 +83,7 @@ def _create(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _list(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         keys, _ = store.read_now(key_table.load)
     shown = [key for key in keys if args.all or key.revoked_s is None]
     if args.json:
@@ -116,7 +116,7 @@ def _row(key: Key, now_s: float) -> tuple[Any, ...]:
 
 
 def _revoke(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         try:
             key = store.write_now(partial(key_table.revoke, name=args.key, now_s=time.time()))
         except RequestError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -193,10 +194,13 @@ class WorkerPool(ABC):
         )
 
     def _said(self) -> str:
-        """What the worker that failed has written last."""
+        """What the worker that failed has written last, but for its reason, which is told already."""
         assert self._failure is not None, "asked of a failure"
         failed = self._failure.worker
         tail = next((view.log_tail for view in self._ended if view.id == failed), ())
+        reason = _words(self._failure.reason)
+        repeats = [n for n in range(len(tail)) if _words(" ".join(tail[n:])) == reason]
+        tail = tail[: repeats[-1]] if repeats else tail
         return "\nIts output ends with:\n" + "\n".join(tail[-TOLD_LINES:]) if tail else ""
 
     def listen(self, heard: Callable[[], None]) -> None:
@@ -508,6 +512,10 @@ class WorkerPool(ABC):
             worker.process.kill()
         self._launcher.kill()
         self._folder.remove()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.removeprefix("firsttoken:"))
 
 
 def _changed_at(file: Path) -> float:

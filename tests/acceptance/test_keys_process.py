@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import sqlite3
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,18 @@ HALF = 4
 FRAMES = 6
 
 
-async def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
+async def command(
+    folder: Path, *arguments: str, file_max_bytes: int | None = None
+) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `python -m gateway ARGUMENTS` beside a gateway of `folder`."""
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_max_bytes or 0, -1))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", *arguments),
         env={"DATA_DIR": str(folder / "data"), "HOME": str(folder)},
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=None if file_max_bytes is None else full,
     )
     out, errors = await process.communicate()
     assert process.returncode is not None
@@ -88,6 +95,27 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
     head, *rows = listed.splitlines()
     assert head.split()[:2] == ["id", "name"]
     assert {row.split()[1]: row.split()[-1] for row in rows} == {"first": "admin", "app": "revoked"}
+
+
+async def test_what_is_not_there_is_not_made_by_asking(tmp_path: Path) -> None:
+    """A slip in DATA_DIR is no gateway that nobody has asked."""
+    for arguments in (("usage",), ("keys", "list"), ("keys", "revoke", "app")):
+        code, out, errors = await command(tmp_path, *arguments)
+        assert (code, out) == (74, "")
+        assert errors == (
+            f"firsttoken: nothing is kept in {tmp_path}/data/gateway.db, there is no such file; see DATA_DIR\n"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    """A key that could not be kept is not printed either."""
+    assert (await command(tmp_path, "keys", "create", "--name", "app"))[0] == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "gateway.db")) as beside:  # as a gateway has it open
+        beside.execute("SELECT count(*) FROM keys")
+        code, out, errors = await command(tmp_path, "keys", "create", "--name", "more", file_max_bytes=0)
+    assert (code, out, errors.count("\n")) == (74, "", 1)
+    assert errors.startswith("firsttoken: the gateway's database can't be used: ")
 
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:
