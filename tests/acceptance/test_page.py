@@ -400,6 +400,22 @@ async def test_no_view_keeps_anybody_out(tmp_path: Path, browser: Browser, axe: 
         await check()
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 664), (320, 568)])
+async def test_the_window_is_enough(tmp_path: Path, browser: Browser, width: int, height: int) -> None:
+    """Of a chat only the conversation scrolls, and no view is wider than a phone."""
+    viewport = {"width": width, "height": height}
+    async with gateway(tmp_path, (READY, {"GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with page_of(program, browser, viewport=viewport) as page:
+            await expect(page.get_by_label("Message")).to_be_visible()
+            assert await page.evaluate(SIZE) == [width, height]
+            for name in ("Workers", "Usage", "Keys"):
+                await show(page, name)
+                await expect(page.get_by_role("heading", name=name)).to_be_visible()
+                assert (await page.evaluate(SIZE))[0] == width
+
+
+SIZE = "(({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight])(document.scrollingElement)"
 FOCUS = """() => {
   const at = document.activeElement;
   if (at === document.body) return { name: "", outline: "none" };
