@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+from handler import model
 from handler.errors import ModelNotFound, UsageError
 
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".txt")
@@ -17,7 +18,7 @@ PICKLES = (".bin", ".pt", ".pth")
 CODE = ".py"
 """vLLM imports it where TRUST_REMOTE_CODE is set."""
 
-NOTE = "fetched.json"
+NOTE = model.NOTE
 """Ours, in a folder that was fetched: what is fetched from there gets one of its own."""
 
 _POOLING = re.compile(r"\d_\w+/[^/]+")

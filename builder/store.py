@@ -60,12 +60,6 @@ class Asked:
         }
 
 
-def models(environ: Mapping[str, str]) -> Path:
-    """The folder of the user's cache that holds models: `$XDG_CACHE_HOME` or `~/.cache`, then ours."""
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache"
-    return Path(cache) / "firsttoken" / "models"
-
-
 def intact(folder: Path, asked: Asked) -> bool:
     """Whether `folder` is what `keep` put in place for `asked`, and each file still has its size.
 

@@ -121,8 +121,8 @@ class Store:
     def open(cls, url: str, *, made: bool = True) -> Self:
         """Open the database at `url`, an SQLAlchemy URL, and make the tables and columns that it lacks.
 
-        A file of SQLite is `made` for its owner alone, or has to be there. Raises `StoreUnusable`, which shows
-        no password.
+        A file of SQLite is `made` for its owner alone, or has to be there. Raises `StoreUnusable`, which
+        shows no password.
         """
         at = parsed(url)
         if not made and at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists():

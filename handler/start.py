@@ -28,7 +28,7 @@ def begin(environ: MutableMapping[str, str]) -> Phases:
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
     """The settings; what is wrong with them and with vLLM's flags is reported together."""
     try:
-        return model.at_hand(Settings.from_environ(environ))
+        return model.fetched(model.at_hand(Settings.from_environ(environ)), environ)
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]
