@@ -152,8 +152,8 @@ class NoSuchRoute(NotFound):
 
     code = "unknown_url"
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Unknown request URL: {method} {path}. Check the URL for typos.")
+    def __init__(self, method: str, path: str, hint: str = "Check the URL for typos.") -> None:
+        super().__init__(f"Unknown request URL: {method} {path}. {hint}")
 
 
 class NoSuchModel(NotFound):
