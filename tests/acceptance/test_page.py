@@ -415,6 +415,22 @@ async def test_the_window_is_enough(tmp_path: Path, browser: Browser, width: int
                 assert (await page.evaluate(SIZE))[0] == width
 
 
+async def test_a_long_name_hides_nothing(tmp_path: Path, browser: Browser) -> None:
+    """It has as many lines as it wants: the tables still fit, and Revoke is in sight."""
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hi"), "GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with httpx.AsyncClient(
+            base_url=root(program), headers={"authorization": f"Bearer {KEY}"}
+        ) as http:
+            fields = {"name": "W" * 64, "models": ["organisation/model-" + "8" * 60]}
+            assert (await http.post("/admin/keys", json=fields)).status_code == 201
+        async with page_of(program, browser) as page:
+            await show(page, "Keys")
+            await expect(page.get_by_role("button", name="Revoke W")).to_be_visible()
+            assert await page.evaluate(FITS)
+
+
+FITS = "(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
 SIZE = "(({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight])(document.scrollingElement)"
 FOCUS = """() => {
   const at = document.activeElement;
