@@ -130,9 +130,12 @@ def _seconds_to_come(value: str) -> int:
     if span := re.fullmatch(r"(\d{1,5})([mhdw])", value, re.ASCII):
         return int(time.time() + timedelta(**{_UNITS[span[2]]: int(span[1])}).total_seconds())
     try:
-        return int(datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        at_s = int(datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is neither a span such as 30d nor a date") from None
+    if at_s <= time.time():
+        raise argparse.ArgumentTypeError(f"{value!r} has begun already, UTC")
+    return at_s
 
 
 def _day(at_s: int | None) -> str:
