@@ -23,7 +23,7 @@ from bench.shape import SHAPES, Shape, write
 from builder.console import size
 from handler import machine
 from handler.errors import NoResources
-from handler.model import models
+from handler.fetched import models
 
 SPARE_GPU_BYTES = 4 << 30
 """What a GPU has to have beside the weights: a KV cache, graphs, and what others hold."""

@@ -24,8 +24,8 @@ from builder.s3 import Location
 from builder.selection import SAFE, Choice
 from builder.store import Asked
 from handler.errors import ModelNotFound, NoResources, UsageError
+from handler.fetched import models
 from handler.manifest import MODEL, is_bake
-from handler.model import models
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
 from handler.table import TRUE

@@ -23,8 +23,8 @@ from builder.headers import Tensor, Weights, read
 from builder.selection import SAFE, needed
 from handler import baked
 from handler.errors import BadModel, ModelNotFound, NoResources
+from handler.fetched import models
 from handler.manifest import MODEL, Manifest
-from handler.model import models
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
 

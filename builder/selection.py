@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from handler import model
 from handler.errors import ModelNotFound, UsageError
+from handler.fetched import NOTE
 
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".txt")
 """Configuration, tokenizer and weights."""
@@ -17,9 +17,6 @@ PICKLES = (".bin", ".pt", ".pth")
 """Loading one runs what its maker put in."""
 CODE = ".py"
 """vLLM imports it where TRUST_REMOTE_CODE is set."""
-
-NOTE = model.NOTE
-"""Ours, in a folder that was fetched: what is fetched from there gets one of its own."""
 
 _POOLING = re.compile(r"\d_\w+/[^/]+")
 """What sentence-transformers keep of an embedding model beside the root."""

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import selection
 from builder.console import Console
 from builder.selection import SAFE, Choice
+from handler import fetched
 from handler.errors import UsageError
 
-NOTE = selection.NOTE
+NOTE = fetched.NOTE
 
 MTIME_S = 315_532_800
 """1980-01-01: the first moment that every archive can hold.

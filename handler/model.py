@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import BadSettings, ModelNotFound
+from handler.fetched import find
 from handler.manifest import CONFIGS
 from handler.settings import Settings
 from handler.table import in_store, is_path
@@ -17,16 +17,6 @@ from handler.table import in_store, is_path
 HUB_TIMEOUT_S = 3.0
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod keeps an endpoint's cached model; https://docs.runpod.io/serverless/endpoints/model-caching"""
-
-
-NOTE = "fetched.json"
-"""What `python -m builder fetch` leaves in a folder that holds the whole model, with the model's name."""
-
-
-def models(environ: Mapping[str, str]) -> Path:
-    """The folder of the user's cache that holds models: `$XDG_CACHE_HOME` or `~/.cache`, then ours."""
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache"
-    return Path(cache) / "firsttoken" / "models"
 
 
 def fetched(settings: Settings, environ: Mapping[str, str]) -> Settings:
@@ -38,12 +28,8 @@ def fetched(settings: Settings, environ: Mapping[str, str]) -> Settings:
     name = settings.model_name
     if is_path(name) or in_store(name) or settings.model_revision:
         return settings
-    folder = models(environ) / name.replace("/", "--")
-    try:
-        note = json.loads((folder / NOTE).read_text())
-    except (OSError, ValueError):
-        return settings
-    if note["model"] != name or _cached(name, environ):
+    folder = find(name, environ)
+    if folder is None or _cached(name, environ):
         return settings
     if "HF_HUB_OFFLINE" not in environ and _reachable(environ):
         return settings

@@ -18,7 +18,7 @@ from builder.fetch import fetch
 from builder.selection import Choice, needed, remarks
 from builder.store import Asked
 from handler.errors import ModelNotFound, UsageError
-from handler.model import models
+from handler.fetched import models
 from handler.settings import DEFAULT_MODEL
 from tests.gguf_file import gguf_bytes, metadata, weights
 
