@@ -198,9 +198,12 @@ class WorkerPool(ABC):
         assert self._failure is not None, "asked of a failure"
         failed = self._failure.worker
         tail = next((view.log_tail for view in self._ended if view.id == failed), ())
-        reason = _words(self._failure.reason)
-        repeats = [n for n in range(len(tail)) if _words(" ".join(tail[n:])) == reason]
-        tail = tail[: repeats[-1]] if repeats else tail
+        reason, last = _words(self._failure.reason), list[str]()
+        for n in reversed(range(len(tail))):
+            last = _words(tail[n]) + last
+            if len(last) >= len(reason):
+                tail = tail[:n] if last == reason else tail
+                break
         return "\nIts output ends with:\n" + "\n".join(tail[-TOLD_LINES:]) if tail else ""
 
     def listen(self, heard: Callable[[], None]) -> None:
