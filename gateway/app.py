@@ -47,6 +47,9 @@ class Part(Protocol):
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
 
 
+HINT = "The gateway has an endpoint at /v2/{endpoint_id}/openai/v1."
+
+
 class Doorkeeper(Protocol):
     """Who knows the keys."""
 
@@ -138,6 +141,8 @@ class Gateway:
         for part in self.parts:
             if call := part.find(request):
                 return call
+        if _head(request.path)[0] == "v1":  # where `vllm serve` has its models
+            raise NoSuchRoute(request.method, request.path, HINT)
         raise NoSuchRoute(request.method, request.path)
 
     def _limited(self, call: Call) -> Call:

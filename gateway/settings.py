@@ -58,7 +58,7 @@ URL = Kind("a URL such as `https://host:8000/v1`", matching(r"https?://[^\s/?#@]
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind(
     "a URL such as `sqlite:////srv/gateway.db` or `postgresql://user:password@host/name`",
-    matching(r"[a-z][a-z0-9+]*://\S*"),
+    matching(r"(sqlite|postgres(ql)?)(\+[a-z0-9]+)?://\S*"),
 )
 
 

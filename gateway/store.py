@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import (
@@ -103,12 +104,15 @@ class Store:
         self._writer.start()
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, *, made: bool = True) -> Self:
         """Open the database at `url`, an SQLAlchemy URL, and make the tables and columns that it lacks.
 
-        A file of SQLite is made for its owner alone. Raises `StoreUnusable`, which shows no password.
+        A file of SQLite is `made` for its owner alone, or has to be there. Raises `StoreUnusable`, which
+        shows no password.
         """
         at = parsed(url)
+        if not made and at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists():
+            raise StoreUnusable(f"nothing is kept in {at.database}, there is no such file; see DATA_DIR")
         try:
             engine = connect(at, READERS + 1)  # and the one that writes
             try:

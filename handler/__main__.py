@@ -84,7 +84,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return work() or 0
     except StartError as error:
         print(f"firsttoken: {error}", file=sys.stderr)
-        Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, " ".join(str(error).split()))
+        Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, error.line)
         return error.exit_code
     except BrokenPipeError:  # `... | head` has seen enough
         return 0

@@ -29,7 +29,7 @@ def begin(environ: MutableMapping[str, str]) -> Phases:
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
     """The settings of `environ`. Raises `BadSettings` with every fault of theirs and of vLLM's flags."""
     try:
-        return model.at_hand(Settings.from_environ(environ))
+        return model.fetched(model.at_hand(Settings.from_environ(environ)), environ)
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]

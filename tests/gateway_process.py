@@ -6,10 +6,12 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -160,8 +162,14 @@ async def started(program: Program) -> Worker:
     return worker
 
 
-async def command(*arguments: str, env: Mapping[str, str], stdin: str = "") -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python -m gateway ARGUMENTS`, with nothing but `env` set."""
+async def command(
+    *arguments: str, env: Mapping[str, str], stdin: str = "", file_max_bytes: int | None = None
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m gateway ARGUMENTS`, with nothing but `env` set.
+
+    With `file_max_bytes` it has a disk on which no file can be larger.
+    """
+    full = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_max_bytes or 0, -1))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", *arguments),
         env=dict(env),
@@ -169,6 +177,7 @@ async def command(*arguments: str, env: Mapping[str, str], stdin: str = "") -> t
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        preexec_fn=None if file_max_bytes is None else full,
     )
     out, errors = await process.communicate(stdin.encode())
     assert process.returncode is not None
@@ -180,6 +189,8 @@ def person(folder: Path, **more: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "HOME": str(folder), "DATA_DIR": str(folder / "data"), **more}
 
 
-async def beside(folder: Path, *arguments: str, stdin: str = "") -> tuple[int, str, str]:
+async def beside(
+    folder: Path, *arguments: str, stdin: str = "", file_max_bytes: int | None = None
+) -> tuple[int, str, str]:
     """`command` beside the gateway of `folder`."""
-    return await command(*arguments, env=person(folder), stdin=stdin)
+    return await command(*arguments, env=person(folder), stdin=stdin, file_max_bytes=file_max_bytes)

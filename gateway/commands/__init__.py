@@ -27,12 +27,21 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def kept(environ: Mapping[str, str]) -> Iterator[Store]:
-    """The gateway's database, for a command that works beside it. Raises `StartError`."""
-    from gateway.store import Store  # noqa: PLC0415 - SQLAlchemy, which half of the commands do without
+def kept(environ: Mapping[str, str], *, made: bool = True) -> Iterator[Store]:
+    """The gateway's database, for a command that works beside it; not `made`, it has to be there already.
 
-    store = Store.open(KeptSettings.from_environ(environ).database_url)
+    Raises `StartError`, in the block too.
+    """
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - which half of the commands do without
+
+    from gateway.database import StoreUnusable  # noqa: PLC0415 - as above
+    from gateway.store import Store  # noqa: PLC0415 - as above
+
+    store = Store.open(KeptSettings.from_environ(environ).database_url, made=made)
     try:
         yield store
+    except SQLAlchemyError as error:
+        why = getattr(error, "orig", None) or error
+        raise StoreUnusable(f"the gateway's database can't be used: {why}") from None
     finally:
         store.close()

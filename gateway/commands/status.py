@@ -92,7 +92,7 @@ def _endpoint(shown: Mapping[str, Any], tokens: Mapping[str, int]) -> tuple[Any,
         shown["capacity"],
         sum(shown.get("jobs", {}).get(state, 0) for state in ("IN_QUEUE", "IN_PROGRESS")),
         tokens.get(shown["id"], 0),
-        shown["error"] or "",
+        (shown["error"] or "").partition("\n")[0],
     )
 
 

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         question = Question.parse({name: value for name, value in fields.items() if value is not None})
     except RequestError as error:
         raise UsageError(error.message) from None
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         found = store.read_now(partial(report, question=question))
     if args.json:
         print(json.dumps(found.view(), indent=2, ensure_ascii=False))

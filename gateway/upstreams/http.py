@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView
-from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.proxy import NetworkProxy, Refused
 from handler.drain import STOPPING
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
@@ -27,6 +27,7 @@ from handler.messages import Call, Reply, Request, once, without
 from handler.waiting import kept_alive
 
 NAME = "upstream"
+AWAITED = "waiting for the upstream"
 TRIES = 3
 """How many workers of the upstream's may be lost with a request before anything of its answer was there."""
 PROBE_MIN_S, PROBE_MAX_S = 0.5, 5.0
@@ -78,6 +79,7 @@ class HttpPool:
         self._started_at = time.time()
         self._cold_start_s = COLD_START_GUESS_S
         self._probing: asyncio.Task[None] | None = None
+        self._awaited = AWAITED
         self.starts = 0
         self.call: Call = kept_alive(self._tried, keep_alive_s)
         """Answers a request (a `handler.messages.Call`)."""
@@ -128,7 +130,7 @@ class HttpPool:
             WorkerView(
                 id=NAME,
                 state="ready" if up else "starting",
-                phase=None if up else "waiting for the upstream",
+                phase=None if up else self._awaited,
                 pid=None,
                 devices=(),
                 started_at=self._started_at,
@@ -209,6 +211,7 @@ class HttpPool:
             self._tell(Ended(NAME, "it can't be reached", expected=False))
             self._up.clear()
         self._since_s, self._started_at = time.monotonic(), time.time()
+        self._awaited = AWAITED
         self.starts += 1
         self._tell(Starting(NAME, self.starts))
         self._probing = asyncio.create_task(self._probe())
@@ -227,10 +230,22 @@ class HttpPool:
 
     async def _answers(self) -> bool:
         """Whether it says anything at all: a model that loads is its own to wait for."""
-        with suppress(WorkerLost, TimeoutError):
+        try:
             async with asyncio.timeout(PROBE_TIMEOUT_S), self._proxy.call(self._models()) as reply:
-                return reply.status not in _NOT_THERE
+                if reply.status not in _NOT_THERE:
+                    return True
+                self._missed(f"it answers with status {reply.status}")
+        except TimeoutError:
+            self._missed(f"no answer within {PROBE_TIMEOUT_S:g} s")
+        except WorkerLost as error:
+            self._missed(str(error.__cause__ or error))
         return False
+
+    def _missed(self, why: str) -> None:
+        awaited = f"{AWAITED}: {why}"
+        if awaited != self._awaited:  # told once, not with each look
+            self._awaited = awaited
+            self._tell(Progress(NAME, awaited))
 
     def _models(self) -> Request:
         return Request("GET", f"{self._prefix}/v1/models")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -178,8 +179,14 @@ class WorkerPool(ABC):
         )
 
     def _said(self, failure: StartFailed) -> str:
-        """What the worker that failed has written last."""
+        """What the worker that failed has written last, but for its reason, which is told already."""
         tail = next((view.log_tail for view in self._ended if view.id == failure.worker), ())
+        reason, last = _words(failure.reason), list[str]()
+        for n in reversed(range(len(tail))):
+            last = _words(tail[n]) + last
+            if len(last) >= len(reason):
+                tail = tail[:n] if last == reason else tail
+                break
         return "\nIts output ends with:\n" + "\n".join(tail[-TOLD_LINES:]) if tail else ""
 
     def listen(self, heard: Callable[[], None]) -> None:
@@ -476,6 +483,10 @@ class WorkerPool(ABC):
             worker.process.kill()
         self._launcher.kill()
         self._folder.remove()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.removeprefix("firsttoken:"))
 
 
 def _changed_at(file: Path) -> float:

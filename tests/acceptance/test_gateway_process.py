@@ -164,6 +164,7 @@ async def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             program.process.send_signal(signal.SIGINT)
             await worker.saw("stopping")
             assert await program.end(signal.SIGINT) == 130
+        assert "Ctrl-C again ends what still runs" in await program.errors()
         await worker.saw("gone")
         assert not private(worker).exists()
 

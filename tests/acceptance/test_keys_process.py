@@ -7,6 +7,7 @@ import json
 import signal
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ HELD, SHORT, WHOLE = 200, 200, 100
 HALF = 4
 """How many tokens a stream has made before it pauses."""
 FRAMES = 6
+
+
+def names(folder: Path) -> list[str]:
+    """What is in `folder`."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 async def status_of(program: Program, key: str) -> int:
@@ -74,6 +80,26 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
     head, *rows = listed.splitlines()
     assert head.split()[:2] == ["id", "name"]
     assert {row.split()[1]: row.split()[-1] for row in rows} == {"first": "admin", "app": "revoked"}
+
+
+async def test_what_is_not_there_is_not_made_by_asking(tmp_path: Path) -> None:
+    """A slip in DATA_DIR is no gateway that nobody has asked."""
+    for arguments in (("usage",), ("keys", "list"), ("keys", "revoke", "app")):
+        code, out, errors = await beside(tmp_path, *arguments)
+        assert (code, out) == (74, "")
+        kept = f"{tmp_path}/data/gateway.db"
+        assert errors == f"firsttoken: nothing is kept in {kept}, there is no such file; see DATA_DIR\n"
+    assert names(tmp_path) == []
+
+
+async def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    """A key that could not be kept is not printed either."""
+    assert (await beside(tmp_path, "keys", "create", "--name", "app"))[0] == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "gateway.db")) as another:  # as a gateway has it open
+        another.execute("SELECT count(*) FROM keys")
+        code, out, errors = await beside(tmp_path, "keys", "create", "--name", "more", file_max_bytes=0)
+    assert (code, out, errors.count("\n")) == (74, "", 1)
+    assert errors.startswith("firsttoken: the gateway's database can't be used: ")
 
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:

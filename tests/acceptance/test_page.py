@@ -401,6 +401,38 @@ async def test_no_view_keeps_anybody_out(tmp_path: Path, browser: Browser, axe: 
         await check()
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 664), (320, 568)])
+async def test_the_window_is_enough(tmp_path: Path, browser: Browser, width: int, height: int) -> None:
+    """Of a chat only the conversation scrolls, and no view is wider than a phone."""
+    viewport = {"width": width, "height": height}
+    async with gateway(tmp_path, (READY, {"GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with page_of(program, browser, viewport=viewport) as page:
+            await expect(page.get_by_label("Message")).to_be_visible()
+            assert await page.evaluate(SIZE) == [width, height]
+            for name in ("Workers", "Usage", "Keys"):
+                await show(page, name)
+                await expect(page.get_by_role("heading", name=name)).to_be_visible()
+                assert (await page.evaluate(SIZE))[0] == width
+
+
+async def test_a_long_name_hides_nothing(tmp_path: Path, browser: Browser) -> None:
+    """It has as many lines as it wants: the tables still fit, and Revoke is in sight."""
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hi"), "GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with httpx.AsyncClient(
+            base_url=root(program), headers={"authorization": f"Bearer {KEY}"}
+        ) as http:
+            fields = {"name": "W" * 64, "models": ["organisation/model-" + "8" * 60]}
+            assert (await http.post("/admin/keys", json=fields)).status_code == 201
+        async with page_of(program, browser) as page:
+            await show(page, "Keys")
+            await expect(page.get_by_role("button", name="Revoke W")).to_be_visible()
+            assert await page.evaluate(FITS)
+
+
+FITS = "(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
+SIZE = "(({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight])(document.scrollingElement)"
 FOCUS = """() => {
   const at = document.activeElement;
   if (at === document.body) return { name: "", outline: "none" };

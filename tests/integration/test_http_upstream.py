@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import cast
 
 import pytest
 
 from gateway.upstreams import WorkerLost
-from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
@@ -41,8 +43,9 @@ def chunk(text: str) -> str:
 class Scripted:
     """A server that plays a script for each POST and closes the connection; it has its models always."""
 
-    def __init__(self, *scripts: str) -> None:
+    def __init__(self, *scripts: str, models: str = MODELS) -> None:
         self.scripts = list(scripts)
+        self.models = models
         self.heads: list[str] = []
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -51,7 +54,7 @@ class Scripted:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 if head.startswith("GET"):
-                    writer.write(MODELS.encode())
+                    writer.write(self.models.encode())
                     continue
                 self.heads.append(head)
                 length = int(head.lower().partition("content-length: ")[2].partition("\r\n")[0])
@@ -204,12 +207,17 @@ async def test_a_stream_that_is_cut_fails() -> None:
 
 async def test_who_comes_while_it_is_away_waits_for_it() -> None:
     """It comes back at the same address, and everybody hears of that."""
-    events: list[Event] = []
+    events: list[Event] = []  # but for what it does while it is away
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, Progress):
+            events.append(event)
+
     scripted = Scripted(whole("200 OK", "application/json", "{}"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     heard = asyncio.Event()
-    async with pool(port, tell=events.append) as opened:
+    async with pool(port, tell=tell) as opened:
         opened.listen(heard.set)
         assert (opened.free, opened.workers[0].state) == (0, "starting")
 
@@ -229,6 +237,23 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
                 pass
         assert [type(event) for event in events] == [Starting, Ready, Ended, Starting]
         assert opened.free == 0
+
+
+async def test_why_it_is_not_there_is_told_once() -> None:
+    """Nobody listens, then what stands before it has none: a slip in its URL is seen in log and status."""
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with pool(port, tell=events.put_nowait) as opened:
+        assert isinstance(await events.get(), Starting)
+        told = [await events.get()]
+        assert opened.workers[0].phase == cast("Progress", told[0]).text
+        async with served(Scripted(models=whole("502 Bad Gateway", "text/html", "none")), port):
+            told.append(await events.get())
+    assert [re.sub(r"host .*", "host", cast("Progress", event).text) for event in told] == [
+        "waiting for the upstream: Cannot connect to host",
+        "waiting for the upstream: it answers with status 502",
+    ]
 
 
 async def test_who_finds_it_away_as_the_gateway_stops_is_told_so() -> None:

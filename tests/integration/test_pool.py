@@ -340,6 +340,20 @@ async def test_the_end_of_its_output_is_in_the_error(tmp_path: Path, launcher: s
         assert view.log.read_text().splitlines() == list(view.log_tail)
 
 
+async def test_its_reason_is_told_once(tmp_path: Path) -> None:
+    """It has written it too, over several lines and last."""
+    said = ("read config.json", "firsttoken: bad settings:", "  - DTYPE='int3'", "  - SEED='x'")
+    why = ("say_why", "bad settings: DTYPE='int3'; SEED='x'", "78")
+    start = (*(("write", line) for line in said), why, ("exit", "78"))
+    async with stage(tmp_path, (start, {})) as on:
+        with pytest.raises(NotAdmitted) as refused:
+            await until_ready(on.pool)
+        assert refused.value.message == (
+            "The worker could not start: bad settings: DTYPE='int3'; SEED='x'.\n"
+            "Its output ends with:\nread config.json"
+        )
+
+
 async def test_a_parent_that_ends_says_why(tmp_path: Path) -> None:
     """Its output is all that there is of the worker which it has not forked."""
     broken = ("sh", "-c", "echo no module named torch >&2; exit 1")

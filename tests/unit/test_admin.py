@@ -129,6 +129,7 @@ async def test_a_key_is_shown_once_and_opens_until_it_is_revoked(place: Place) -
         ("POST", "/admin/keys", {"name": ""}, (400, "invalid_key")),
         ("GET", "/admin/usage?from=yesterday&group=colour&x=1", None, (400, "invalid_question")),
         ("GET", "/admin/usage?format=xml", None, (400, "invalid_question")),
+        ("GET", "/admin/usage?from=2026-11-27&to=2026-11-26", None, (400, "invalid_question")),
         ("GET", "/admin/nothing", None, (404, "unknown_url")),
     ],
 )

@@ -360,7 +360,7 @@ async def test_a_running_request_that_is_left_is_left() -> None:
 async def test_deadline_ends_the_wait() -> None:
     """Nobody waits longer than `queue_timeout_s`: 504, with a time to come back."""
     on = Stage(ScriptedApp({}), queue_timeout_s=0.001)
-    with pytest.raises(DeadlineExceeded, match=r"did not come within 0\.001 s") as late:
+    with pytest.raises(DeadlineExceeded, match=r"^No worker was ready within 0\.001 s") as late:
         await on.answered(chat())
     assert (late.value.status, late.value.code, late.value.headers) == (
         504,
@@ -369,6 +369,15 @@ async def test_deadline_ends_the_wait() -> None:
     )
     assert (on.front.waiting, on.outcomes) == (0, ["late"])
     assert on.waits_s[0] >= 0.001
+
+
+async def test_who_waited_for_others_hears_so() -> None:
+    """A worker was there, and its place was somebody else's."""
+    on = Stage(ScriptedApp({CHAT: stream("1", Pause("generating"))}), queue_timeout_s=0.001)
+    on.pool.give(1)
+    async with on.front.call(chat(streamed=True)):
+        with pytest.raises(DeadlineExceeded, match=r"turn did not come within 0\.001 s"):
+            await on.answered(chat())
 
 
 async def test_the_deadline_counts_from_the_arrival() -> None:

@@ -71,6 +71,15 @@ async def test_openai_request_reaches_the_endpoint_as_v1() -> None:
     assert (seen.method, seen.path, seen.body) == ("POST", "/v1/chat/completions", b'{"a":1}')
 
 
+async def test_who_comes_from_vllms_own_server_hears_where_an_endpoint_is() -> None:
+    """There it is at `/v1`."""
+    _, _, body = await ask(gateway(ScriptedApp({})), "POST", "/v1/chat/completions")
+    assert json.loads(body)["error"]["message"] == (
+        "Unknown request URL: POST /v1/chat/completions. "
+        "The gateway has an endpoint at /v2/{endpoint_id}/openai/v1."
+    )
+
+
 async def test_model_ids_may_hold_slashes() -> None:
     """`/models/{id}` takes the rest of the path."""
     scripted = ScriptedApp({"GET /v1/models/org/name": answer({"id": "org/name"})})

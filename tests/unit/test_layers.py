@@ -68,7 +68,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"stored"},
     {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
-    {"imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
+    {"fetched", "imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
 )
 GATEWAY_LAYERS = (
     {"__main__"},
