@@ -95,6 +95,7 @@ class Replica:
     def __del__(self) -> None:
         """Asked by Ray once nothing runs any more."""
         with suppress(AttributeError):  # it never started
+            self._telling.cancel()
             self._engine.close()
 
     def _state(self) -> str:
@@ -135,9 +136,10 @@ def app(given: Mapping[str, Any]) -> Any:
 
 def _application(settings: RaySettings, given: Mapping[str, str], version: str | None = None) -> Any:
     """The deployment. Of a `version` that runs bounds alone are changed; None: replicas are started anew."""
-    deployment = serve.deployment(serve.ingress()(Replica))
-    options = settings.deployment()
-    return deployment.options(name="worker", version=version, _internal=True, **options).bind(given)
+    deployment = serve.deployment(serve.ingress()(Replica)).options(name="worker", **settings.deployment())
+    if version is not None:  # Ray makes one up each time, and has no other way to keep one
+        deployment = deployment.options(version=version, _internal=True)
+    return deployment.bind(given)
 
 
 Say = Callable[[str], None]
