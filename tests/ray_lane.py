@@ -181,6 +181,15 @@ async def test_from_none_to_two_and_back(cluster: Cluster) -> None:
             assert one.usage is not None
 
 
+def test_a_node_without_the_key_serves_nobody(cluster: Cluster) -> None:
+    """A key of who deploys is not sent: a replica that lacks it ends, rather than let everybody in."""
+    own = {"HOST": "0.0.0.0", "PORT": PORT, "API_KEY": KEY}
+    up = cluster.run(sys.executable, "-m", "handler", "ray", "up", **own)
+    assert up.returncode == 70, up.stderr[-4000:]
+    assert "there is no API_KEY" in up.stderr.splitlines()[-1]
+    assert KEY not in up.stderr
+
+
 def test_the_contract_holds(cluster: Cluster) -> None:
     """Every scenario of tests/contract, through the gateway and Ray, to vLLM."""
     with deployed(cluster, MIN_WORKERS="1"), gateway(cluster) as server:

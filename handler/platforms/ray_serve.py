@@ -39,23 +39,26 @@ NAME = "firsttoken"
 """What the application is called in Ray's status."""
 IDLE_S = 75
 _SIGNALS = {signal.SIGTERM, signal.SIGINT}
-_NODES_OWN = {"HOST", "PORT", "PORT_HEALTH", "UDS", "PLATFORM", "LIFELINE_FD", "NOTIFY_SOCKET"}
+_NODES_OWN = {"PORT", "PORT_HEALTH", "UDS", "PLATFORM", "LIFELINE_FD", "NOTIFY_SOCKET"}
 """What a node is told by whoever runs it, and a replica has none of."""
 METRICS_S = 5.0
 """How often Ray is told the worker's metrics; it forgets a gauge that it has not heard of for 20 s."""
+EVERYWHERE = {"HOST": "0.0.0.0"}  # noqa: S104 - Ray's proxy binds it, or does not
+"""What a replica takes for where it is asked, if nobody says it: then it wants an API_KEY, or AUTH=off."""
 _SECRET = {name for row in TABLE if row.secret for name in row.names}
 
 
 class Replica:
     """One worker: an engine, and vLLM's application behind our edge.
 
-    `given` are its settings; what it lacks the node's environment has, secrets above all.
+    `given` are its settings; what it lacks the node's environment has, secrets above all. A HOST beyond
+    loopback without an API_KEY is refused here too: whoever deploys may have one that the node has not.
     """
 
     async def __init__(  # type: ignore[misc] # Ray awaits it
         self, given: Mapping[str, str]
     ) -> None:
-        os.environ.update(given)
+        os.environ.update({**EVERYWHERE, **given})
         phases = begin(os.environ)
         settings = await asyncio.to_thread(read_settings, os.environ)
         open_log(settings)
@@ -154,12 +157,12 @@ def up(environ: Mapping[str, str], say: Say) -> None:
     """
     worker = read_settings(dict(environ))
     RaySettings.from_environ(environ, gpus=False)  # faults are told before a cluster is made
-    given = {name: environ[name] for name in _sent(environ)}
     own = not environ.get("RAY_ADDRESS")
     version = uuid4().hex
     stop = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS) if own else set()
     with _cluster(environ, own=own):
         settings = RaySettings.from_environ(environ, gpus=_has_gpus())
+        given = {name: environ[name] for name in _sent(environ)} | {"HOST": settings.host}
         serve.start(
             proxy_location="EveryNode",
             http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": IDLE_S},
@@ -209,7 +212,7 @@ def _cluster(environ: Mapping[str, str], *, own: bool) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
     try:
         if own:
-            ray.init(include_dashboard=False, namespace="serve")
+            ray.init("local", include_dashboard=False, namespace="serve")  # else one that is there is joined
         else:
             ray.init(address=environ.get("RAY_ADDRESS", "auto"), namespace="serve", log_to_driver=False)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
