@@ -146,6 +146,14 @@ TABLE: Table = (
         "How many requests it is given at once; the others wait here, where turns are fair.",
     ),
     Setting(
+        "UPSTREAM_METRICS",
+        "upstream_metrics",
+        SWITCH,
+        "off",
+        "`on`: the gateway's `/metrics` has those of the server at `UPSTREAM_URL`. Only where one process "
+        "answers there: of several, each scrape would have another one's.",
+    ),
+    Setting(
         "START",
         "start",
         choice("now", "first_request"),
@@ -283,6 +291,7 @@ class GatewaySettings:
     upstream_url: str | None
     upstream_key: str | None = field(repr=False)
     upstream_slots: int
+    upstream_metrics: bool
     start: str
     min_workers: int
     max_workers: int

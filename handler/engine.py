@@ -57,9 +57,11 @@ class Engine:
         environ: MutableMapping[str, str],
         prepared: Prepared | None = None,
         fit: Callable[[], None] = lambda: None,
+        metrics_to_ray: bool = False,
     ) -> None:
         self._prepared = prepared
         self._fit = fit
+        self._metrics_to_ray = metrics_to_ray
         self._settings = settings
         self._phases = phases
         self._environ = environ
@@ -83,15 +85,17 @@ class Engine:
         environ: MutableMapping[str, str],
         prepared: Prepared | None = None,
         fit: Callable[[], None] = lambda: None,
+        metrics_to_ray: bool = False,
     ) -> Self:
         """Begin to load the model; other things may be imported beside it.
 
         What is `prepared` already is not done again. `fit` is called before a device is touched,
-        and may wait, and raise `StartError`.
+        and may wait, and raise `StartError`. `metrics_to_ray`: vLLM tells its metrics to Ray, which
+        runs this process, and not to Prometheus' registry.
         """
         if prepared is None:
             check(settings, environ)
-        engine = cls(settings, phases, environ, prepared, fit)
+        engine = cls(settings, phases, environ, prepared, fit, metrics_to_ray)
         engine._thread.start()
         return engine
 
@@ -192,7 +196,7 @@ class Engine:
             gc.freeze()  # vLLM collects five times while it loads; let it not walk what was imported
         self._fit()
         with phases.span("engine"):
-            self._llm = build(ready, self._environ)
+            self._llm = build(ready, self._environ, metrics_to_ray=self._metrics_to_ray)
             tasks = self._tasks = await self._llm.get_supported_tasks()
         with phases.span("application"):
             app = seam("build_app")(args, tasks, self._llm.model_config)
@@ -211,7 +215,7 @@ class Engine:
         phases.facts |= facts(ready, phases)
 
 
-def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
+def build(ready: Prepared, environ: Mapping[str, str], *, metrics_to_ray: bool = False) -> Any:
     """The engine. In `thread` mode its core runs in this process, else vLLM starts one."""
     args, vllm_config = ready.args, ready.vllm_config
     cache = vllm_config.cache_config
@@ -225,6 +229,7 @@ def build(ready: Prepared, environ: Mapping[str, str]) -> Any:
         async_llm.from_vllm_config,
         vllm_config,
         usage_context=seam("UsageContext").OPENAI_API_SERVER,
+        stat_loggers=[seam("RayPrometheusStatLogger")] if metrics_to_ray else None,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )

@@ -51,6 +51,7 @@ SEAM: Mapping[str, tuple[str, ...]] = {
     "register_kernels": ("vllm.triton_utils.dispatcher",),
     "ModelRegistry": ("vllm.model_executor.models",),
     "ModelConfig": ("vllm.config",),
+    "RayPrometheusStatLogger": ("vllm.v1.metrics.ray_wrappers",),
 }
 """Every name of vLLM that the worker uses."""
 

@@ -18,7 +18,7 @@ from handler import early
 from handler.messages import Call, Request
 
 WORKERS_ARE_MADE_OF = (
-    *("upstream", "upstream_url", "upstream_key", "upstream_slots"),
+    *("upstream", "upstream_url", "upstream_key", "upstream_slots", "upstream_metrics"),
     *("warm_parent", "start_timeout_s", "execution_timeout_s"),
 )
 """Settings of the gateway that its workers are started with, beside their environment."""

@@ -74,7 +74,12 @@ class Site:
         if settings.upstream == "http":
             assert settings.upstream_url is not None, "checked with the settings"
             return HttpPool(
-                Upstream(settings.upstream_url, settings.upstream_key, settings.upstream_slots),
+                Upstream(
+                    settings.upstream_url,
+                    settings.upstream_key,
+                    settings.upstream_slots,
+                    settings.upstream_metrics,
+                ),
                 queue_timeout_s=settings.queue_timeout_s,
                 keep_alive_s=settings.keep_alive_s,
                 tell=tell,

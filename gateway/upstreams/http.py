@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +46,8 @@ class Upstream:
     key: str | None = field(default=None, repr=False)
     slots: int = 1024
     """How many requests it is given at once; the others wait here, where turns are fair."""
+    metrics: bool = False
+    """Whether it is one process, whose `/metrics` says the same whenever it is asked."""
 
 
 class HttpPool:
@@ -151,8 +153,8 @@ class HttpPool:
 
     @property
     def askable(self) -> Mapping[str, Call]:
-        """Its workers are asked for their metrics where they run."""
-        return {}
+        """Itself, where it is one process; many behind one address are asked where they run."""
+        return {NAME: self._at_its_path} if self._upstream.metrics and self.capacity else {}
 
     def want(self, waiting: int, oldest_wait_s: float) -> None:
         """How many workers it has is decided where it runs."""
@@ -175,18 +177,20 @@ class HttpPool:
             self._heard()
 
     async def _answer(self, request: Request, stack: AsyncExitStack) -> Reply:
-        asked = replace(request, path=self._prefix + request.path)
         tries = 0
         while True:
             await self._there(request)
             try:
-                return await _answered(await stack.enter_async_context(self._proxy.call(asked)))
+                return await _answered(await stack.enter_async_context(self._at_its_path(request)))
             except Refused:
                 self._is_gone()
             except WorkerLost:
                 tries += 1
                 if tries == TRIES:
                     raise
+
+    def _at_its_path(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        return self._proxy.call(replace(request, path=self._prefix + request.path))
 
     async def _there(self, request: Request) -> None:
         """Return once it is there; raises `DeadlineExceeded` and, when the gateway stops, `NotAdmitted`."""
@@ -230,8 +234,9 @@ class HttpPool:
 
     async def _answers(self) -> bool:
         """Whether it says anything at all: a model that loads is its own to wait for."""
+        models = Request("GET", "/v1/models")
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), self._proxy.call(self._models()) as reply:
+            async with asyncio.timeout(PROBE_TIMEOUT_S), self._at_its_path(models) as reply:
                 if reply.status not in _NOT_THERE:
                     return True
                 self._missed(f"it answers with status {reply.status}")
@@ -246,9 +251,6 @@ class HttpPool:
         if awaited != self._awaited:  # told once, not with each look
             self._awaited = awaited
             self._tell(Progress(NAME, awaited))
-
-    def _models(self) -> Request:
-        return Request("GET", f"{self._prefix}/v1/models")
 
     def _heard(self) -> None:
         for heard in self._listeners:

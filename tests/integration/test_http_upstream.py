@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
 from typing import cast
 
+import httpx
 import pytest
 
 from gateway.upstreams import WorkerLost
@@ -17,10 +20,12 @@ from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
+from tests.servers import KEY, first_line, program
 
 STOPPING = json.dumps({"error": {"message": "bye", "type": "server_error", "code": "worker_stopping"}})
 ERROR = json.dumps({"error": {"message": "it broke", "type": "server_error", "param": None, "code": None}})
 MODELS = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+METRICS = '# TYPE vllm:prompt_tokens_total counter\nvllm:prompt_tokens_total{engine="0"} 7.0\n'
 STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -41,7 +46,10 @@ def chunk(text: str) -> str:
 
 
 class Scripted:
-    """A server that plays a script for each POST and closes the connection; it has its models always."""
+    """A server that plays a script for each POST and closes the connection.
+
+    It has its models always, and its metrics.
+    """
 
     def __init__(self, *scripts: str, models: str = MODELS) -> None:
         self.scripts = list(scripts)
@@ -53,6 +61,10 @@ class Scripted:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.startswith("GET /serve/metrics "):
+                    self.heads.append(head)
+                    writer.write(whole("200 OK", "text/plain", METRICS).encode())
+                    break
                 if head.startswith("GET"):
                     writer.write(self.models.encode())
                     continue
@@ -312,3 +324,30 @@ async def test_it_has_as_many_places_as_it_was_given() -> None:
         async with opened.call(chat()):
             assert (opened.free, opened.capacity, opened.workers[0].in_flight) == (0, 1, 1)
         assert opened.free == 1
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+async def test_the_gateway_has_its_metrics_where_it_is_one_process(tmp_path: Path, switch: str) -> None:
+    """Under its own path and with its key, only if it is said to be one: of many each would have its turn."""
+    scripted = Scripted()
+    async with served(scripted) as port:
+        environ = {
+            "PATH": os.environ["PATH"],
+            "UPSTREAM": "http",
+            "UPSTREAM_URL": f"http://127.0.0.1:{port}/serve/v1",
+            "UPSTREAM_KEY": "theirs",
+            "UPSTREAM_METRICS": switch,
+            "MODEL_NAME": "m",
+            "PORT": "0",
+            "API_KEY": KEY,
+            "DATA_DIR": f"{tmp_path}/data",
+        }
+        with program("gateway", environ, tmp_path) as (process, errors):
+            line = await asyncio.to_thread(first_line, process, "/openai/v1", errors)
+            base = next(word for word in line.split() if word.startswith("http://")).partition("/v2/")[0]
+            async with httpx.AsyncClient(headers={"authorization": f"Bearer {KEY}"}) as client:
+                text = (await client.get(f"{base}/metrics")).text
+    own = 'vllm:prompt_tokens_total{endpoint="local",engine="0",worker="upstream"} 7.0'
+    assert (own in text.splitlines()) == (switch == "on")
+    keyed = ["authorization: bearer theirs" in head.lower() for head in scripted.heads]
+    assert keyed == ([True] if switch == "on" else [])

@@ -40,7 +40,12 @@ CALLS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "AsyncLLM",
         "from_vllm_config",
         (SOMETHING,),
-        {"usage_context": SOMETHING, "enable_log_requests": False, "disable_log_stats": False},
+        {
+            "usage_context": SOMETHING,
+            "stat_loggers": [SOMETHING],
+            "enable_log_requests": False,
+            "disable_log_stats": False,
+        },
     ),
     ("AsyncLLM", "get_supported_tasks", (SOMETHING,), {}),
     ("AsyncLLM", "get_num_unfinished_requests", (SOMETHING,), {}),

@@ -100,6 +100,7 @@ def test_gateway_defaults() -> None:
         upstream_url=None,
         upstream_key=None,
         upstream_slots=1024,
+        upstream_metrics=False,
         start="now",
         min_workers=0,
         max_workers=1,
