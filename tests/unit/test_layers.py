@@ -62,7 +62,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"stored"},
     {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
-    {"imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
+    {"imports", "kept", "levers", "messages", "parallel", "plain", "ties", "unread"},
 )
 GATEWAY_LAYERS = (
     {"__main__"},
