@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from gateway.accounts.keys import Keys
 from gateway.endpoints.endpoint import Endpoint
+from gateway.methods import by_method, read_only
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
-from handler.errors import Forbidden, MethodNotAllowed, NoSuchEndpoint, json_reply
+from handler.errors import Forbidden, NoSuchEndpoint, json_reply
 from handler.messages import Call, Reply, Request, once
 
 _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
@@ -59,8 +60,7 @@ class Operations:
         call = {"/health": self._health, "/metrics": self._metrics}.get(request.path)
         if call is None:
             return None
-        if request.method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(request.method, request.path, ["GET", "HEAD"])
+        by_method(request, read_only(call))
         if request.path == "/metrics" and not (self.open_metrics and _is_local(request)):
             key = self.keys.check(request)
             if not key.admin and (key.endpoints is not None or key.models is not None):

@@ -112,7 +112,7 @@ class Output:
             log.debug("output of a worker was not kept", extra={"reason": error.strerror})
 
     def _text(self, line: bytes) -> str:
-        """What a terminal would show of `line` in the end, without what it would obey, and without secrets."""
+        """What a terminal would show of `line` in the end, and obey nothing of, without secrets."""
         text = plain(line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")).rstrip()
         for secret in self._secrets:
             text = text.replace(secret, _HIDDEN)
