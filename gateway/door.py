@@ -30,6 +30,8 @@ class Owner:
         """The owner."""
         return OWNER
 
+    known = check
+
 
 @contextmanager
 def reachable(folder: Path) -> Iterator[Path]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def plain(text: str) -> str:
-    """`text` without what a terminal would obey, but for line breaks and tabs; colours leave no trace."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", _COLOURS.sub("", text))
+    """`text` without what a terminal would obey, but for line breaks and tabs."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)

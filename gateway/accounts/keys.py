@@ -113,6 +113,14 @@ class Keys:
             self.used_s[key.id] = int(now_s)
         return key
 
+    def known(self, request: Request) -> Key | None:
+        """The key that `request` bears, or None. Raises `Unauthorized` for one that does not open."""
+        try:
+            bearer(request)
+        except Unauthorized:
+            return None
+        return self.check(request)
+
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._by_id
 

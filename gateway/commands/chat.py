@@ -62,7 +62,9 @@ async def _begin(asked: Client, args: argparse.Namespace) -> Conversation:
     """The conversation that the arguments ask for."""
     endpoint_id = args.endpoint or asked.place.endpoint_id
     if endpoint_id is None:
-        shown = (await asked.get("/health"))["endpoints"]
+        shown = (await asked.get("/health")).get("endpoints")
+        if not shown:
+            raise Unreachable(f"{asked.place} has no endpoint for this key")
         endpoint_id = shown[0]["id"]
     return Conversation(endpoint_id, args.model, args.system)
 

@@ -28,6 +28,7 @@ READ_BYTES = 64 << 10
 _SECRET = re.compile(r"(^|_)(API_?KEYS?|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)(_|$)", re.IGNORECASE)
 _SECRET_MIN_CHARS = 6
 _HIDDEN = "[hidden]"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SECRET_ROWS = frozenset(name for row in TABLE if row.secret for name in row.names)
 
 
@@ -113,7 +114,8 @@ class Output:
 
     def _text(self, line: bytes) -> str:
         """What a terminal would show of `line` in the end, and obey nothing of, without secrets."""
-        text = plain(line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")).rstrip()
+        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+        text = plain(_COLOUR.sub("", text)).rstrip()
         for secret in self._secrets:
             text = text.replace(secret, _HIDDEN)
         return text

@@ -387,7 +387,7 @@ async def test_failed_start_answers_with_the_reason_and_stays_up(tmp_path: Path)
         assert "the model was not found" in refused.value.message
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers={"x-api-key": KEY}) as session,
             session.get(program.base_url.split("/v2")[0] + "/health") as reply,
         ):
             health = await reply.json()

@@ -39,7 +39,7 @@ async def test_no_terminal_obeys_what_a_worker_has_written(
 ) -> None:
     """A client's text may be in it: neither where it is shown nor where it is kept is anything but text.
 
-    Colours are taken away without a trace, so that no secret is cut in two by them.
+    Colours leave no trace: no secret is cut in two by them.
     """
     made = Output(tmp_path / "pipe", tmp_path / "log", ("hf_abcdef",))
     written(made, b"said \x1b]0;title\x07\tand \xc2\x9b2J\b\nhf_\x1b[0;36mabc\x1b[mdef\n")
