@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gateway import data_folder
 from gateway.settings import KeptSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def kept(environ: Mapping[str, str]) -> Iterator[Store]:
     """The gateway's database, for a command that works beside it. Raises `StartError`."""
     from gateway.store import Store  # noqa: PLC0415 - SQLAlchemy, which half of the commands do without
 
-    store = Store.open(KeptSettings.from_environ(environ).database_url)
+    settings = KeptSettings.from_environ(environ)
+    data_folder.check(settings.data_dir, serves=False)
+    store = Store.open(settings.database_url)
     try:
         yield store
     finally:

@@ -413,6 +413,17 @@ async def test_start_is_told_in_plain_lines_where_there_is_no_terminal(tmp_path:
         assert "INFO gateway: worker starting phase='loading weights'\n" in await program.errors()
 
 
+async def test_a_data_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    """Nothing is made in it: whoever can write there could have put a database of his own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o777)
+    code, errors = await plain({"DATA_DIR": str(data), "MODEL_NAME": "m", "PORT": "0"})
+    assert code == 78
+    assert f"DATA_DIR={data} may be written by everybody (mode 0777)" in errors
+    assert not [*data.iterdir()]
+
+
 async def test_bad_settings_exit_78_naming_every_fault() -> None:
     """All faults at once, before anything is started."""
     code, errors = await plain({"PORT": "many", "QUEUE_LIMIT": "-1", "START": "later"})

@@ -75,7 +75,17 @@ GATEWAY_LAYERS = (
     {"admin", "door", "jobs", "metrics", "openai_route"},
     {"accounts"},
     {"alone", "console", "instances", "settings", "worker_logs"},
-    {"bodies", "counted", "methods", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
+    {
+        "bodies",
+        "counted",
+        "data_folder",
+        "methods",
+        "scaling",
+        "scrape",
+        "store",
+        "upstreams.__init__",
+        "upstreams.events",
+    },
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
 ONLY_IN = {"vllm": "handler/engine.py", "torch": "handler/engine.py", "runpod": "handler/platforms/runpod.py"}
