@@ -92,6 +92,8 @@ class Keys:
             if api_key is None
             else Key(ENV_ID, ENV_NAME, digest(api_key), admin=True)
         )
+        self.heard: list[Callable[[], None]] = []
+        """Called whenever the keys have changed."""
         self.used_s: dict[str, int] = {}
         """When each key of the database was last used, as far as it is not written down yet."""
         self.store(stored)
@@ -100,6 +102,8 @@ class Keys:
         """Know these, and no longer the ones before."""
         self._by_id = {key.id: key for key in (*stored, self._env)}
         self._by_digest = {key.digest: key for key in self._by_id.values()}
+        for heard in self.heard:
+            heard()
 
     def check(self, request: Request) -> Key:
         """The key that `request` bears. Raises `Unauthorized` unless it opens."""
@@ -123,6 +127,14 @@ class Keys:
 
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._by_id
+
+    def closed(self, key_id: str) -> bool:
+        """Whether the key of that id is known to open nothing any more.
+
+        One that another gateway has made just now is not known yet, and `API_KEY` is each gateway's own.
+        """
+        key = self._by_id.get(key_id, self._env)
+        return key is not self._env and not key.opens(self._clock())
 
     def of(self, key_id: str) -> Key:
         """The key of that id, whether it opens or not (`Key.opens`). Raises `KeyError`."""

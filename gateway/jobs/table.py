@@ -116,7 +116,7 @@ OUTPUTS = Table(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED."""
+    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED, or was CANCELLED by nobody."""
 
     seq: int
     id: str
@@ -340,14 +340,19 @@ def lose(connection: Connection, job: Job, why: str, now: float) -> Job | None:
 
 
 def cancel(
-    connection: Connection, where: ColumnElement[bool], states: Sequence[State], most: int, now: float
+    connection: Connection,
+    where: ColumnElement[bool],
+    states: Sequence[State],
+    most: int,
+    now: float,
+    why: str | None = None,
 ) -> list[Job]:
     """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
     some = select(JOBS.c.seq).where(where, JOBS.c.state.in_(states)).limit(most)
     rows = connection.execute(
         update(JOBS)
         .where(JOBS.c.seq.in_(some), JOBS.c.state.in_(states))
-        .values(state=State.CANCELLED, ended_at=now, expires_at=_kept_until(now))
+        .values(state=State.CANCELLED, error=why, ended_at=now, expires_at=_kept_until(now))
         .returning(*_ROW)
     )
     return [_job(row) for row in rows.mappings()]
@@ -421,6 +426,11 @@ def endpoints_in_demand(connection: Connection) -> list[str]:
     """The ids of the endpoints at which jobs wait."""
     waiting = select(JOBS.c.endpoint_id).where(JOBS.c.state == State.IN_QUEUE).distinct()
     return list(connection.scalars(waiting))
+
+
+def keys_in_demand(connection: Connection) -> list[str]:
+    """The ids of the keys whose jobs wait or run."""
+    return list(connection.scalars(select(JOBS.c.key_id).where(JOBS.c.state.in_(OPEN)).distinct()))
 
 
 def _change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
