@@ -128,13 +128,10 @@ class Keys:
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._by_id
 
-    def closed(self, key_id: str) -> bool:
-        """Whether the key of that id is known to open nothing any more.
-
-        One that another gateway has made just now is not known yet, and `API_KEY` is each gateway's own.
-        """
-        key = self._by_id.get(key_id, self._env)
-        return key is not self._env and not key.opens(self._clock())
+    def closed(self) -> list[str]:
+        """The ids of those that open nothing any more. `API_KEY` is none of them: each gateway has its own."""
+        now_s = self._clock()
+        return [key.id for key in self._by_id.values() if key is not self._env and not key.opens(now_s)]
 
     def of(self, key_id: str) -> Key:
         """The key of that id, whether it opens or not (`Key.opens`). Raises `KeyError`."""

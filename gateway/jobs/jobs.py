@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from sqlalchemy import ColumnElement, Connection
@@ -50,7 +51,7 @@ class Jobs:
     """Used as `async with`: entering takes over what an earlier gateway has left, leaving ends what runs.
 
     `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used. The jobs of
-    a key that is `closed` are cancelled. `instance` is this gateway's id; what others do that share the store
+    keys that are `closed` are cancelled. `instance` is this gateway's id; what others do that share the store
     is looked for.
     """
 
@@ -61,7 +62,7 @@ class Jobs:
         *,
         costs: Costs,
         limit: int,
-        closed: Callable[[str], bool] = lambda _: False,
+        closed: Callable[[], Sequence[str]] = tuple,
         webhooks: Webhooks | None = None,
         instance: str | None = None,
         drain_s: float = 0.0,
@@ -262,10 +263,10 @@ class Jobs:
     async def _cancel_closed(self) -> None:
         """Cancel the jobs of keys that open nothing any more: they are to cost nobody anything."""
         self._keys_changed.clear()
-        for key_id in await self._store.read(table.keys_in_demand):
-            if self._closed(key_id):
-                cancelled = await self.cancel(JOBS.c.key_id == key_id, why=KEY_CLOSED)
-                log.info("jobs of a closed key are cancelled", extra={"key": key_id, "jobs": len(cancelled)})
+        closed = self._closed()
+        if closed and await self._store.read(partial(table.any_open, key_ids=closed)):
+            cancelled = await self.cancel(JOBS.c.key_id.in_(closed), why=KEY_CLOSED)
+            log.info("jobs of keys that are valid no more are cancelled", extra={"jobs": len(cancelled)})
 
     async def _forget(self) -> None:
         """Forget jobs whose time is over, or that of their key, and stop those of them that run."""

@@ -428,9 +428,10 @@ def endpoints_in_demand(connection: Connection) -> list[str]:
     return list(connection.scalars(waiting))
 
 
-def keys_in_demand(connection: Connection) -> list[str]:
-    """The ids of the keys whose jobs wait or run."""
-    return list(connection.scalars(select(JOBS.c.key_id).where(JOBS.c.state.in_(OPEN)).distinct()))
+def any_open(connection: Connection, key_ids: Sequence[str]) -> bool:
+    """Whether a job of one of these keys waits or runs."""
+    wanted = select(JOBS.c.seq).where(JOBS.c.key_id.in_(key_ids), JOBS.c.state.in_(OPEN)).limit(1)
+    return connection.scalar(wanted) is not None
 
 
 def _change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
