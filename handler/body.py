@@ -13,7 +13,8 @@ from handler.errors import BadRequest
 from handler.messages import Request
 
 TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
-"""What pydantic reads as true, beside true and 1."""
+FALSE = frozenset({"0", "off", "f", "false", "n", "no"})
+"""What pydantic reads as true and false, beside themselves, 1 and 0."""
 
 _KINDS = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
 
@@ -64,5 +65,13 @@ def asks_for_stream(request: Request) -> bool:
         body = json.loads(request.body)
     except (ValueError, RecursionError):
         return False
-    asked = body.get("stream") if isinstance(body, dict) else None
-    return asked == 1 or (isinstance(asked, str) and asked.lower() in TRUE)
+    return isinstance(body, dict) and truth(body.get("stream")) is True
+
+
+def truth(value: object) -> bool | None:
+    """What vLLM takes `value` for where it wants a boolean or null; None if for neither."""
+    if value is None or value in (0, 1):
+        return value == 1
+    if isinstance(value, str):
+        return True if value.lower() in TRUE else False if value.lower() in FALSE else None
+    return None

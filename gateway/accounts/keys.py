@@ -129,7 +129,7 @@ class Keys:
         return key_id in self._by_id
 
     def closed(self) -> list[str]:
-        """The ids of those that open nothing any more. `API_KEY` is none of them: each gateway has its own."""
+        """The ids of those that open nothing any more. `API_KEY` is none: each gateway has its own."""
         now_s = self._clock()
         return [key.id for key in self._by_id.values() if key is not self._env and not key.opens(now_s)]
 
