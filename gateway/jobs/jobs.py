@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 from sqlalchemy import ColumnElement, Connection
@@ -264,7 +263,7 @@ class Jobs:
         """Cancel the jobs of keys that open nothing any more: they are to cost nobody anything."""
         self._keys_changed.clear()
         closed = self._closed()
-        if closed and await self._store.read(partial(table.any_open, key_ids=closed)):
+        if closed and await self._store.read(lambda connection: table.any_open(connection, closed)):
             cancelled = await self.cancel(JOBS.c.key_id.in_(closed), why=KEY_CLOSED)
             log.info("jobs of keys that are valid no more are cancelled", extra={"jobs": len(cancelled)})
 

@@ -161,7 +161,7 @@ def end(index: int = 0, **more: Any) -> bytes:
     return sse.event({"model": "m", "choices": [{"index": index, "finish_reason": "stop"}], **more})
 
 
-MARK = {"system_fingerprint": "vllm-1"}
+MARK: dict[str, Any] = {"system_fingerprint": "vllm-1"}
 MARKED = sse.event({"model": "m", "choices": [], "usage": USAGE, **MARK})
 
 
