@@ -8,24 +8,23 @@ chunk that says it is taken out, and vLLM's fingerprint, which is then on it alo
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from handler import sse
-from handler.body import asks_for_stream, truth
+from handler.body import asks_for_stream, member, truth, with_member
 from handler.errors import RequestError
-from handler.messages import Call, Reply, Request, as_json
+from handler.messages import Call, Reply, Request, as_json, without
 
 _SAYS_ONLY_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ASK = b'{"stream_options":{"include_usage":true},'
+_OPTIONS = "stream_options"
 _USAGE = b'"usage"'
 """Quotes inside JSON strings are escaped: no text of an answer looks like this."""
 _EACH = "continuous_usage_stats"
 _FINGERPRINT = "system_fingerprint"
-_FINISHED = re.compile(rb'"finish_reason": ?"')
+_FINISHED = b'"finish_reason":"'
 _DATA = b"data: {"
 _LAST = (
     sse.DONE,
@@ -93,10 +92,7 @@ def with_usage(request: Request) -> tuple[Request, bool]:
     """The request as the engine gets it, and whether its client does not want to see what that adds."""
     if request.path.rstrip("/") not in _SAYS_ONLY_IF_ASKED or not asks_for_stream(request):
         return request, False
-    if b'"stream_options"' not in request.body:
-        return replace(request, body=request.body.replace(b"{", _ASK, 1)), True
-    body = json.loads(request.body)
-    options = body.get("stream_options")
+    options = member(request, _OPTIONS)
     if options is None:
         options = {}
     if not isinstance(options, dict) or truth(options.get("include_usage", False)) is not False:
@@ -104,8 +100,7 @@ def with_usage(request: Request) -> tuple[Request, bool]:
     added = {"include_usage": True}
     if truth(options.get(_EACH)):  # which says nothing to who does not ask for usage
         added[_EACH] = False
-    body["stream_options"] = {**options, **added}
-    return replace(request, body=as_json(body)), True
+    return with_member(request, _OPTIONS, {**options, **added}), True
 
 
 async def _nothing() -> None:
@@ -139,8 +134,11 @@ class Meter:
 
     def read(self, reply: Reply) -> Reply:
         """`reply`, whose frames are read along."""
-        frames = self._stream(reply.frames) if reply.streams else self._body(reply.frames)
-        return replace(reply, frames=frames)
+        if not reply.streams:
+            return replace(reply, frames=self._body(reply.frames))
+        # A server that has all of its events before it answers may say how long they are.
+        headers = without(reply.headers, ["content-length"])
+        return replace(reply, headers=headers, frames=self._stream(reply.frames))
 
     async def _body(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         parts: list[bytes] = []
@@ -181,7 +179,7 @@ class Meter:
 
     def _passed(self, chunk: bytes) -> bytes:
         """What the client gets now that `chunk` has come: nearly always that."""
-        ends = self._hides and (self._held or _FINISHED.search(chunk))
+        ends = self._hides and (self._held or _FINISHED in chunk)
         if not (ends or _USAGE in chunk or not self._frames):
             self._frames += chunk.count(_DATA)
             return chunk
@@ -201,7 +199,7 @@ class Meter:
             return self._released(value.get(_FINGERPRINT))
         elif value.get("choices"):
             self._hides = False  # nobody has asked for it there: this engine says it to everybody
-        if self._hides and not says and _FINISHED.search(frame):
+        if self._hides and not says and _FINISHED in frame:
             self._held.append(frame)
             return []
         return [*self._released(), frame]

@@ -262,8 +262,9 @@ class Jobs:
     async def _cancel_closed(self) -> None:
         """Cancel the jobs of keys that open nothing any more: they are to cost nobody anything."""
         self._keys_changed.clear()
-        closed = self._closed()
-        if closed and await self._store.read(lambda connection: table.any_open(connection, closed)):
+        if not (closed := self._closed()):
+            return
+        if await self._store.read(lambda connection: table.any_open(connection, closed)):
             cancelled = await self.cancel(JOBS.c.key_id.in_(closed), why=KEY_CLOSED)
             log.info("jobs of keys that are valid no more are cancelled", extra={"jobs": len(cancelled)})
 

@@ -62,7 +62,8 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"stored"},
     {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
-    {"imports", "kept", "levers", "messages", "parallel", "plain", "ties", "unread"},
+    {"imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
+    {"members", "plain"},
 )
 GATEWAY_LAYERS = (
     {"__main__"},

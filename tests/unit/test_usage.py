@@ -187,6 +187,13 @@ async def test_the_fingerprint_is_where_a_choice_ends(frames: list[bytes], seen:
     assert (await asked(Engine(*frames), chat(stream=True, stream_options=options)))[0] == b"".join(frames)
 
 
+async def test_a_stream_does_not_say_how_long_it_was() -> None:
+    """It may be shorter for its client."""
+    engine = Engine(chunk("a"), LAST, headers=(*EVENTS, ("content-length", "1000")))
+    async with metered(engine.call, lambda _: None)(chat(stream=True)) as reply:
+        assert (reply.headers, await read(reply)) == (EVENTS, chunk("a"))
+
+
 async def test_what_was_held_is_passed_on_before_an_answer_breaks() -> None:
     """The client has it as early as without the gateway's reading."""
     engine = Engine(chunk("a"), end(), b"")
