@@ -248,8 +248,8 @@ def serve(
             if limit_bytes is None:
                 with hold(head) if hold is not None else nullcontext(_nothing) as take:
                     body = await _whole(_pieces(receive, max_body_bytes), take)
-                # A client begins to wait when it has said all.
-                request = await looked(replace(head, body=body, visit=Visit()))
+                    # A client begins to wait when it has said all.
+                    request = await looked(replace(head, body=body, visit=Visit()))
             else:
                 unread = _Unread(_pieces(receive, limit_bytes))
                 request = replace(head, pieces=unread.pieces())

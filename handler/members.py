@@ -21,6 +21,8 @@ LARGE_BYTES = 256 << 10
 WANTED = frozenset({"model", "stream", "stream_options"})
 VALUE_MAX_BYTES = 64 << 10
 """No value that is wanted is longer."""
+MEMBERS_MAX = 10_000
+"""No request has so many."""
 STEP_BYTES = 64 << 10
 """How far is looked at once: nobody else runs meanwhile."""
 
@@ -59,8 +61,10 @@ def _members(raw: bytes) -> Members:
     values: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
     at = _behind(raw, b"{", len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0)
-    more = not raw.startswith(b"}", at)
+    more, seen = not raw.startswith(b"}", at), 0
     while more:
+        if (seen := seen + 1) > MEMBERS_MAX:
+            raise ValueError
         name_at = _behind(raw, b'"', at) - 1
         name_end = _string(raw, name_at + 1)
         at = _behind(raw, b":", name_end)

@@ -79,6 +79,7 @@ def test_members_are_those_of_the_parser(
         ),
         *(b'{"model":nonsense}', b'{"model":"\xff"}', b'{"stream":tru}', '{"model":"a"}'.encode("utf-16")),
         b'{"model":"%b"}' % (b"a" * members.VALUE_MAX_BYTES),
+        b'{"model":"a"%b}' % (b',"x":1' * members.MEMBERS_MAX),
     ],
 )
 def test_what_is_no_object_is_broken(raw: bytes) -> None:
