@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gateway")
 
+HEALTH = "/health"
+
 
 class Part(Protocol):
     """Some of the gateway's routes.
@@ -57,6 +59,10 @@ class Doorkeeper(Protocol):
         """The key that `request` bears. Raises `Unauthorized` unless it opens."""
         ...
 
+    def known(self, request: Request) -> Key | None:
+        """The same, but None where it bears none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Reads:
@@ -75,7 +81,7 @@ class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
     Everything under `/v2` and `/admin` wants a key, whether there is such a route or not; `/admin` an
-    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there.
+    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there. `/health` says more to who has one.
     """
 
     parts: Sequence[Part]
@@ -135,7 +141,9 @@ class Gateway:
     def _key(self, request: Request) -> Key | None:
         """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
         top, _ = _head(request.path)
-        return self.keys.check(request) if top in {"v2", "admin"} else None
+        if top in {"v2", "admin"}:
+            return self.keys.check(request)
+        return self.keys.known(request) if request.path == HEALTH else None
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
@@ -211,7 +219,7 @@ def _label(path: str) -> str:
     if path == "/" or path.startswith("/page/"):
         return "page"
     if not path.startswith("/v2/"):
-        return path if path in {"/health", "/metrics"} else "other"
+        return path if path in {HEALTH, "/metrics"} else "other"
     own = _WITH_ID.sub(r"\1/{id}\2", inner)
     return own if own in _LABELS else edge.pattern(inner) or "other"
 

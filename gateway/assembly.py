@@ -94,11 +94,13 @@ class Assembly:
             endpoints,
             costs=account,
             limit=settings.jobs_limit,
+            closed=keys.closed,
             webhooks=Webhooks(store, webhooks, instance=instance),
             instance=instance,
             drain_s=settings.drain_timeout_s,
         )
         endpoints.listen(partial(_wake, self._jobs))
+        keys.heard.append(self._jobs.keys_changed)
         files = FileStore(
             store,
             settings.data_dir / "files",

@@ -76,7 +76,8 @@ KEPT: Table = (
         FOLDER,
         None,
         "What the gateway keeps: keys, usage, jobs, files. If not set: `$XDG_DATA_HOME/firsttoken`, else "
-        "`~/.local/share/firsttoken`. One gateway per folder; several share only `files/` in it.",
+        "`~/.local/share/firsttoken`. One gateway per folder; several share only `files/` in it. Refused if "
+        "others may write it.",
     ),
     Setting(
         "DATABASE_URL",

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from handler import sse
+from handler.body import looked
 from handler.errors import BodyTooLarge, RequestError
 from handler.messages import Call, Headers, Reply, Request, Visit, read
 
@@ -246,8 +247,8 @@ def serve(
             if limit_bytes is None:
                 with hold(head) if hold is not None else nullcontext(_nothing) as take:
                     body = await _whole(_pieces(receive, max_body_bytes), take)
-                # A client begins to wait once all of its request is here.
-                request = replace(head, body=body, visit=Visit())
+                    # A client begins to wait once all of its request is here.
+                    request = await looked(replace(head, body=body, visit=Visit()))
             else:
                 unread = _Unread(_pieces(receive, limit_bytes))
                 request = replace(head, pieces=unread.pieces())

@@ -12,8 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qsl
+
+if TYPE_CHECKING:
+    from handler.members import Members
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
@@ -80,6 +83,8 @@ class Request:
     body: bytes = b""
     query: str = ""
     visit: Visit = field(default_factory=Visit, compare=False, repr=False)
+    members: Members | None = field(default=None, compare=False, repr=False)
+    """What was found in a large `body` (`handler.body.looked`); None: whoever wants to know reads it."""
     pieces: AsyncIterator[bytes] | None = field(default=None, compare=False, repr=False)
     """The body as it comes, for a call that reads it by itself; `body` is empty then."""
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gateway import data_folder
 from gateway.settings import KeptSettings
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def kept(environ: Mapping[str, str], *, made: bool = True) -> Iterator[Store]:
     from gateway.database import StoreUnusable  # noqa: PLC0415 - as above
     from gateway.store import Store  # noqa: PLC0415 - as above
 
-    store = Store.open(KeptSettings.from_environ(environ).database_url, made=made)
+    settings = KeptSettings.from_environ(environ)
+    data_folder.check(settings.data_dir, serves=False)
+    store = Store.open(settings.database_url, made=made)
     try:
         yield store
     except SQLAlchemyError as error:

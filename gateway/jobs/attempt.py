@@ -13,6 +13,7 @@ from typing import Any
 from gateway.jobs.document import Document, beside
 from gateway.jobs.table import Ending, Job, State
 from handler import edge, jobs
+from handler.body import look
 from handler.errors import BadEvent, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Call, Reply, Request, Visit, as_json
 from handler.usage import Usage, metered
@@ -173,7 +174,7 @@ class Attempt:
         """The request that its input holds, or an input that holds none: what comes of it says why."""
         document = Document(self._body)
         try:
-            return jobs.parse(document.value, document.dump)
+            return look(jobs.parse(document.value, document.dump))
         except BadEvent:
             return document.value
 

@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from handler.members import LARGE_BYTES
 from handler.messages import as_json
 
 T = TypeVar("T")
 
-LARGE_BYTES = 256 << 10
 DEPTH = 2
 """How deep in objects the text of each member is known: a job's `input`, and what is in that."""
 

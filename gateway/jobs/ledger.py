@@ -170,11 +170,13 @@ class Ledger:
         self._tell(ended)
         return counted
 
-    async def cancel(self, where: ColumnElement[bool], states: Sequence[State], most: int) -> list[Job]:
+    async def cancel(
+        self, where: ColumnElement[bool], states: Sequence[State], most: int, why: str | None
+    ) -> list[Job]:
         """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
 
         def work(connection: Connection) -> list[Job]:
-            ended = table.cancel(connection, where, states, most, self._clock())
+            ended = table.cancel(connection, where, states, most, self._clock(), why)
             for job in ended:
                 self._tell_webhook(connection, job)
             return ended

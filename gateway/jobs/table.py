@@ -110,7 +110,7 @@ OUTPUTS = Table(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED."""
+    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED, or was CANCELLED by nobody."""
 
     seq: int
     id: str
@@ -249,14 +249,19 @@ def retried(connection: Connection, endpoint_id: str) -> int:
 
 
 def cancel(
-    connection: Connection, where: ColumnElement[bool], states: Sequence[State], most: int, now: float
+    connection: Connection,
+    where: ColumnElement[bool],
+    states: Sequence[State],
+    most: int,
+    now: float,
+    why: str | None = None,
 ) -> list[Job]:
     """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
     some = select(JOBS.c.seq).where(where, JOBS.c.state.in_(states)).limit(most)
     rows = connection.execute(
         update(JOBS)
         .where(JOBS.c.seq.in_(some), JOBS.c.state.in_(states))
-        .values(state=State.CANCELLED, ended_at=now, expires_at=kept_until(now))
+        .values(state=State.CANCELLED, error=why, ended_at=now, expires_at=kept_until(now))
         .returning(*ROW)
     )
     return [job_of(row) for row in rows.mappings()]
@@ -307,6 +312,12 @@ def endpoints_in_demand(connection: Connection) -> list[str]:
     """The ids of the endpoints at which jobs wait."""
     waiting = select(JOBS.c.endpoint_id).where(JOBS.c.state == State.IN_QUEUE).distinct()
     return list(connection.scalars(waiting))
+
+
+def any_open(connection: Connection, key_ids: Sequence[str]) -> bool:
+    """Whether a job of one of these keys waits or runs."""
+    wanted = select(JOBS.c.seq).where(JOBS.c.key_id.in_(key_ids), JOBS.c.state.in_(OPEN)).limit(1)
+    return connection.scalar(wanted) is not None
 
 
 def change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:

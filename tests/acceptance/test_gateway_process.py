@@ -272,7 +272,7 @@ async def test_failed_start_answers_with_the_reason_and_stays_up(tmp_path: Path)
         assert "the model was not found" in refused.value.message
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers={"x-api-key": KEY}) as session,
             session.get(program.base_url.split("/v2")[0] + "/health") as reply,
         ):
             health = await reply.json()
@@ -296,6 +296,17 @@ async def test_start_is_told_in_plain_lines_where_there_is_no_terminal(tmp_path:
         await started(program)
         assert await program.end(signal.SIGTERM) == 0
         assert "INFO gateway: worker starting phase='loading weights'\n" in await program.errors()
+
+
+async def test_a_data_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    """Nothing is made in it: whoever can write there could have put a database of his own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o777)
+    code, _, errors = await command(env={"DATA_DIR": str(data), "MODEL_NAME": "m", "PORT": "0"})
+    assert code == 78
+    assert f"DATA_DIR={data} may be written by everybody (mode 0777)" in errors
+    assert not [*data.iterdir()]
 
 
 async def test_bad_settings_exit_78_naming_every_fault() -> None:

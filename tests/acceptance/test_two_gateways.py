@@ -58,13 +58,13 @@ class Gateway:
                 assert "retry-after" in reply.headers
             return reply.status, body
 
-    async def submit(self, model: str, tokens: int = TOKENS) -> str:
+    async def submit(self, model: str, tokens: int = TOKENS, headers: Mapping[str, str] | None = None) -> str:
         """The id of a job, handed in until it is accepted."""
         asked = {"model": model, "messages": [], "max_tokens": tokens}
         body = {"input": {"openai_route": "/v1/chat/completions", "openai_input": asked}}
         while True:
             status, told = await self.ask(
-                "POST", "/v2/local/run", json=body, headers={"idempotency-key": model}
+                "POST", "/v2/local/run", json=body, headers={"idempotency-key": model, **(headers or {})}
             )
             if status == 200:
                 return str(told["id"])
@@ -374,8 +374,14 @@ async def test_both_work_on_one_queue_and_hear_of_each_other(tmp_path: Path, ser
             return loop.time() - began_s
 
         await heard(200)
+        theirs = [await b.submit(f"theirs-{n}", tokens=100_000, headers=headers) for n in range(40)]
+        await asyncio.gather(a.in_flight(1), b.in_flight(1))
         assert (await a.ask("DELETE", f"/admin/keys/{made['id']}"))[0] == 200
         print(f"a key revoked on one gateway was refused by the other after {await heard(401):.2f} s")
+        ended = [await b.ended(job) for job in theirs]
+        assert Counter(job["status"] for job in ended) == {"CANCELLED": len(theirs)}
+        assert {job["error"] for job in ended} == {"The key of the job is valid no more."}
+        await asyncio.gather(a.idle(), b.idle())
 
         long = await a.submit("long", tokens=100_000)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any, cast
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from gateway.commands.client import Client
 from gateway.commands.conversation import Conversation
 from gateway.commands.status import tables
-from gateway.commands.tables import table
+from gateway.commands.tables import shown_on, table
 from handler.errors import Unreachable
 
 
@@ -27,6 +28,18 @@ def test_an_endpoint_is_one_row_whatever_its_worker_has_said() -> None:
     status = {"version": "1", "started_at": 0, "endpoints": [endpoint]}
     *_, row = "".join(tables(status, {}, 0)).splitlines()
     assert row.endswith(" 0  The worker could not start: no such folder.")
+
+
+def test_a_terminal_gets_text_plain_and_a_program_as_it_is() -> None:
+    """Models and clients write it, and commands only repeat it."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text = "a\tb\n\x1b]0;title\x07"
+    assert shown_on(Terminal())(text) == "a\tb\n\ufffd]0;title\ufffd"
+    assert shown_on(io.StringIO())(text) == text
 
 
 async def test_a_key_without_a_model_is_told_so() -> None:

@@ -69,6 +69,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"manifest", "pack", "phases", "zygote"},
     {"errors", "table"},
     {"fetched", "imports", "kept", "levers", "messages", "parallel", "ties", "unread"},
+    {"members", "plain"},
 )
 GATEWAY_LAYERS = (
     {"__main__"},
@@ -82,7 +83,17 @@ GATEWAY_LAYERS = (
     {"accounts"},
     {"alone", "console", "instances", "settings", "worker_logs"},
     {"presence"},
-    {"bodies", "counted", "scaling", "scrape", "store", "upstreams.__init__", "upstreams.events"},
+    {
+        "bodies",
+        "counted",
+        "data_folder",
+        "methods",
+        "scaling",
+        "scrape",
+        "store",
+        "upstreams.__init__",
+        "upstreams.events",
+    },
     {"database"},
 )
 LEAVES = {"auth", "errors", "levers", "messages", "phases", "settings", "sse"}
