@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from hypothesis import HealthCheck, settings
 
 from builder.console import Console
 from builder.fetch import fetch
@@ -17,6 +18,10 @@ from tests import aws_stack as aws_stacks
 from tests import object_store as object_stores
 from tests import postgres, servers
 from tests.place import Place
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
