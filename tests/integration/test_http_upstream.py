@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -15,6 +14,7 @@ from gateway.upstreams.events import Ended, Event, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
+from judge.servers import free_port
 
 STOPPING = json.dumps({"error": {"message": "bye", "type": "server_error", "code": "worker_stopping"}})
 ERROR = json.dumps({"error": {"message": "it broke", "type": "server_error", "param": None, "code": None}})
@@ -206,8 +206,7 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
     """It comes back at the same address, and everybody hears of that."""
     events: list[Event] = []
     scripted = Scripted(whole("200 OK", "application/json", "{}"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     heard = asyncio.Event()
     async with pool(port, tell=events.append) as opened:
         opened.listen(heard.set)

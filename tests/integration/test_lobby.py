@@ -18,6 +18,7 @@ from handler.listener import listen
 from handler.platforms import http
 from handler.platforms.lobby import Lobby
 from handler.settings import Settings
+from judge.servers import free_port
 from tests.raw_http import ask, head, read_head
 from tests.scripted_app import Pause, ScriptedApp, answer, stream
 from tests.scripted_server import HOST, StartingWorker, starting
@@ -52,14 +53,6 @@ class At:
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection to it."""
         return await asyncio.open_connection(HOST, self.port)
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 # --- while it starts ----------------------------------------------------------------------------
