@@ -119,6 +119,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
 
     stalled = store.begin_write(stall)
     begun.wait()
+    monkeypatch.undo()
     other.write_now(count)
     go_on.set()
     with pytest.raises(AWAY):
@@ -141,7 +142,6 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
     own_server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 503 with `Retry-After`, be it stopped or silent; once it is there again all is as before."""
-    monkeypatch.setattr("gateway.store.PATIENCE_S", 0.2)
     with closing(Store.open(own_server.database())) as store:
         keys = Keys("secret")
         admin = Admin(store, Following(keys, store))
@@ -165,7 +165,9 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
         await asyncio.to_thread(own_server.start)
         assert await ask("GET") == 200
         own_server.pause()
-        assert [await ask("GET"), await ask("POST")] == [503, 503]
+        with monkeypatch.context() as impatient:
+            impatient.setattr("gateway.store.PATIENCE_S", 0.2)
+            assert [await ask("GET"), await ask("POST")] == [503, 503]
         own_server.go_on()
         await asyncio.to_thread(until, lambda: store.write_now(lambda _: True))
         assert await ask("POST") in {201, 400}  # the silent one may have made it
