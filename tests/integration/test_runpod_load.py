@@ -256,7 +256,7 @@ async def test_a_worker_that_is_killed_loses_no_job(folder: Path) -> None:
 async def test_a_job_that_takes_too_long_is_a_504(folder: Path) -> None:
     """Or an error frame, if it had begun; either way the application is told that nobody waits."""
     app, asked = Echo(), jobs()[:2]
-    with path(folder, EXECUTION_TIMEOUT_S="1") as gateway:
+    with path(folder, EXECUTION_TIMEOUT_S="5") as gateway:  # the stream has to begin within it
         async with engine(app, folder), asyncio.timeout(LEASE_S), gateway.http() as http:
             whole, streamed = asked
             await asyncio.gather(*(one.ask(http) for one in asked))

@@ -113,7 +113,7 @@ async def test_a_message_is_hidden_for_as_long_as_it_is_worked_on(resources: Res
     """However long that is; another worker has nothing to do."""
     app, idle = waiting_at("long"), ScriptedApp({})
     resources.send(job(resources, "long", "long"))
-    times, hidden = replace(QUICK_QUEUE, hidden_s=2), asyncio.Semaphore(0)
+    times, hidden = replace(QUICK_QUEUE, hidden_s=5), asyncio.Semaphore(0)
     async with consuming(app, resources, replies(resources), queue_times=times) as (consumer, _):
         await app.gate("long").reached.wait()
         hide = consumer._queue.hide
