@@ -179,7 +179,7 @@ def until_ready(server: Server) -> None:
     """Return once a worker of the first endpoint takes requests."""
     url = server.base_url.partition("/v2/")[0]
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not httpx.get(f"{url}/health").json()["endpoints"][0]["workers"].get("ready"):
+    while not httpx.get(f"{url}/health", timeout=60).json()["endpoints"][0]["workers"].get("ready"):
         assert time.monotonic() < deadline_s, "no worker is ready"
         time.sleep(0.1)
 
