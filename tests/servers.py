@@ -29,7 +29,7 @@ MODEL = "tinychat"
 MAX_MODEL_LEN = 1024
 START_TIMEOUT_S = 170.0
 """A start takes 10 to 30 s, on a busy machine and with empty caches up to three times that."""
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)

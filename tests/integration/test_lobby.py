@@ -26,7 +26,7 @@ from tests.scripted_server import HOST, StartingWorker, starting
 CHAT = "POST /v1/chat/completions"
 JSON = {"content-type": "application/json"}
 MODEL = {"SERVED_MODEL_NAME": "mine"}
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """What a test waits for something that takes milliseconds, before it fails."""
 
 Answer = tuple[int, dict[str, str], bytes]
