@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import openai
@@ -27,6 +29,20 @@ settings.load_profile("tests")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--tiny-model` tries the tests on another model than the repository's."""
     parser.addoption("--tiny-model", type=Path, default=servers.ROOT / "tests/tinychat/model")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """Let go of what a failed test has left open, unheard: else a later test fails with the complaint."""
+    try:
+        return (yield)
+    finally:
+        if hasattr(sys, "last_value"):  # it has failed, and these hold its frames
+            for name in ("last_exc", "last_traceback", "last_type", "last_value"):
+                vars(sys).pop(name, None)
+            heard, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            gc.collect()
+            sys.unraisablehook = heard
 
 
 @pytest.fixture(scope="session")
