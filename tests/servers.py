@@ -50,18 +50,20 @@ class Server:
             base_url=self.base_url,
             headers={"authorization": f"Bearer {self.key}"},
             transport=httpx.AsyncHTTPTransport(uds=self._path),
-            timeout=60,
+            timeout=START_TIMEOUT_S,
         )
 
     def client(self) -> openai.AsyncOpenAI:
         """The official asynchronous client, which tries once only."""
         # Any: the newest clients are typed for httpx2 and still take httpx.
-        http: Any = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=self._path), timeout=60)
+        http: Any = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=self._path), timeout=START_TIMEOUT_S
+        )
         return openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
 
     def sync_client(self) -> openai.OpenAI:
         """The official client, which tries once only."""
-        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=self._path), timeout=60)
+        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=self._path), timeout=START_TIMEOUT_S)
         return openai.OpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
 
 
