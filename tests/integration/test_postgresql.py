@@ -229,7 +229,7 @@ async def test_what_gateways_write_at_once_is_all_there(store: Store, other: Sto
     """Onto the same accounts, in whichever order: nothing is lost, and nobody waits for another for ever."""
     models = [f"m{n}" for n in range(20)]
     writes = [
-        one.write(lambda c, model=model: count(c, 1, model))  # type: ignore[misc]
+        one.write(lambda c, model=model: count(c, 1, model), insist=True)  # type: ignore[misc]
         for number in range(10)
         for one, order in ((store, models), (other, models[::-1]))
         for model in order[number % 3 :]

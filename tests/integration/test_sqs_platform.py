@@ -87,6 +87,7 @@ async def test_as_many_messages_are_worked_on_as_the_engine_takes(resources: Res
     for number in range(5):
         resources.send(job(resources, str(number), "a"))
     async with consuming(app, resources, {**replies(resources), "MAX_CONCURRENCY": "2"}):
+        await asyncio.to_thread(until, lambda: len(app.seen) == 2)
         await asyncio.to_thread(until, lambda: resources.waiting() == (3, 2, 0))
         assert len(app.seen) == 2
         app.gate("a").opened.set()
