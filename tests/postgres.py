@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from judge.servers import free_port
 from tests.until import until
 
 USER = "gate"
@@ -27,14 +27,6 @@ PASSWORD = "not-to-be-shown"
 
 class Missing(Exception):
     """There is no PostgreSQL on this machine, or nobody whom it would run as."""
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def program(name: str) -> Path:

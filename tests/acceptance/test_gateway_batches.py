@@ -68,7 +68,7 @@ async def read_lines(client: openai.AsyncOpenAI, file_id: str | None) -> list[di
 def counted(program: Program) -> dict[str, Any]:
     """What the gateway says was used."""
     address = f"{program.base_url.partition('/v2/')[0]}/admin/usage"
-    found: dict[str, Any] = httpx.get(address, headers={"authorization": f"Bearer {KEY}"}).json()
+    found: dict[str, Any] = httpx.get(address, headers={"authorization": f"Bearer {KEY}"}, timeout=60).json()
     return found
 
 

@@ -280,7 +280,7 @@ async def test_a_key_that_is_no_admins_can_chat_only(tmp_path: Path, browser: Br
     async with gateway(tmp_path, (READY, {CHAT: stream(chunk("Hello!"), counted(1, 1))})) as program:
         await started(program)
         async with httpx.AsyncClient(
-            headers={"authorization": f"Bearer {KEY}"}, base_url=root(program)
+            headers={"authorization": f"Bearer {KEY}"}, base_url=root(program), timeout=60
         ) as admin:
             made = (await admin.post("admin/keys", json={"name": "guest"})).json()
             async with page_of(program, browser, key=made["key"]) as page:
@@ -315,6 +315,7 @@ async def test_by_keyboard_alone(tmp_path: Path, browser: Browser) -> None:
             await expect(page.get_by_label("API key")).to_be_focused()
             await page.keyboard.type(KEY)
             await press("Enter")
+            await expect(page.get_by_role("heading", name="Chat")).to_be_focused()
             await tab_to("Message")
             await page.keyboard.type("Tell me a story")
             await press("Enter")

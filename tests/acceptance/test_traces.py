@@ -98,7 +98,7 @@ async def test_a_stream_is_one_trace_from_wait_to_last_token(tmp_path: Path) -> 
             worker.open("go")
             status, said = await asking
             assert (status, said[-14:]) == (200, b"data: [DONE]\n\n")
-    spans = receiver.wait(FRONT)
+            spans = await asyncio.to_thread(receiver.wait, FRONT)  # the last to end
     assert {span.trace_id for span in spans} == {TRACE}
     wait = ["wait", [["cold start", ["import vllm", "open engine", "first token"]]]]  # those of COLD_START
     chat, steps = "chat org/model", ["first token", "rest of the stream"]
@@ -144,7 +144,8 @@ async def test_a_failure_is_told_and_a_whole_answer_too(tmp_path: Path) -> None:
             await started(program)
             assert (await ask(program, body(streams=False)))[0] == 500
             assert (await ask(program, body(streams=False)))[0] == 200
-    spans = sorted(receiver.wait(FRONT), key=lambda span: span.begin_ns)
+            spans = await asyncio.to_thread(receiver.wait, FRONT, FRONT)
+    spans.sort(key=lambda span: span.begin_ns)
     fronts = [span for span in spans if span.name == FRONT]
     attempts = [span for span in spans if span.kind == CLIENT]
     for both in (fronts, attempts):

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
+from judge.servers import free_port
 from tests.servers import KEY, first_line, program
 
 STOPPING = json.dumps({"error": {"message": "bye", "type": "server_error", "code": "worker_stopping"}})
@@ -226,8 +226,7 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
             events.append(event)
 
     scripted = Scripted(whole("200 OK", "application/json", "{}"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     heard = asyncio.Event()
     async with pool(port, tell=tell) as opened:
         opened.listen(heard.set)
@@ -254,8 +253,7 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
 async def test_why_it_is_not_there_is_told_once() -> None:
     """Nobody listens, then what stands before it has none: a slip in its URL is seen in log and status."""
     events: asyncio.Queue[Event] = asyncio.Queue()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     async with pool(port, tell=events.put_nowait) as opened:
         assert isinstance(await events.get(), Starting)
         told = [await events.get()]

@@ -229,8 +229,7 @@ async def test_leaving_a_stream_is_seen_by_the_worker_at_once(tmp_path: Path) ->
         worker = await ready(on)
         async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
-        async with asyncio.timeout(5):
-            await worker.saw("disconnected", ROUTE)
+        await worker.saw("disconnected", ROUTE)
 
 
 async def test_leaving_before_the_answer_is_seen_by_the_worker_at_once(tmp_path: Path) -> None:
@@ -245,8 +244,7 @@ async def test_leaving_before_the_answer_is_seen_by_the_worker_at_once(tmp_path:
         task = asyncio.create_task(ask())
         await worker.saw("paused", "generating")
         task.cancel()
-        async with asyncio.timeout(5):
-            await worker.saw("disconnected", ROUTE)
+        await worker.saw("disconnected", ROUTE)
 
 
 async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) -> None:

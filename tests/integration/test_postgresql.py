@@ -125,6 +125,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
 
     stalled = store.begin_write(stall)
     begun.wait()
+    monkeypatch.undo()
     other.write_now(count)
     go_on.set()
     with pytest.raises(AWAY):
@@ -147,7 +148,6 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
     own_server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 503 with `Retry-After`, be it stopped or silent; once it is there again all is as before."""
-    monkeypatch.setattr("gateway.store.PATIENCE_S", 1.0)
     with closing(Store.open(own_server.database())) as store:
         keys = Keys("secret")
         admin = Admin(store, Following(keys, store))
@@ -171,7 +171,9 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
         await asyncio.to_thread(own_server.start)
         assert await ask("GET") == 200
         own_server.pause()
-        assert [await ask("GET"), await ask("POST")] == [503, 503]
+        with monkeypatch.context() as impatient:
+            impatient.setattr("gateway.store.PATIENCE_S", 0.2)
+            assert [await ask("GET"), await ask("POST")] == [503, 503]
         own_server.go_on()
         await asyncio.to_thread(until, lambda: store.write_now(lambda _: True))
         assert await ask("POST") in {201, 400}  # the silent one may have made it
@@ -269,7 +271,7 @@ async def test_what_gateways_write_at_once_is_all_there(store: Store, other: Sto
     """Onto the same accounts, in whichever order: nothing is lost, and nobody waits for another for ever."""
     models = [f"m{n}" for n in range(20)]
     writes = [
-        one.write(lambda c, model=model: count(c, 1, model))  # type: ignore[misc]
+        one.write(lambda c, model=model: count(c, 1, model), insist=True)  # type: ignore[misc]
         for number in range(10)
         for one, order in ((store, models), (other, models[::-1]))
         for model in order[number % 3 :]

@@ -312,9 +312,9 @@ def test_second_fetch_waits_for_the_first(tmp_path: Path) -> None:
         with store.filling(folder, ASKED, Console(first)) as work:
             assert work is not None
             waiting = pool.submit(late)
-            assert filled.wait(10)  # the second said that it waits
+            assert filled.wait(60)  # the second said that it waits
             store.keep(made(work), folder, ASKED, ORIGIN)
-        assert waiting.result(10) is None
+        assert waiting.result(60) is None
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -201,7 +201,7 @@ async def test_a_stream_that_ends_while_its_checkpoint_waits_is_counted_once(sto
             call = metered(metering, stream.call)(request(stream=True))
             replies.append(await stack.enter_async_context(call))
             assert [await anext(replies[-1].frames) for _ in range(2)] == [ROLE, chunk("a")]
-        blocked = asyncio.create_task(store.write(lambda _: busy.wait(10)))
+        blocked = asyncio.create_task(store.write(lambda _: busy.wait(60)))
         await asyncio.sleep(0)
         ends = []
         for number, (stream, reply) in enumerate(zip(streams, replies, strict=True)):

@@ -131,7 +131,7 @@ async def test_two_workers_stand_beside_the_gateway() -> None:
 )
 async def test_a_worker_that_says_nothing_useful_is_left_out(call: Call, outcome: str) -> None:
     """The others are there, and it is known which it was."""
-    ill, well = await scrape([Target("a", "w1", call), Target("a", "w2", saying(WORKER))], timeout_s=0.05)
+    ill, well = await scrape([Target("a", "w1", call), Target("a", "w2", saying(WORKER))], timeout_s=0.5)
     assert (ill.outcome, ill.families) == (outcome, ())
     assert well.outcome == "ok"
 
