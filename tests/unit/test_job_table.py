@@ -40,7 +40,7 @@ RETRIABLE = (State.FAILED, State.TIMED_OUT)
 @pytest.fixture
 def store(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A database of its own."""
-    monkeypatch.setattr("gateway.store.STALL_MAX_S", 600)  # a test writes for as long as it takes
+    monkeypatch.setattr("gateway.database.STALL_MAX_S", 600)  # a test writes for as long as it takes
     store = Store.open(database_url)
     yield store
     store.close()
