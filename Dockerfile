@@ -78,7 +78,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     pip install -r /opt/fetch.txt
 WORKDIR /app
-COPY handler/__init__.py handler/errors.py handler/levers.py handler/manifest.py handler/messages.py \
+COPY handler/__init__.py handler/errors.py handler/fetched.py handler/levers.py handler/manifest.py handler/members.py handler/messages.py \
      handler/prerequisites.py handler/settings.py handler/stored.py handler/table.py handler/unread.py handler/
 COPY builder builder
 ARG MODEL=HuggingFaceTB/SmolLM2-135M-Instruct

@@ -55,31 +55,31 @@ types: ## mypy, strict
 
 test-batch: ## 50,000 requests of 200 MB through a worker on batches, its memory watched; a minute
 	@$(INSTALL) dev
-	@$(PY) -m pytest -q tests/batch_memory.py
+	@$(PY) -m pytest -q tests/lanes/batch_memory.py
 
 test-large: ## 500 MiB and 50,000 requests of 200 MB through the gateway, its memory watched; minutes
 	@$(INSTALL) dev
-	@$(PY) -m pytest -q -s tests/gateway_memory.py
+	@$(PY) -m pytest -q -s tests/lanes/gateway_memory.py
 
 soak: ## Waves of streams and jobs for MINUTES (10) while workers are killed and stopped, memory watched
 	@$(INSTALL) dev
-	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+	@$(PY) -m tests.lanes.chaos --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 chaos: ## The same for MINUTES (5), and the gateway is killed and reloaded too
 	@$(INSTALL) dev
-	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),5) --gateway $(if $(SEED),--seed $(SEED))
+	@$(PY) -m tests.lanes.chaos --minutes $(or $(MINUTES),5) --gateway $(if $(SEED),--seed $(SEED))
 
 test-ray: ## Two nodes of Ray on this machine, real engines, the gateway in front; needs root, takes minutes
 	@$(INSTALL) $(ENGINE) dev ray --with ip
-	@$(PY) -m pytest -q tests/ray_lane.py
+	@$(PY) -m pytest -q tests/lanes/ray_serve.py
 
 test-criu: ## Capture a frozen worker with CRIU (CRIU=/path/to/criu), restore copies; needs root
 	@$(INSTALL) $(ENGINE) dev
-	@$(PY) -m tests.criu
+	@$(PY) -m tests.lanes.criu
 
 test-image: ## Build the image for CPUs and run it, in a Docker engine of its own; needs root, takes minutes
 	@$(INSTALL) dev
-	@$(PY) -m tests.image
+	@$(PY) -m tests.lanes.image
 
 judge-vllm: ## vLLM's own HTTP tests against our URL and against vLLM's server
 	@$(INSTALL) $(ENGINE) dev judge

@@ -21,9 +21,9 @@ from typing import Any, TextIO
 from bench.coldstart import TINY, add_common, benchmark, ending
 from bench.shape import SHAPES, Shape, write
 from builder.console import size
-from builder.store import models
 from handler import machine
 from handler.errors import NoResources
+from handler.fetched import models
 
 SPARE_GPU_BYTES = 4 << 30
 """What a GPU has to have beside the weights: a KV cache, graphs, and what others hold."""

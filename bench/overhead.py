@@ -27,8 +27,8 @@ from bench.servers import Subject, busy_s, subjects
 from builder.console import Console
 from builder.fetch import fetch
 from handler import machine
-from handler.engine import before_import
 from handler.errors import StartError
+from handler.preparation import before_import
 from handler.settings import Settings
 
 MODEL_ID = "bench"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,18 +39,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             trace = traces.generated(args.trace, args.rate, args.hours * 3600, args.seed, sizes)
         else:
             trace = traces.read(Path(args.trace))
-    except (BadTrace, OSError) as error:
+    except BadTrace as error:
         print(f"simulate: {error}", file=sys.stderr)
+        return 65
+    except OSError as error:
+        kinds = ", ".join(traces.KINDS)
+        print(f"simulate: {args.trace} is none of {kinds}, and no file: {error.strerror}", file=sys.stderr)
         return 65
     if args.write:
         traces.write(args.write, trace)
     began_s = time.monotonic()
     mean = mean_workers(trace, replica)
     most = args.max_workers or max(2, 2 * mean)
+    policies = ranked(most, replica.slots, mean)
+    chosen = {name: make for name, make in policies.items() if args.policy in name}
+    if not chosen:
+        print(f"simulate: --policy {args.policy} is in no name of {', '.join(policies)}", file=sys.stderr)
+        return 64
     found = {
         name: figures(Simulation(trace, make(), replica, most=most, door=door).run())
-        for name, make in ranked(most, replica.slots, mean).items()
-        if args.policy in name
+        for name, make in chosen.items()
     }
     length_s = trace[-1].at_s if trace else 0.0
     print(
@@ -173,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cold-start", type=_positive, default=replica.cold_start_s, help="seconds; %(default)s"
     )
-    parser.add_argument("--slots", type=int, default=replica.slots, help="requests at once; %(default)s")
+    parser.add_argument("--slots", type=_count, default=replica.slots, help="requests at once; %(default)s")
     parser.add_argument(
         "--prefill", type=_positive, default=replica.prefill_per_s, help="tokens/s; %(default)s"
     )
@@ -184,12 +193,12 @@ def _parser() -> argparse.ArgumentParser:
         default=replica.token_more_s * 1e3,
         help="for each beside it; %(default)s",
     )
-    parser.add_argument("--max-workers", type=int, help="if not given: twice what would do on average")
+    parser.add_argument("--max-workers", type=_count, help="if not given: twice what would do on average")
     parser.add_argument("--queue-limit", type=int, default=door.queue_limit)
     parser.add_argument("--queue-timeout", type=_positive, default=door.queue_timeout_s)
     parser.add_argument("--policy", default="", help="only those whose names have this in them")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="a picture of the ranking")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the trace, as CSV")
+    parser.add_argument("--svg", type=_file, metavar="FILE", help="a picture of the ranking")
+    parser.add_argument("--write", type=_file, metavar="FILE", help="the trace, as CSV")
     return parser
 
 
@@ -200,5 +209,22 @@ def _positive(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():  # known before what takes minutes
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder")
+    return path
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # `... | head` has seen enough; nor does Python's end say more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

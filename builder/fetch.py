@@ -24,6 +24,7 @@ from builder.s3 import Location
 from builder.selection import SAFE, Choice
 from builder.store import Asked
 from handler.errors import ModelNotFound, NoResources, UsageError
+from handler.fetched import models
 from handler.manifest import MODEL, is_bake
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
@@ -73,7 +74,7 @@ def fetch(
     if out is None and (is_bake(path) or (path / "config.json").is_file()):
         return path
     source = source_of(model, revision, choice, environ, console)
-    folder = out or store.models(environ) / cached_as(source.asked)
+    folder = out or models(environ) / cached_as(source.asked)
     if store.intact(folder, source.asked):
         return folder
     with store.filling(folder, source.asked, console) as work:

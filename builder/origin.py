@@ -23,6 +23,7 @@ from builder.headers import Tensor, Weights, read
 from builder.selection import SAFE, needed
 from handler import baked
 from handler.errors import BadModel, ModelNotFound, NoResources
+from handler.fetched import models
 from handler.manifest import MODEL, Manifest
 from handler.prerequisites import installed
 from handler.settings import DEFAULT_MODEL
@@ -136,7 +137,7 @@ def _bake(folder: Path) -> Origin:
 def _repository(source: Repository) -> Origin:
     """The files of a repository, or those that were fetched from it."""
     asked, environ = source.asked, source.environ
-    cached = store.models(environ) / cached_as(asked)
+    cached = models(environ) / cached_as(asked)
     if store.intact(cached, asked):
         return _folder(cached, asked.model)
     if not installed("huggingface_hub"):

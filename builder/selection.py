@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 from handler.errors import ModelNotFound, UsageError
+from handler.fetched import NOTE
 
 SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".tiktoken", ".txt")
 """Configuration, tokenizer and weights."""
@@ -16,9 +17,6 @@ PICKLES = (".bin", ".pt", ".pth")
 """Loading one runs what its maker put in."""
 CODE = ".py"
 """vLLM imports it where TRUST_REMOTE_CODE is set."""
-
-NOTE = "fetched.json"
-"""Ours, in a folder that was fetched: what is fetched from there gets one of its own."""
 
 _POOLING = re.compile(r"\d_\w+/[^/]+")
 """What sentence-transformers keep of an embedding model beside the root."""

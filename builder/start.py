@@ -13,7 +13,10 @@ from handler.__main__ import end, exit_code, remember_start  # isort: skip
 import json
 import os
 
-from handler import engine
+from handler import preparation
+from handler.engine import Engine
+from handler.seam import architecture
+from handler.shaping import NOT_SHAPING
 from handler.start import begin, open_log, read_settings
 from handler.supervision import watch_lifeline
 
@@ -26,18 +29,18 @@ def start() -> None:
     open_log(settings)
     if settings.lifeline_fd is not None:
         watch_lifeline(settings.lifeline_fd)
-    engine.check(settings, os.environ)
-    prepared = engine.prepare(settings, phases, os.environ)
-    loaded = engine.Engine.start(settings, phases, os.environ, prepared)
+    preparation.check(settings, os.environ)
+    prepared = preparation.prepare(settings, phases, os.environ)
+    loaded = Engine.start(settings, phases, os.environ, prepared)
     try:
         loaded.wait_open()
         remember_start(loaded, os.environ)
         found = {
             "report": phases.report(),
             "settings": prepared.shaping,
-            "flags": sorted(vars(prepared.args).keys() - engine.NOT_SHAPING),
+            "flags": sorted(vars(prepared.args).keys() - NOT_SHAPING),
             "kv_cache": loaded.kv_cache(),
-            "architecture": engine.architecture(),
+            "architecture": architecture(),
         }
         print(json.dumps(found), flush=True)
     finally:

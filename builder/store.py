@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import selection
 from builder.console import Console
 from builder.selection import SAFE, Choice
+from handler import fetched
 from handler.errors import UsageError
 
-NOTE = selection.NOTE
+NOTE = fetched.NOTE
 
 MTIME_S = 315_532_800
 """1980-01-01: the first moment that every archive can hold.
@@ -58,12 +58,6 @@ class Asked:
             "pickles": sorted(self.choice.pickles),
             "code": self.choice.code,
         }
-
-
-def models(environ: Mapping[str, str]) -> Path:
-    """The folder of the user's cache that holds models: `$XDG_CACHE_HOME` or `~/.cache`, then ours."""
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home()) / ".cache"
-    return Path(cache) / "firsttoken" / "models"
 
 
 def intact(folder: Path, asked: Asked) -> bool:

@@ -17,6 +17,7 @@ from gateway.endpoints.file import describe
 from gateway.settings import UPSTREAMS
 from handler import logs
 from handler.errors import StartError, UsageError
+from handler.plain import plain
 
 WORKER = (sys.executable, "-m", "handler")
 COMMANDS = ("check", "status", "logs", "chat", "keys", "usage")
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
             return int(args.run(args, os.environ))
         return run({**os.environ, **_given(args)}, worker)
     except StartError as error:
-        print(f"firsttoken: {error}", file=sys.stderr)
+        print(plain(f"firsttoken: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # before the loop took over
         return INTERRUPTED
@@ -78,7 +79,8 @@ def run(environ: Mapping[str, str], worker: Sequence[str]) -> int:
     settings, description = describe(environ)
     logs.to_stderr("gateway", settings.log_level)
     logs.to_stderr("handler", settings.log_level)
-    logs.to_stderr("uvicorn", "WARNING")
+    for library in ("uvicorn", "asyncio"):
+        logs.to_stderr(library, "WARNING")
     for note in description.notes:
         log.warning(note)
     serve = importlib.import_module("gateway.serve").serve  # all that a gateway is, and no command needs

@@ -10,9 +10,10 @@ from functools import partial
 
 from gateway.accounts import key_table
 from gateway.accounts.report import Question, report
+from gateway.methods import by_method
 from gateway.store import Store
 from handler.body import json_object
-from handler.errors import BadRequest, MethodNotAllowed, json_reply
+from handler.errors import BadRequest, json_reply
 from handler.messages import Call, Reply, Request, once
 
 _KEYS = "/admin/keys"
@@ -37,9 +38,7 @@ class Admin:
             calls = {"GET": self._usage}
         else:
             return None
-        if request.method not in calls:
-            raise MethodNotAllowed(request.method, request.path, calls)
-        return calls[request.method]
+        return by_method(request, calls)
 
     @asynccontextmanager
     async def _list(self, _: Request) -> AsyncIterator[Reply]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway.store import StoreUnusable, parsed
+from gateway.database import StoreUnusable, parsed
 
 NAME = "gateway.lock"
 

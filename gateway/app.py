@@ -34,17 +34,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gateway")
 
+HEALTH = "/health"
+
 
 class Part(Protocol):
     """Some of the gateway's routes.
 
-    `find` gives the call that answers `request`, or None if the route is another part's. It runs twice, and
-    first before the body is read: what it raises is then all that the client hears. Who asks is known by then
-    where a key is needed (`Visit.caller`).
+    `find` gives the call that answers `request`, or None if the route is another part's. It runs twice, the
+    first time before the body is read: what it raises then is the whole answer. On routes that want a key,
+    `Visit.caller` is the key's id by then.
     """
 
     def find(self, request: Request) -> Call | None:
         """The call for `request`. Raises a `RequestError` for what is this part's and can't be had."""
+
+
+HINT = "The gateway has an endpoint at /v2/{endpoint_id}/openai/v1."
 
 
 class Doorkeeper(Protocol):
@@ -54,10 +59,14 @@ class Doorkeeper(Protocol):
         """The key that `request` bears. Raises `Unauthorized` unless it opens."""
         ...
 
+    def known(self, request: Request) -> Key | None:
+        """The same, but None where it bears none."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """A call that reads the body of its request by itself (`Request.pieces`), at most `max_bytes` of it."""
+    """A call that reads the body of its request by itself (`Request.pieces`), up to `max_bytes`."""
 
     call: Call
     max_bytes: int
@@ -72,7 +81,7 @@ class Gateway:
     """What the gateway answers with: the first of its `parts` that knows the route.
 
     Everything under `/v2` and `/admin` wants a key, whether there is such a route or not; `/admin` an
-    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there.
+    admin's, and `/v2/{endpoint_id}` one for which the endpoint is there. `/health` says more to who has one.
     """
 
     parts: Sequence[Part]
@@ -132,12 +141,16 @@ class Gateway:
     def _key(self, request: Request) -> Key | None:
         """The key that `request` bears; None where none is wanted. Raises `Unauthorized`."""
         top, _ = _head(request.path)
-        return self.keys.check(request) if top in {"v2", "admin"} else None
+        if top in {"v2", "admin"}:
+            return self.keys.check(request)
+        return self.keys.known(request) if request.path == HEALTH else None
 
     def _find(self, request: Request) -> Call:
         for part in self.parts:
             if call := part.find(request):
                 return call
+        if _head(request.path)[0] == "v1":  # where `vllm serve` has its models
+            raise NoSuchRoute(request.method, request.path, HINT)
         raise NoSuchRoute(request.method, request.path)
 
     def _limited(self, call: Call) -> Call:
@@ -206,7 +219,7 @@ def _label(path: str) -> str:
     if path == "/" or path.startswith("/page/"):
         return "page"
     if not path.startswith("/v2/"):
-        return path if path in {"/health", "/metrics"} else "other"
+        return path if path in {HEALTH, "/metrics"} else "other"
     own = _WITH_ID.sub(r"\1/{id}\2", inner)
     return own if own in _LABELS else edge.pattern(inner) or "other"
 

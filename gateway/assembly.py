@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.accounts.clients import Clients
 from gateway.accounts.key_table import Following
 from gateway.accounts.keys import Keys
+from gateway.accounts.levels import Levels
 from gateway.accounts.limits import Limits
 from gateway.accounts.metering import Metering
 from gateway.accounts.usage import Prices
@@ -23,6 +24,7 @@ from gateway.batches.routes import Batches
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.control import Control
+from gateway.database import StoreUnusable
 from gateway.endpoints.endpoints import Changes, Endpoints
 from gateway.endpoints.file import Description, describe
 from gateway.endpoints.site import Site
@@ -31,15 +33,16 @@ from gateway.files.store import FileStore
 from gateway.instances import Instance
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.routes import JobRoutes, worker_counts
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.page import Page
 from gateway.page.session import Session
 from gateway.parts import OpenAI, Operations, is_loopback
 from gateway.scrape import Target
 from gateway.settings import GatewaySettings
-from gateway.store import Store, StoreUnusable
+from gateway.store import Store
 from gateway.upstreams.events import Event
 from handler.errors import BadSettings, NoResources
 
@@ -69,6 +72,7 @@ class Assembly:
         self._traces = base.traces
         self._metrics, self._limits = Metrics(), Limits()
         self._store, self._instance = store, Instance(store)
+        self._levels = Levels(store, self._limits)
         instance = self._instance.id
         self._metering = Metering(store, keys, self._limits, instance=instance, tell=self._metrics.used)
         site = Site(
@@ -90,11 +94,13 @@ class Assembly:
             endpoints,
             costs=account,
             limit=settings.jobs_limit,
+            closed=keys.closed,
             webhooks=Webhooks(store, webhooks, instance=instance),
             instance=instance,
             drain_s=settings.drain_timeout_s,
         )
         endpoints.listen(partial(_wake, self._jobs))
+        keys.heard.append(self._jobs.keys_changed)
         files = FileStore(
             store,
             settings.data_dir / "files",
@@ -125,8 +131,9 @@ class Assembly:
     async def __aenter__(self) -> Self:
         """Raises `StartError`, and has then left nothing behind."""
         with faults_told():
+            accounts = (self._instance, self._levels, self._metering)
             async with AsyncExitStack() as stack:
-                for part in (self._instance, self._metering, self.endpoints, self._jobs, self._batches):
+                for part in (*accounts, self.endpoints, self._jobs, self._batches):
                     await stack.enter_async_context(part)
                 self._stack = stack.pop_all()
         self._instance.adopters += [self._metering.adopt, self._jobs.adopt, self._batches.adopt]

@@ -15,9 +15,9 @@ AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Bodies:
-    """At most `most_bytes` of a key, however many connections it has and however slow they are.
+    """Bounds what each key has on its way here, over all of its connections, to `most_bytes`.
 
-    What is whole has other bounds: those of who waits, and of what workers take.
+    A body that is whole counts no more: the queue and the workers have bounds of their own.
     """
 
     most_bytes: int = HELD_MAX_BYTES
@@ -25,7 +25,10 @@ class Bodies:
 
     @contextmanager
     def hold(self, key_id: str) -> Iterator[Callable[[int], None]]:
-        """Gives what is told the bytes of each piece of a body. It raises `RateLimited` for one too many."""
+        """A function to be called with the size of each piece of a body, while the block runs.
+
+        It raises `RateLimited` for the piece that is too much.
+        """
         mine = 0
 
         def take(size: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from handler.plain import plain
 
 log = logging.getLogger("gateway")
 
@@ -134,7 +135,7 @@ class Console:
         if not self._terminal:
             log.info("worker starting", extra={**of, "phase": text})
             return
-        self._phase = ": ".join([*of.values(), text])
+        self._phase = plain(": ".join([*of.values(), text]))
         self._draw()
 
     def _draw(self) -> None:

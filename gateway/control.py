@@ -13,13 +13,13 @@ from typing import Any
 
 from gateway import worker_logs
 from gateway.endpoints.endpoints import Endpoints
+from gateway.methods import by_method
 from gateway.worker_logs import Source
 from handler import sse
 from handler.errors import (
     BadFile,
     BadRequest,
     BadSettings,
-    MethodNotAllowed,
     NoSuchEndpoint,
     NotFound,
     json_reply,
@@ -29,7 +29,7 @@ from handler.messages import Call, Reply, Request, once
 LINES = 100
 LINES_MAX = 10_000
 QUIET_LOOKS = 60
-"""After so many looks without anything new a log that is followed says a comment: about 15 s."""
+"""A log that is followed and has nothing new sends a comment after so many looks: about every 15 s."""
 
 
 async def _no_jobs(_: str) -> Mapping[str, int]:
@@ -56,17 +56,13 @@ class Control:
 
     def find(self, request: Request) -> Call | None:
         """The call for one of the three. Raises `MethodNotAllowed`, and what a log is refused with."""
-        routes: Mapping[str, tuple[str, Call]] = {
-            "/admin/status": ("GET", self._status),
-            "/admin/logs": ("GET", self._logs),
-            "/admin/reload": ("POST", self._reload),
+        routes: Mapping[str, Mapping[str, Call]] = {
+            "/admin/status": {"GET": self._status},
+            "/admin/logs": {"GET": self._logs},
+            "/admin/reload": {"POST": self._reload},
         }
-        if (route := routes.get(request.path)) is None:
-            return None
-        method, call = route
-        if request.method != method:
-            raise MethodNotAllowed(request.method, request.path, [method])
-        return call
+        methods = routes.get(request.path)
+        return None if methods is None else by_method(request, methods)
 
     async def statuses(self) -> list[Mapping[str, Any]]:
         """How each endpoint is."""

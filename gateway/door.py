@@ -30,6 +30,8 @@ class Owner:
         """The owner."""
         return OWNER
 
+    known = check
+
 
 @contextmanager
 def reachable(folder: Path) -> Iterator[Path]:
@@ -48,7 +50,6 @@ def reachable(folder: Path) -> Iterator[Path]:
 def listen(folder: Path) -> Iterator[socket.socket]:
     """The door in `folder`, which only its owner can open; gone after the block. Raises `NoResources`."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the database may be elsewhere
         with reachable(folder) as path:
             if _answers(path):
                 raise NoResources(f"{folder / NAME} is another gateway's; set DATA_DIR to another folder")

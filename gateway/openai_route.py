@@ -14,13 +14,16 @@ _ROUTE = re.compile(r"/v2/([^/]+)/openai/v1/([^/]+)(?:/([^/]+))?(?:/([^/]+))?/?"
 
 
 def parts(path: str, collection: str) -> tuple[str, str | None, str | None] | None:
-    """The endpoint, the id and what comes behind it, if `path` is that of `collection` or below it."""
+    """Endpoint, object id and action of `/v2/ENDPOINT/openai/v1/COLLECTION/ID/ACTION`; None for another path.
+
+    Id and action are None where `path` ends before them.
+    """
     found = _ROUTE.fullmatch(path)
     return (found[1], found[3], found[4]) if found and found[2] == collection else None
 
 
 def owner(keys: Keys, request: Request) -> str | None:
-    """Whose things `request` may see: those of its key, or None for all."""
+    """The id of the key whose objects `request` may see; None for an admin's key, which sees all."""
     key = keys.of(request.visit.caller)
     return None if key.admin else key.id
 
@@ -34,7 +37,7 @@ def limit(given: Mapping[str, str], *, most: int, otherwise: int) -> int:
 
 
 def page(objects: list[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
-    """A page of a list, from whose last object a client asks on."""
+    """OpenAI's list object for one page; clients ask for the next one by its `last_id`."""
     return {
         "object": "list",
         "data": objects,

@@ -11,10 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gateway.accounts.keys import Keys
+from gateway.app import HEALTH
 from gateway.endpoints.endpoint import Endpoint
+from gateway.methods import by_method, read_only
 from gateway.metrics import CONTENT_TYPE, Metrics
 from handler import edge
-from handler.errors import Forbidden, MethodNotAllowed, NoSuchEndpoint, json_reply
+from handler.errors import Forbidden, NoSuchEndpoint, json_reply
 from handler.messages import Call, Reply, Request, once
 
 _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
@@ -42,7 +44,10 @@ class OpenAI:
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """`/health`, which anyone may see, and `/metrics`.
+    """`/health` and `/metrics`.
+
+    Anyone may hear that the gateway answers, which is what probes ask; who has a key, also how the endpoints
+    are that it may use.
 
     `/metrics` wants a key unless `open_metrics`, and always when a proxy passed the request on, or a name led
     here that is not this machine's: any site may have one that leads to 127.0.0.1. It is of all endpoints:
@@ -56,11 +61,10 @@ class Operations:
 
     def find(self, request: Request) -> Call | None:
         """The call for one of the two. Raises `MethodNotAllowed`, `Unauthorized` and `Forbidden`."""
-        call = {"/health": self._health, "/metrics": self._metrics}.get(request.path)
+        call = {HEALTH: self._health, "/metrics": self._metrics}.get(request.path)
         if call is None:
             return None
-        if request.method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(request.method, request.path, ["GET", "HEAD"])
+        by_method(request, read_only(call))
         if request.path == "/metrics" and not (self.open_metrics and _is_local(request)):
             key = self.keys.check(request)
             if not key.admin and (key.endpoints is not None or key.models is not None):
@@ -68,9 +72,13 @@ class Operations:
         return call
 
     @asynccontextmanager
-    async def _health(self, _: Request) -> AsyncIterator[Reply]:
-        shown = [_health(endpoint) for endpoint in self.endpoints.values()]
-        yield json_reply(200, {"status": "ok", "endpoints": shown})
+    async def _health(self, request: Request) -> AsyncIterator[Reply]:
+        health: dict[str, Any] = {"status": "ok"}
+        if request.visit.caller:
+            key = self.keys.of(request.visit.caller)
+            mine = (endpoint for endpoint in self.endpoints.values() if key.may_use(endpoint.id))
+            health["endpoints"] = [_health(endpoint) for endpoint in mine]
+        yield json_reply(200, health)
 
     @asynccontextmanager
     async def _metrics(self, _: Request) -> AsyncIterator[Reply]:
@@ -95,6 +103,6 @@ def is_loopback(host: str) -> bool:
 
 
 def _health(endpoint: Endpoint) -> Mapping[str, Any]:
-    """What anyone may see of it: numbers."""
+    """What every key that may use it may see: numbers."""
     workers = endpoint.workers
     return {"id": endpoint.id, **workers.load, "workers": Counter(view.state for view in workers.views)}

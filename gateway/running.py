@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -21,9 +22,11 @@ from handler.errors import BadSettings, NotAdmitted
 from handler.server import Server, config
 from handler.supervision import Notifier
 
+log = logging.getLogger("gateway")
+
 
 class Running:
-    """Tells a person what happens, and stops where that is all there is to do."""
+    """Runs a gateway until a signal, or until the first worker of its only endpoint can never start."""
 
     def __init__(self, settings: GatewaySettings, console: Console) -> None:
         self._settings = settings
@@ -71,6 +74,8 @@ class Running:
 
     def stop(self) -> None:
         """Take nothing more, let what runs finish, then end."""
+        if not self._stopping:
+            log.info("stopping", extra={"drain_timeout_s": self._settings.drain_timeout_s})
         self._stopping = True
         self._notifier.stopping()
         for server in self._servers:
@@ -84,6 +89,7 @@ class Running:
             self._assembly.endpoints.kill()
             os._exit(INTERRUPTED)
         self.stop()
+        log.info("Ctrl-C again ends what still runs")
 
     def reload(self) -> None:
         """Read the endpoints' description again. What comes of it is in the log."""

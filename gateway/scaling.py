@@ -37,7 +37,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What is there. Workers that are being retired are not, nor what they hold."""
+    """What the policy is told of an endpoint. Workers that retire do not count, nor do their requests."""
 
     waiting: int
     """Requests that no worker has."""

@@ -12,8 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from handler.errors import RequestError
-from handler.messages import Call, Request
-from handler.messages import read as read_whole
+from handler.messages import Call, Reply, Request
 
 SCRAPE_TIMEOUT_S = 2.0
 """How long all workers together may take; Prometheus itself waits 10 s."""
@@ -49,7 +48,7 @@ async def _ask(target: Target, timeout_s: float) -> Said:
     try:
         async with asyncio.timeout(timeout_s):
             async with target.call(Request("GET", "/metrics")) as reply:
-                text = await read_whole(reply)
+                text = await _read(reply)
             if reply.status != 200 or len(text) > ANSWER_MAX_BYTES:
                 return Said(target, "failed")
             return Said(target, "ok", await _parse(text, target))
@@ -57,6 +56,16 @@ async def _ask(target: Target, timeout_s: float) -> Said:
         return Said(target, "late")
     except (RequestError, ValueError):  # it went away, or it says what nobody can read
         return Said(target, "failed")
+
+
+async def _read(reply: Reply) -> bytes:
+    """The body of `reply`; of one that is too long not much more than may be."""
+    text = bytearray()
+    async for chunk in reply.frames:
+        text += chunk
+        if len(text) > ANSWER_MAX_BYTES:
+            break
+    return bytes(text)
 
 
 async def _parse(text: bytes, target: Target) -> tuple[Metric, ...]:

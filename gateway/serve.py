@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 import sys
@@ -12,7 +13,7 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gateway import door
+from gateway import data_folder, door
 from gateway.accounts import key_table
 from gateway.accounts.key_table import Following
 from gateway.accounts.keys import Keys
@@ -31,6 +32,8 @@ from handler.supervision import Notifier
 if TYPE_CHECKING:
     from handler.otel import Traces
 
+
+log = logging.getLogger("gateway")
 
 FILES_MAX = 65536
 """How many files a gateway may have open at most, as vLLM has it for itself."""
@@ -53,6 +56,10 @@ async def serve(
     Raises `StartError`.
     """
     raise_files_limit()
+    with faults_told():
+        note = data_folder.make(settings.data_dir)
+    if note:
+        log.warning(note)
     with (
         listen(settings.host, settings.port) as listener,  # before a key is made that nobody would see
         alone(settings.database_url),
@@ -93,7 +100,7 @@ def traced(settings: GatewaySettings) -> Iterator[Traces | None]:
 
 @asynccontextmanager
 async def beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """`work` beside the block, and cancelled after it."""
+    """Run `work` as a task while the block runs, and cancel it at its end."""
     task = asyncio.create_task(work)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Every setting of the gateway: the worker's machinery and shared rows, another table.
+"""Every setting of the gateway, as one table and as one frozen object; rows like the worker's are shared.
 
 Gateway and worker share one environment, so each knows the other's names: none is a
 fault to the other. What only the worker knows, the worker checks.
@@ -58,7 +58,7 @@ URL = Kind("a URL such as `https://host:8000/v1`", matching(r"https?://[^\s/?#@]
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind(
     "a URL such as `sqlite:////srv/gateway.db` or `postgresql://user:password@host/name`",
-    matching(r"[a-z][a-z0-9+]*://\S*"),
+    matching(r"(sqlite|postgres(ql)?)(\+[a-z0-9]+)?://\S*"),
 )
 
 
@@ -76,7 +76,8 @@ KEPT: Table = (
         FOLDER,
         None,
         "What the gateway keeps: keys, usage, jobs, files. If not set: `$XDG_DATA_HOME/firsttoken`, else "
-        "`~/.local/share/firsttoken`. One gateway per folder; several share only `files/` in it.",
+        "`~/.local/share/firsttoken`. One gateway per folder; several share only `files/` in it. Refused if "
+        "others may write it.",
     ),
     Setting(
         "DATABASE_URL",
@@ -144,6 +145,14 @@ TABLE: Table = (
         whole(1, 100_000),
         "1024",
         "How many requests it is given at once; the others wait here, where turns are fair.",
+    ),
+    Setting(
+        "UPSTREAM_METRICS",
+        "upstream_metrics",
+        SWITCH,
+        "off",
+        "`on`: the gateway's `/metrics` has those of the server at `UPSTREAM_URL`. Only where one process "
+        "answers there: of several, each scrape would have another one's.",
     ),
     Setting(
         "START",
@@ -283,6 +292,7 @@ class GatewaySettings:
     upstream_url: str | None
     upstream_key: str | None = field(repr=False)
     upstream_slots: int
+    upstream_metrics: bool
     start: str
     min_workers: int
     max_workers: int

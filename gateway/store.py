@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import (
-    URL,
     BigInteger,
     Column,
     Connection,
@@ -30,17 +29,19 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    create_engine,
-    event,
-    inspect,
-    make_url,
     select,
     text,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.schema import CreateColumn
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
-from handler.errors import StartError
+from gateway.database import READS, StoreUnusable, connect, make_tables, parsed
 
 metadata = MetaData()
 """Every table, each declared by the module that owns it."""
@@ -48,19 +49,10 @@ metadata = MetaData()
 READERS = 4
 WRITES_MAX = 256
 """How many writes share a transaction at most: the first of them waits for the last."""
-BUSY_TIMEOUT_S = 30.0
-"""How long a write waits for another process's, of a command line say."""
 
-CONNECT_TIMEOUT_S = 5
-DEAD_AFTER_S = 10
-"""A connection over which nothing comes back for so long is given up."""
-STALL_MAX_S = 5
-"""A gateway that stops within a transaction, in which it is alone, has so long until the server ends it."""
 PATIENCE_S = 15.0
 """How long whoever asks waits for a database that does not answer."""
 AGAIN_S = 0.25
-_WRITER = 0x66_74_6F_6B
-"""The advisory lock of whoever writes."""
 _WRITERS = Table(
     "writers",
     metadata,
@@ -76,16 +68,9 @@ _SIGN = text(
 )
 _SWEEP = text("DELETE FROM writers WHERE at < now() - interval '1 day'")
 
-_READS = {"firsttoken_reads": True}
 _Result = TypeVar("_Result")
 _Work = Callable[[Connection], Any]
 _Asked = tuple[_Work, Future[Any]]
-
-
-class StoreUnusable(StartError):
-    """The database can't be opened, or holds what this version does not know."""
-
-    exit_code = 74
 
 
 class StoreAway(SQLAlchemyError):
@@ -96,8 +81,9 @@ class OutcomeUnknown(StoreAway):
     """The database does not answer, and may have done what it was asked for."""
 
 
-AWAY = (OperationalError, InterfaceError, StoreAway)
-"""What is raised while there is no database; it may be there the next time."""
+AWAY = (OperationalError, InterfaceError, InternalError, ProgrammingError, StoreAway)
+"""What is raised while there is no database, or one that can't be written, or lacks a table: SQLite has one
+error for these, PostgreSQL a class for each. It may be there the next time."""
 
 
 class Store:
@@ -118,17 +104,22 @@ class Store:
         self._writer.start()
 
     @classmethod
-    def open(cls, url: str) -> Self:
+    def open(cls, url: str, *, made: bool = True) -> Self:
         """Open the database at `url`, an SQLAlchemy URL, and make the tables and columns that it lacks.
 
-        A file of SQLite is made for its owner alone. Raises `StoreUnusable`, which shows no password.
+        A file of SQLite is `made` for its owner alone, or has to be there. Raises `StoreUnusable`, which
+        shows no password.
         """
         at = parsed(url)
+        if not made and at.get_backend_name() == "sqlite" and at.database and not Path(at.database).exists():
+            raise StoreUnusable(f"nothing is kept in {at.database}, there is no such file; see DATA_DIR")
         try:
-            engine = _sqlite(at) if at.get_backend_name() == "sqlite" else _postgresql(at)
+            engine = connect(at, READERS + 1)  # and the one that writes
             try:
                 with engine.begin() as connection:
-                    _make_tables(connection)
+                    make_tables(connection, metadata)
+                    if at.get_backend_name() == "postgresql":
+                        connection.execute(_SWEEP)
             except BaseException:
                 engine.dispose()
                 raise
@@ -179,7 +170,7 @@ class Store:
 
     def read_now(self, work: Callable[[Connection], _Result]) -> _Result:
         """`read` for a command line."""
-        with self._engine.connect().execution_options(**_READS) as connection:
+        with self._engine.connect().execution_options(**READS) as connection:
             if self.shared:
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             return work(connection)
@@ -187,6 +178,15 @@ class Store:
     def write_now(self, work: Callable[[Connection], _Result]) -> _Result:
         """`write` for a command line."""
         return self.begin_write(work).result()
+
+    def session(self) -> Connection:
+        """A connection of its own, to be closed; each statement is a transaction. For locks that end with it.
+
+        Raises `SQLAlchemyError`.
+        """
+        connection = self._engine.connect().execution_options(**READS, isolation_level="AUTOCOMMIT")
+        connection.detach()
+        return connection
 
     def give_up(self) -> None:
         """Wait no longer for a database that is away: who insists hears that it is."""
@@ -277,88 +277,7 @@ class Store:
             self._writes.put(None)
 
 
-def parsed(url: str) -> URL:
-    """`url` with the driver that is used. Raises `StoreUnusable`, which shows nothing of it."""
-    try:
-        found = make_url(url)
-        backend = found.get_backend_name()
-    except (ArgumentError, ValueError):
-        raise StoreUnusable("DATABASE_URL can't be understood") from None
-    if backend in {"postgres", "postgresql"} and "+" not in found.drivername:
-        return found.set(drivername="postgresql+psycopg")
-    if backend not in {"sqlite", "postgresql"}:
-        raise StoreUnusable(f"DATABASE_URL is for {backend}, and the gateway knows SQLite and PostgreSQL")
-    return found
-
-
 def _heard(done: asyncio.Future[Any]) -> None:
     """Whoever asked may have left: what became of it is nobody's loss then."""
     if not done.cancelled():
         done.exception()
-
-
-def _make_tables(connection: Connection) -> None:
-    metadata.create_all(connection)
-    if connection.dialect.name == "postgresql":
-        connection.execute(_SWEEP)
-    found = inspect(connection).get_multi_columns()
-    for table in metadata.sorted_tables:
-        there = {column["name"] for column in found.get((None, table.name), ())}
-        for column in table.columns:
-            if column.name in there:
-                continue
-            if not column.nullable:
-                raise StoreUnusable(f"the database is of another version: {table.name} has no {column.name}")
-            made = CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {made}")
-
-
-def _postgresql(url: URL) -> Engine:
-    given = {
-        "connect_timeout": CONNECT_TIMEOUT_S,
-        "keepalives_idle": DEAD_AFTER_S,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": DEAD_AFTER_S * 1000,
-        "application_name": "firsttoken",
-    }
-    engine = create_engine(
-        url,
-        pool_size=READERS + 1,  # and the one that writes
-        max_overflow=0,
-        pool_pre_ping=True,  # what was lost while nobody used it is found here
-        hide_parameters=True,  # what people asked belongs in no log
-        connect_args={name: value for name, value in given.items() if name not in url.query},
-    )
-
-    @event.listens_for(engine, "begin")
-    def _(connection: Connection) -> None:
-        if not connection.get_execution_options().keys() & _READS:
-            connection.exec_driver_sql(
-                f"SELECT set_config('idle_in_transaction_session_timeout', '{STALL_MAX_S}s', true), "
-                f"pg_advisory_xact_lock({_WRITER})"
-            )
-
-    return engine
-
-
-def _sqlite(url: URL) -> Engine:
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
-    if engine.url.database:
-        path = Path(engine.url.database)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-
-    @event.listens_for(engine, "connect")
-    def _(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # Python's driver would begin transactions in its own way
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")  # outlives any process, if not the power
-        connection.execute("PRAGMA foreign_keys = ON")
-
-    @event.listens_for(engine, "begin")
-    def _(connection: Connection) -> None:
-        reads = connection.get_execution_options().keys() & _READS
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-    return engine

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return work() or 0
     except StartError as error:
         print(f"firsttoken: {error}", file=sys.stderr)
-        Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, " ".join(str(error).split()))
+        Notifier(os.environ.get("NOTIFY_SOCKET")).failed(error.exit_code, error.line)
         return error.exit_code
     except BrokenPipeError:  # `... | head` has seen enough
         return 0
@@ -137,8 +137,11 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
             traced.close()
 
 
-def on_cluster(action: str, environ: Mapping[str, str]) -> None:
+def on_cluster(action: str, environ: MutableMapping[str, str]) -> None:
     """Do `action` (`up`, `status` or `down`) with Ray Serve. Raises `StartError`."""
+    if not environ.get("RAY_ADDRESS"):
+        # Ray reads it as it is imported. It is the one way to have its own ports on loopback, as on macOS.
+        environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         ray_serve = platforms.find("ray_serve")
     except ModuleNotFoundError as error:

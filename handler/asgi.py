@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from handler import sse
+from handler.body import looked
 from handler.errors import BodyTooLarge, RequestError
 from handler.messages import Call, Headers, Reply, Request, Visit, read
 
@@ -222,12 +223,11 @@ def serve(
 ) -> App:
     """An ASGI application whose every HTTP request is answered by `call`.
 
-    `check` sees each request before its body is read (`body` is still empty) and may raise
-    a `RequestError`. A number that it returns says that the call reads the body by itself, from
-    `Request.pieces`, and how many bytes that may have. `front` wraps `call`, and also the refusals
-    of `check`, so that what it adds is on every answer. What `hold` gives for a request is told the bytes
-    of each piece while a body is read for its call, and may raise a `RequestError`. A client that goes away
-    cancels its call at once.
+    `check` sees each request before its body is read (`body` is still empty) and may raise a
+    `RequestError`. If it returns a number, `call` reads the body by itself from `Request.pieces`, up to
+    that many bytes. `front` wraps `call` and also the refusals of `check`, so that what it adds is on
+    every answer. While a body is read for `call`, the function that `hold(request)` gives is called with
+    the size of each piece, and may raise a `RequestError`. A client that disconnects cancels its call.
     """
     wrap = front or (lambda inner: inner)
     answer = wrap(call)
@@ -247,9 +247,8 @@ def serve(
             if limit_bytes is None:
                 with hold(head) if hold is not None else nullcontext(_nothing) as take:
                     body = await _whole(_pieces(receive, max_body_bytes), take)
-                request = replace(
-                    head, body=body, visit=Visit()
-                )  # a client begins to wait when it has said all
+                    # A client begins to wait once all of its request is here.
+                    request = await looked(replace(head, body=body, visit=Visit()))
             else:
                 unread = _Unread(_pieces(receive, limit_bytes))
                 request = replace(head, pieces=unread.pieces())
@@ -287,9 +286,7 @@ def _parse(scope: Message) -> Request:
     headers = tuple(
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]
     )
-    path = scope["path"].removeprefix(
-        scope.get("root_path", "")
-    )  # where an ASGI server has us below a folder
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # a server may have us below a folder
     return Request(scope["method"], path, headers, b"", scope["query_string"].decode("latin-1"))
 
 
@@ -328,7 +325,7 @@ def _nothing(_: int) -> None:
 
 
 class _Unread:
-    """A body that a call reads by itself, who then is the one to hear that its client has gone."""
+    """A body that its call reads by itself; then it is that call which hears that the client has left."""
 
     def __init__(self, pieces: AsyncIterator[bytes]) -> None:
         self._pieces = pieces

@@ -96,9 +96,9 @@ def adopt(environ: MutableMapping[str, str]) -> None:
 def show(
     cache: Path, at: Path, environ: MutableMapping[str, str], files: Collection[str] | None = None
 ) -> None:
-    """Have `environ` name `at` for every cache, a folder with links to the files of `cache`.
+    """Point every cache variable of `environ` at the folder `at`, made of links to the files of `cache`.
 
-    Of a bake to those of its `files` only. Raises `OSError`.
+    With `files` (a bake's), to these only. Raises `OSError`.
     """
     link(cache, at, files)
     home = Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -132,9 +132,8 @@ def link(cache: Path, at: Path, files: Collection[str] | None = None) -> None:
 def place(bake: Path, manifest: Manifest) -> Path:
     """Where the caches of `bake` are shown to this user: the same folder at every start.
 
-    A file that is compiled into another, or that a process maps, may be remembered by its path. A bake
-    that was moved or copied has another: the links of the first lead to where it was, where by now
-    somebody else may have put something.
+    Compiled files, and processes that map one, remember it by its path. A bake that was moved or copied
+    is shown elsewhere: the old links lead to where it was, and somebody else may have put files there.
     """
     named = hashlib.sha256(os.fsencode(bake.resolve()) + b"\0" + manifest.digest().encode()).hexdigest()
     return Path(tempfile.gettempdir()) / f"firsttoken-{os.geteuid()}" / named[:16]
@@ -167,10 +166,10 @@ def misfits(bake: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def check(model_name: str, environ: Mapping[str, str], *, full: bool = False) -> None:
-    """Raise `ManifestMismatch` if the model was baked and is not what was baked any more, file by file.
+    """Raise `ManifestMismatch`, which names each file, if a baked model is not what was baked any more.
 
-    Logs why a start in `environ` passes its caches over. With `full` every byte is compared. Of one in S3
-    sizes are compared, and any model there is looked for: raises as `handler.stored.find`.
+    With `full` every byte is compared; of a model in S3 only sizes are. Any model in S3 is looked up, baked
+    or not, and raises as `handler.stored.find`. Logs why a start in `environ` does not use a bake's caches.
     """
     if model_name.startswith(stored.S3):
         _check_stored(model_name)

@@ -1,4 +1,4 @@
-"""One line of a batch, asked until its answer is its own: not that of a worker without room or at its end."""
+"""Asks one line of a batch until the answer is about the line, and not about a worker that is full."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from handler.errors import EngineDead, RequestError
 from handler.messages import Call, Headers, Request, first, read
 
 TRIES = 3
-"""How often a line is asked whose answers blame the server."""
+"""How often a line is asked whose answers are the server's fault (5xx); the last answer counts."""
 BUSY = frozenset({429, 503})
-"""What says that there is no room now: such a line is asked again for as long as it takes."""
+"""Statuses of a worker that is full: the line is asked again for as long as it takes."""
 LATE = 504
-"""With a `Retry-After`, that its turn did not come: as above. Without one its answer took too long."""
+"""With `Retry-After` the line's turn did not come in time: asked again, as above. Without it, its answer
+took too long.
+"""
 BUSY_MAX_S = 30.0
 
 
 class Asker:
-    """Asks `call`; after `pause_s`, and then twice as long each time, what has to be asked again."""
+    """Asks `call`. After a 5xx it asks again in `pause_s`, then in twice as long."""
 
     def __init__(self, call: Call, pause_s: float) -> None:
         self._call = call
@@ -29,7 +31,7 @@ class Asker:
         """When, by the loop's clock, an answer blamed the server."""
 
     async def ask(self, item: Item) -> Outcome:
-        """What comes of a line. Raises `EngineDead`: that is no fault of the line."""
+        """The outcome of a line. Raises `EngineDead`, which is no fault of the line's."""
         assert item.request is not None, "a line with a fault is not asked"
         tries, pause_s = 0, self._pause_s
         while True:

@@ -234,7 +234,7 @@ class Progress:
         )
 
     def dump(self) -> dict[str, str]:
-        """It as metadata of an object."""
+        """This progress as the metadata of an object: strings by name."""
         return {name.replace("_", "-"): str(getattr(self, name)) for name in self.__slots__}
 
     @classmethod

@@ -70,7 +70,7 @@ class _Held:
     outcome: Outcome | None = None
 
     def end(self, outcome: Outcome) -> int:
-        """It has come to this; returns by how much more it takes."""
+        """Keep `outcome` in place of the request; returns by how many bytes that is more."""
         self.task, self.outcome = None, outcome
         self.item = replace(self.item, request=None)
         before, self.size_bytes = self.size_bytes, OVERHEAD_BYTES + len(outcome.raw)
@@ -119,7 +119,7 @@ class Window:
             self._news.set()
 
     def refuse(self, why: RequestError) -> None:
-        """Ask no more: what runs is ended, and the rest of the file is told `why`."""
+        """Ask no more lines: cancel those that run, and give the rest of the file the error `why`."""
         self._refusal = why
         for held in self._held:
             if held.outcome is None:
@@ -127,10 +127,10 @@ class Window:
         self._news.set()
 
     def stop(self, grace_s: float, *, head_is_late: bool = False) -> None:
-        """Begin no more lines, and end what still runs after `grace_s`: the next shift asks it again.
+        """Begin no more lines, and cancel what still runs after `grace_s`: the next shift asks it again.
 
-        `head_is_late`: if nothing at all could be written, the line that all others wait for has had its
-        time. It is told so, or it would hold up every shift.
+        `head_is_late`: if this shift could write nothing, the first line, which all others wait for, gets an
+        error for taking too long. Otherwise it would hold up every shift.
         """
         self._until_s = asyncio.get_running_loop().time() + grace_s
         self._flushes = True
@@ -138,7 +138,7 @@ class Window:
         self._news.set()
 
     async def run(self) -> bool:
-        """Work until the end of the file (True), or until what ran when `stop` came has ended."""
+        """Ask the lines. True at the end of the file; False after `stop`, once what was running has ended."""
         try:
             while True:
                 if self._failure is not None:

@@ -22,10 +22,10 @@ HIGH_WATER_BYTES = 256 * 1024
 
 
 def across(call: Call, loop: asyncio.AbstractEventLoop) -> Call:
-    """`call`, which answers on `loop`, for callers on other loops.
+    """A call for any event loop, answered by `call`, which has to run on `loop`.
 
     What is ready comes in one piece: of an event stream whole frames, the first of them at once.
-    Leaving the reply ends the work on `loop`, and waits for its end.
+    Leaving the reply cancels the work on `loop`, and waits for its end.
     """
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from handler.messages import Call, Reply, Request
 
 RETRY_AFTER_S = 1
 STOPPING = "worker_stopping"
-"""The code of what a worker says that drains: another one may be asked."""
+"""The error code of a worker that drains: another one may be asked."""
 
 
 class Drain:

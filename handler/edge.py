@@ -80,7 +80,7 @@ def allowed(method: str, path: str) -> None:
 
 
 def pattern(path: str) -> str | None:
-    """One of a bounded number of names for the OpenAI route of `path`; None if it is none."""
+    """The route of `path`, as a label of which there are few; None if it is none of OpenAI's."""
     path = _canonical(path)
     return "/v1/models/{id}" if path.startswith(_MODELS + "/") else path if path in ROUTES else None
 
@@ -191,9 +191,12 @@ def _models(listing: dict[str, Any], model_id: str | None) -> Reply:
 
 
 async def _error(reply: Reply, path: str, request: Request) -> Reply:
+    raw = await read(reply)
+    if b"json_invalid" in raw:  # of a large body not all is known, and vLLM has read all of it
+        request = replace(request, members=None)
     if reply.status == 400 and (fault := body_fault(request)):
         return fault.reply()
-    body = openai_error(reply.status, await read(reply), path=path, method=request.method)
+    body = openai_error(reply.status, raw, path=path, method=request.method)
     headers = tuple(pair for pair in reply.headers if pair[0] in {"retry-after", "allow"})
     if reply.status == 503 and not headers:
         headers = (("retry-after", str(OVERLOADED_RETRY_AFTER_S)),)

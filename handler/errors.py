@@ -54,7 +54,7 @@ from typing import Any, ClassVar
 from handler.messages import Headers, Reply, as_json, once
 
 START_FAILED_RETRY_AFTER_S = 60
-"""A worker that could not start never will: whoever asks again needs another one by then."""
+"""A worker that could not start never will. By then another one may have taken its place."""
 
 STORAGE_RETRY_AFTER_S = 5
 
@@ -152,8 +152,8 @@ class NoSuchRoute(NotFound):
 
     code = "unknown_url"
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Unknown request URL: {method} {path}. Check the URL for typos.")
+    def __init__(self, method: str, path: str, hint: str = "Check the URL for typos.") -> None:
+        super().__init__(f"Unknown request URL: {method} {path}. {hint}")
 
 
 class NoSuchModel(NotFound):
@@ -331,6 +331,11 @@ class StartError(FirstTokenError):
 
     exit_code: ClassVar[int] = 70
 
+    @property
+    def line(self) -> str:
+        """All of it on one line."""
+        return " ".join(str(self).split())
+
 
 class UsageError(StartError):
     """The command line is wrong."""
@@ -408,6 +413,11 @@ class BadSettings(StartError):
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
         super().__init__("bad settings:\n" + "\n".join(f"  - {fault}" for fault in self.faults))
+
+    @property
+    def line(self) -> str:
+        """All of it on one line."""
+        return " ".join(f"bad settings: {'; '.join(self.faults)}".split())
 
 
 def retry_after(seconds: float) -> Headers:

@@ -8,7 +8,10 @@ from typing import Any
 import uvloop
 
 from handler import ties
-from handler.engine import CANARY_TIMEOUT_S, Engine, canary, prepare, speak_to_nobody
+from handler.canary import CANARY_TIMEOUT_S, canary
+from handler.engine import Engine
+from handler.preparation import prepare
+from handler.replacements import skip_gloo_when_alone
 
 SLEEP_LEVEL = 2
 """vLLM's deepest sleep: weights and KV cache are given up, not kept in the machine's memory."""
@@ -36,7 +39,7 @@ class FreezableEngine(Engine):
 
     async def _open(self) -> None:
         self._prepared = self._prepared or prepare(self._settings, self._phases, self._environ)
-        speak_to_nobody()
+        skip_gloo_when_alone()
         await super()._open()
 
     def first_token(self) -> dict[str, Any] | None:

@@ -26,9 +26,9 @@ WRITERS = {"dataclasses": "exec", "collections": "eval"}
 """Who compiles what it has written, by the name of the built-in that it calls."""
 
 WORTH_TEXTS = 100
-"""So many that were not kept are worth another file."""
+"""The file is written again once this many texts were missing from it."""
 MOST_TEXTS = 50_000
-"""With more than that, what this start had no use for is dropped."""
+"""Of more texts than this, those that this start did not use are dropped."""
 
 
 class Texts:
@@ -85,7 +85,7 @@ def place(environ: Mapping[str, str]) -> Path:
 
 
 def _give(texts: Texts, name: str, writer: ModuleType) -> None:
-    """Have the module `writer` find, where it looks for the built-in `name`, one that knows `texts`."""
+    """Put a function called `name` into the module `writer`, over the built-in, that knows `texts`."""
     run: Callable[..., Any] = {"exec": execute, "eval": evaluate}[name]
 
     def compiled(source: Any, globals: Any = None, locals: Any = None, **kwargs: Any) -> Any:

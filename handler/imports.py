@@ -1,4 +1,4 @@
-"""What is done to a module of others as it is imported, without importing it now."""
+"""Hooks on the import of a module of somebody else's, without importing it now."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Around = Callable[[ModuleType], AbstractContextManager[object]]
 
 
 def after(name: str, change: Callable[[ModuleType], object]) -> None:
-    """Have `change` called with the module `name` once that was imported: at once if it is."""
+    """Call `change` with the module `name` once it is imported: now, if it already is."""
     if (module := sys.modules.get(name)) is not None:
         change(module)
         return
@@ -28,7 +28,7 @@ def after(name: str, change: Callable[[ModuleType], object]) -> None:
 
 
 def around(name: str, context: Around) -> None:
-    """Have the body of the module `name` run within `context`, if it is yet to be imported."""
+    """Run the body of the module `name` within `context` when it is imported; nothing if it already is."""
     finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:
         finder = _Finder()

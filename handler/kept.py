@@ -58,10 +58,10 @@ def write(file: Path, data: bytes) -> None:
 
 @contextmanager
 def draft(file: Path) -> Iterator[BinaryIO]:
-    """What is written takes the place of `file` at the end, if none of it has failed.
+    """A file to write that replaces `file` at the end of the block, unless the block raises.
 
-    Raises `OSError`, also if another process is about to. A draft that a process left behind as it was
-    ended is the next one's to write.
+    Raises `OSError`, also while another process writes one. The draft of a process that was killed is
+    taken over.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = file.with_suffix(".draft")

@@ -25,7 +25,7 @@ FLAGS = (
     "safetensors-prefetch-block-size",
     "safetensors-prefetch-num-threads",
 )
-"""vLLM's flags of this matter: who sets one of them has chosen."""
+"""vLLM's flags on how weights are read: a user who sets one has chosen."""
 
 NETWORK = frozenset(
     {

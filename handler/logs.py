@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from handler.plain import plain
+
 
 def to_stderr(name: str, level: str) -> None:
     """Send what the logger `name` and those below it say, from `level` on, to stderr.
@@ -23,6 +25,10 @@ def to_stderr(name: str, level: str) -> None:
 
 class FieldsFormatter(logging.Formatter):
     """`time LEVEL logger: message name=value ...`, the fields being those given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`record` and its traceback, in which a client's words may stand."""
+        return plain(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """One line of `record`."""

@@ -136,11 +136,9 @@ def is_of_bake(model: Path) -> bool:
 
 
 def contents(folder: Path, *tops: str) -> list[str]:
-    """What a manifest of `folder` names, sorted: paths with `/`, of files and of all else but folders.
+    """The paths, with `/` and sorted, of all that is in a bake `folder` but the folders themselves.
 
-    With `tops` of these folders in it.
-
-    Links are among them, to folders too, which are not gone through.
+    With `tops`, of what is in these folders of it. A link is one such path, and is not followed.
     """
     found = []
     for top in tops or (MODEL, CACHE):

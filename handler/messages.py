@@ -12,8 +12,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import parse_qsl
+
+if TYPE_CHECKING:
+    from handler.members import Members
 
 Headers = tuple[tuple[str, str], ...]
 """Header fields in wire order; names in lower case, values as latin-1 text."""
@@ -30,34 +33,37 @@ class Trace(Protocol):
         """It waited for a worker from `since_s` until now."""
 
     def attempted(self, call: Call) -> Call:
-        """`call`, a worker that is asked."""
+        """`call`, which asks a worker: each request to it is told as an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """What is known of a request's waits, for whoever lets it wait next. The clock is `time.monotonic`."""
+    """How long a request has waited so far, and for whom. Times are of `time.monotonic`."""
 
     arrived_s: float = field(default_factory=time.monotonic)
     admitted: bool = False
-    """It has waited, or was with a worker, before: no bound turns it away any more."""
+    """It was admitted before: it has waited, or was with a worker that is lost. No full queue refuses it."""
     worked_s: float = 0.0
-    """How long it was with workers that were lost, which is no waiting."""
+    """Seconds that it spent with workers that were lost; they do not count as waiting."""
     taken: Callable[[], object] = lambda: None
-    """Called when its waiting is over and a worker gets it; again if that one is lost."""
+    """Called when a worker gets it; again when another one does, after that one was lost."""
     kept_alive: bool = False
-    """If it asks for a stream, its client hears comments while it waits."""
+    """Its client is sent comments while it waits, if it asks for a stream."""
     caller: str = ""
-    """Whose request it is: the id of a key. Turns are taken and tokens counted by it."""
+    """The id of the key that asks: turns are taken and tokens counted by it."""
     background: bool = False
-    """It goes after those for which somebody sits there: a line of a batch, a job that is in no hurry."""
+    """Nobody sits there and waits: a line of a batch, a job with low priority. All others go first."""
 
     wait_s: float | None = None
-    """How long it may wait in all, if whoever asks has said so: no client of HTTP waits for it."""
+    """How long it may wait in all, where whoever asks sets that; None for a request over HTTP."""
     trace: Trace | None = None
     """None where traces are off."""
 
     def deadline_s(self, timeout_s: float) -> float:
-        """Until when it may wait: for `timeout_s` in all, with what lost workers took for `PATIENCE_S`."""
+        """Until when it may wait: `timeout_s` from its arrival.
+
+        Time with workers that were lost is added, as long as that stays within `PATIENCE_S`.
+        """
         if self.wait_s is not None:
             return self.arrived_s + self.wait_s
         return self.arrived_s + min(timeout_s + self.worked_s, max(timeout_s, PATIENCE_S))
@@ -77,6 +83,8 @@ class Request:
     body: bytes = b""
     query: str = ""
     visit: Visit = field(default_factory=Visit, compare=False, repr=False)
+    members: Members | None = field(default=None, compare=False, repr=False)
+    """What was found in a large `body` (`handler.body.looked`); None: whoever wants to know reads it."""
     pieces: AsyncIterator[bytes] | None = field(default=None, compare=False, repr=False)
     """The body as it comes, for a call that reads it by itself; `body` is empty then."""
 

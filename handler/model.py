@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import BadSettings, ModelNotFound
+from handler.fetched import find
 from handler.manifest import CONFIGS
 from handler.settings import Settings
 from handler.table import in_store, is_path
@@ -16,6 +17,23 @@ from handler.table import in_store, is_path
 HUB_TIMEOUT_S = 3.0
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 """Where RunPod keeps an endpoint's cached model; https://docs.runpod.io/serverless/endpoints/model-caching"""
+
+
+def fetched(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """`settings` with the folder that was fetched, where the hub can't be reached and its cache has no copy.
+
+    So that what `make serve` has fetched is there for whoever starts a worker without it. The model's name
+    stays the same. The hub is looked for only if there is such a folder.
+    """
+    name = settings.model_name
+    if is_path(name) or in_store(name) or settings.model_revision:
+        return settings
+    folder = find(name, environ)
+    if folder is None or _cached(name, environ):
+        return settings
+    if "HF_HUB_OFFLINE" not in environ and _reachable(environ):
+        return settings
+    return replace(settings, model_name=str(folder), served_model_name=settings.served_model_name or name)
 
 
 def at_hand(settings: Settings, cache: Path = RUNPOD_CACHE) -> Settings:

@@ -338,11 +338,12 @@ def _fail(span: Span, kind: str, message: str | None = None) -> None:
 
 def _asked(request: Request) -> dict[str, str | int | float | bool]:
     """How a request asks."""
+    body: Any
     try:
-        body = json.loads(request.body)
+        body = json.loads(request.body) if request.members is None else request.members.values
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(body, dict):
+    if not isinstance(body, Mapping):
         return {}
     found = {name: body.get(field) for field, name in _ASKED.items() if body.get(field) is not None}
     return {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}

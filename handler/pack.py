@@ -30,9 +30,11 @@ from handler import kept
 HEADER_BYTES = 16
 PYC_HEADER_BYTES = 16
 YOUNG_S = 2
-"""What was written to so short before the start may be written to once more in the same second."""
+"""A source that changed less than this before the start is left out: it may change once more in the same
+second, which its time would not show.
+"""
 WORTH_MODULES = 200
-"""So many that were not taken from the file are worth another one."""
+"""The pack is written again once this many modules were missing from it."""
 
 
 class Entry(NamedTuple):

@@ -79,7 +79,7 @@ class Phases:
             end()
 
     def begin(self, name: str) -> Callable[[], Span]:
-        """Begin the phase `name`; call what is returned when it ends, and have its span."""
+        """Begin the phase `name`. Returns a function that ends it and gives its span."""
         self.listen(name)
         began_s, (cpu_s, faults) = self._now_s(), self._meter()
 

@@ -145,6 +145,6 @@ def config(app: App, *, idle_s: int = IDLE_S, shutdown_s: int | None = None) -> 
 
 
 def end(server: uvicorn.Server, within_s: float) -> None:
-    """Have `server`, on whose loop this runs, end: what is not answered `within_s` is cut off."""
+    """End `server`, whose loop this runs on: requests that are not answered `within_s` are cut off."""
     server.config.timeout_graceful_shutdown = within_s  # type: ignore[assignment] # a float will do
     server.should_exit = True

@@ -69,7 +69,7 @@ PLATFORMS = ("runpod", "aws_lambda", "sqs", "http")
 
 LAMBDA = "AWS_LAMBDA_RUNTIME_API"
 RUNPOD = "RUNPOD_WEBHOOK_GET_JOB"
-"""What an environment of Lambda is known by, and one of a RunPod queue."""
+"""The variables by which AWS Lambda and a RunPod queue are recognised."""
 
 TABLE: Table = (
     Setting(
@@ -372,10 +372,10 @@ ENGINE_FIELDS = (
     "otel_exporter_otlp_traces_endpoint",
     "levers_off",
 )
-"""What of the settings the engine is made of, beside the flags of vLLM."""
+"""The settings that shape an engine, beside vLLM's flags."""
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
-"""Which of the machine's GPUs a process sees, those of a worker being the gateway's to say."""
+"""Which of the machine's GPUs a process sees. For a worker the gateway decides that."""
 
 
 def rows(*names: str) -> Table:
@@ -441,7 +441,7 @@ class Settings:
         return self.served_model_name or public_name(self.model_name)
 
     def same_engine(self, other: Settings) -> bool:
-        """Whether an engine that was configured for `other` will do, on whatever devices of one kind."""
+        """Whether an engine configured for `other` serves these settings too, whichever GPUs it is given."""
         ours, theirs = ({**one.rest, DEVICES: ""} for one in (self, other))
         return ours == theirs and all(getattr(self, name) == getattr(other, name) for name in ENGINE_FIELDS)
 
@@ -464,7 +464,7 @@ class Settings:
 
 
 def readable(environ: Mapping[str, str]) -> Settings:
-    """The settings of `environ`, the default in place of each that is wrong: to say so with."""
+    """The settings of `environ`, with the default for each that is wrong: enough to say what is wrong."""
     values, _ = read(TABLE, environ, others=UNREAD)
     defaults, _ = read(TABLE, {})
     usable = {name: defaults[name] if value is None else value for name, value in values.items()}

@@ -1,7 +1,7 @@
-"""Shorter ways to what torch, vLLM and transformers find out as they are imported.
+"""Shortcuts past slow work that torch, vLLM and transformers do while they are imported.
 
-Each says in its words what they do and what it does instead. None changes what they find, and each
-leaves a version that it does not know alone.
+Each function says what they do and what it does instead. The outcome is the same, and a version that
+a shortcut does not know is left as it is.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _importing_function() -> tuple[str, str]:
 
 
 def name_sources_by_frame() -> None:
-    """Have torch take from the frame where an operator was defined, which says it.
+    """Have torch read from the stack frame where an operator was defined.
 
     torch has `inspect` look for the module of the frame, and for the text of its line, which it throws
     away. For that all modules are gone through each time, and links in the paths of new ones are

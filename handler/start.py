@@ -7,17 +7,18 @@ import warnings
 from collections.abc import MutableMapping
 
 from handler import baked, logs, model, readahead
-from handler.engine import flag_checks, make_parser
 from handler.errors import BadSettings
 from handler.flags import flag_faults
 from handler.phases import Phases, process_started_s
+from handler.preparation import flag_checks
+from handler.seam import make_parser
 from handler.settings import Settings
 
 log = logging.getLogger("handler")
 
 
 def begin(environ: MutableMapping[str, str]) -> Phases:
-    """What comes before everything: a bake is found, files are asked for, the clock runs."""
+    """Find the bake, ask the disk for files, start the clock: what comes before everything else."""
     baked.adopt(environ)
     readahead.begin(environ)
     phases = Phases(process_started_s())
@@ -26,9 +27,9 @@ def begin(environ: MutableMapping[str, str]) -> Phases:
 
 
 def read_settings(environ: MutableMapping[str, str]) -> Settings:
-    """The settings; what is wrong with them and with vLLM's flags is reported together."""
+    """The settings of `environ`. Raises `BadSettings` with every fault of theirs and of vLLM's flags."""
     try:
-        return model.at_hand(Settings.from_environ(environ))
+        return model.fetched(model.at_hand(Settings.from_environ(environ)), environ)
     except BadSettings as ours:
         raise BadSettings(
             [*ours.faults, *flag_faults(make_parser(), environ, checks=flag_checks())]

@@ -21,9 +21,9 @@ from handler.manifest import CONFIGS, MODEL, NAME, Difference, Manifest
 S3 = "s3://"
 CONNECT_S, READ_S, TRIES = 3, 10, 2
 SHOWN = 5
-"""Of what is below a prefix, so much is told."""
+"""How many names below a prefix an error lists."""
 NO_CREDENTIALS = "NoCredentials"
-"""What `StoreFailed` has as a code where there were none to ask with."""
+"""The code of `StoreFailed` where no credentials were found."""
 
 _REGION = "the bucket is in another region: set AWS_REGION"
 _REFUSALS = {

@@ -1,4 +1,4 @@
-"""What transformers holds, kept from one start to the next.
+"""The structure that transformers reads out of its model files, kept from one start to the next.
 
 When it is imported, transformers reads the text of its 1,500 model files to learn which names they
 define, once for itself and once more for its folder of models: 0.6 s of CPU, and with a cold disk a

@@ -1,7 +1,8 @@
 """What an answer has cost, from the answer itself: the tokens of its prompt and those that were made.
 
 A whole answer says it, a stream of chat or text only to who asks for it (`stream_options.include_usage`). So
-the engine is always asked, and the chunk that says it is taken out again for a client that did not ask.
+the engine is always asked, and for a client that did not ask the stream is made what it would have been: the
+chunk that says it is taken out, and vLLM's fingerprint, which is then on it alone, put where it is else.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from handler import sse
-from handler.body import asks_for_stream
-from handler.messages import Call, Reply, Request, as_json
+from handler.body import asks_for_stream, member, truth, with_member
+from handler.errors import RequestError
+from handler.messages import Call, Reply, Request, as_json, without
 
 _SAYS_ONLY_IF_ASKED = frozenset({"/v1/chat/completions", "/v1/completions"})
-_ASK = b'{"stream_options":{"include_usage":true},'
+_OPTIONS = "stream_options"
 _USAGE = b'"usage"'
 """Quotes inside JSON strings are escaped: no text of an answer looks like this."""
+_EACH = "continuous_usage_stats"
+_FINGERPRINT = "system_fingerprint"
+_FINISHED = b'"finish_reason":"'
 _DATA = b"data: {"
 _LAST = (
     sse.DONE,
@@ -87,16 +92,15 @@ def with_usage(request: Request) -> tuple[Request, bool]:
     """The request as the engine gets it, and whether its client does not want to see what that adds."""
     if request.path.rstrip("/") not in _SAYS_ONLY_IF_ASKED or not asks_for_stream(request):
         return request, False
-    if b'"stream_options"' not in request.body:
-        return replace(request, body=request.body.replace(b"{", _ASK, 1)), True
-    body = json.loads(request.body)
-    options = body.get("stream_options")
+    options = member(request, _OPTIONS)
     if options is None:
         options = {}
-    if not isinstance(options, dict) or options.get("include_usage"):
+    if not isinstance(options, dict) or truth(options.get("include_usage", False)) is not False:
         return request, False  # the client asks, or is told what is wrong with it
-    body["stream_options"] = {**options, "include_usage": True}
-    return replace(request, body=as_json(body)), True
+    added = {"include_usage": True}
+    if truth(options.get(_EACH)):  # which says nothing to who does not ask for usage
+        added[_EACH] = False
+    return with_member(request, _OPTIONS, {**options, **added}), True
 
 
 async def _nothing() -> None:
@@ -106,8 +110,9 @@ async def _nothing() -> None:
 class Meter:
     """Reads an answer along. `settle` is awaited once, before its last bytes are passed on.
 
-    Nothing else holds a byte back, but for a whole answer's last chunk. `hides`: the client does not see the
-    chunk in which a stream says its usage.
+    Nothing else holds a byte back, but for a whole answer's last chunk. `hides`: the client does not see that
+    a stream says its usage. A frame by which a choice ends is then held until the next one, which comes with
+    it where that was the last choice.
     """
 
     def __init__(self, *, hides: bool, settle: Callable[[], Awaitable[None]] = _nothing) -> None:
@@ -119,6 +124,7 @@ class Meter:
         self._frames = 0
         self._found = False
         self._whole = False
+        self._held: list[bytes] = []
 
     def usage(self) -> Usage:
         """What was found, or counted, by now."""
@@ -128,8 +134,11 @@ class Meter:
 
     def read(self, reply: Reply) -> Reply:
         """`reply`, whose frames are read along."""
-        frames = self._stream(reply.frames) if reply.streams else self._body(reply.frames)
-        return replace(reply, frames=frames)
+        if not reply.streams:
+            return replace(reply, frames=self._body(reply.frames))
+        # A server that has all of its events before it answers may say how long they are.
+        headers = without(reply.headers, ["content-length"])
+        return replace(reply, headers=headers, frames=self._stream(reply.frames))
 
     async def _body(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         parts: list[bytes] = []
@@ -146,20 +155,20 @@ class Meter:
 
     async def _stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         chunk = b""
-        async for chunk in chunks:
-            shown = chunk
-            if _USAGE in chunk or not self._frames:
-                frames = sse.split(chunk)
-                kept = [frame for frame in frames if self._shows(frame)]
-                if len(kept) < len(frames):
-                    shown = b"".join(kept)
-            else:
-                self._frames += chunk.count(_DATA)
-            if not self._whole and _ends(chunk):
-                self._whole = True
-                await self._settle()
-            if shown:
-                yield shown
+        try:
+            async for chunk in chunks:
+                shown = self._passed(chunk)
+                if not self._whole and _ends(chunk):
+                    self._whole = True
+                    await self._settle()
+                if shown:
+                    yield shown
+        except RequestError:
+            if self._held:
+                yield b"".join(self._released())
+            raise
+        if self._held:
+            yield b"".join(self._released())
         if self._whole:
             return
         if sse.ERROR_FRAME in chunk:  # the last frame of a stream that broke
@@ -168,15 +177,40 @@ class Meter:
             self._whole = self._found
         await self._settle()
 
-    def _shows(self, frame: bytes) -> bool:
-        """Whether the client sees `frame`."""
+    def _passed(self, chunk: bytes) -> bytes:
+        """What the client gets now that `chunk` has come: nearly always that."""
+        ends = self._hides and (self._held or _FINISHED in chunk)
+        if not (ends or _USAGE in chunk or not self._frames):
+            self._frames += chunk.count(_DATA)
+            return chunk
+        frames = sse.split(chunk)
+        passed = [part for frame in frames for part in self._shown(frame)]
+        return chunk if passed == frames else b"".join(passed)
+
+    def _shown(self, frame: bytes) -> list[bytes]:
+        """The frames that the client sees now that `frame` has come."""
         value = sse.data(frame)
         if not isinstance(value, dict):
-            return True
-        if not self._find(value):
+            return [*self._released(), frame]
+        says = self._find(value)
+        if not says:
             self._frames += not _opens(value)
-            return True
-        return not (self._hides and value.get("choices") == [])
+        elif self._hides and value.get("choices") == []:
+            return self._released(value.get(_FINGERPRINT))
+        elif value.get("choices"):
+            self._hides = False  # nobody has asked for it there: this engine says it to everybody
+        if self._hides and not says and _FINISHED in frame:
+            self._held.append(frame)
+            return []
+        return [*self._released(), frame]
+
+    def _released(self, fingerprint: object = None) -> list[bytes]:
+        """The frames that were held, with the `fingerprint` that they would have had."""
+        released, self._held = self._held, []
+        if fingerprint is None:
+            return released
+        said = b"," + as_json({_FINGERPRINT: fingerprint})[1:]
+        return [frame[: frame.rindex(b"}")] + said + b"\n\n" for frame in released]
 
     def _find(self, value: Any) -> bool:
         """Whether `value` says what was used, in one of the places where routes say it."""

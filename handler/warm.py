@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
-from handler import baked, engine, machine, readahead
-from handler.engine import Prepared
+from handler import baked, machine, preparation, readahead, seam
 from handler.errors import StartError
 from handler.phases import Phases
+from handler.preparation import Prepared
 from handler.settings import Settings, rest
 from handler.zygote import Asked, Tell, Zygote, threads
 
@@ -42,7 +42,7 @@ class Fork:
         return self.prepared if asked.same_engine(self.prepared.settings) else None
 
     def teach(self) -> None:
-        """Tell the parent what was imported since."""
+        """Tell the parent which modules were imported since the fork."""
         new = (
             name for name in sys.modules.keys() - self.known if name.partition(".")[0] not in OF_ONE_WORKER
         )
@@ -64,8 +64,8 @@ class Parent:
         before = dict(environ)
         environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy brings threads, which no fork has
         try:
-            engine.check(settings, environ)
-            self.prepared = engine.prepare(settings, self.phases, environ)
+            preparation.check(settings, environ)
+            self.prepared = preparation.prepare(settings, self.phases, environ)
         except StartError as error:
             log.info("the warm parent is not warm", extra={"reason": str(error)})
         self.added = {name: value for name, value in environ.items() if before.get(name) != value}
@@ -78,7 +78,7 @@ class Parent:
         """Why a fork of this process would not work, or None."""
         if threading.active_count() > 1 or len(running := threads()) > 1:
             return f"there are threads beside the main one: {', '.join(running)}"
-        return engine.touched_device() if "torch" in sys.modules else None
+        return seam.touched_device() if "torch" in sys.modules else None
 
     def learn(self, told: bytes) -> None:
         """Import what a worker has imported after its fork, for the next one.
@@ -92,7 +92,7 @@ class Parent:
                 importlib.import_module(name)
             except Exception as error:  # noqa: BLE001 - whatever a module out of its turn raises
                 log.debug("not imported ahead", extra={"import": name, "reason": str(error)})
-        self.prepared = engine.settle(self.prepared)
+        self.prepared = preparation.settle(self.prepared)
         for memory in self.prepared.memories:
             memory.end()  # what else is imported here, a worker brings
             memory.save()
@@ -101,7 +101,7 @@ class Parent:
         self.known = frozenset(sys.modules)
 
     def fork(self, asked: Asked, tell: Tell) -> Fork:
-        """In the fork: what the worker goes on from."""
+        """To be called in a fork: what the worker there has from its parent."""
         given = dict(asked.environ)
         baked.adopt(given)
         os.environ.clear()
@@ -112,7 +112,7 @@ class Parent:
         return Fork(given, phases, self.prepared, self.known, tell)
 
     def zygote(self, serve: Callable[[Fork], int]) -> Zygote:
-        """What forks this process; its workers do `serve`, and return its exit code."""
+        """The `Zygote` that forks this process; each worker runs `serve` and returns its exit code."""
         return Zygote(
             work=lambda asked, tell: serve(self.fork(asked, tell)),
             unsafe=self.unsafe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -20,6 +21,9 @@ from typing import Self
 
 START_TIMEOUT_S = 480
 STOP_TIMEOUT_S = 30
+GIVEN = Path("/proc/sys/net/ipv4/ip_local_port_range")
+PORTS_FROM = 10_000
+"""Below are those of services that one knows by their number."""
 KEY = "token-abc123"
 """The key that vLLM's tests send, also to a server that asks for none."""
 
@@ -116,11 +120,20 @@ def start(
 
 
 def free_port() -> int:
-    """A loopback port that was free just now."""
+    """A loopback port that nobody has just now.
+
+    Nor does the kernel give it to anybody who wants any port, or connects: until it is used many do.
+    """
+    with contextlib.suppress(FileNotFoundError):  # no Linux
+        given_from = int(GIVEN.read_text().split()[0])
+        while given_from > PORTS_FROM:
+            port = PORTS_FROM + secrets.randbelow(given_from - PORTS_FROM)
+            with contextlib.suppress(OSError), socket.socket() as probe:  # somebody has it
+                probe.bind(("127.0.0.1", port))
+                return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 Flags = list[tuple[str, list[str]]]

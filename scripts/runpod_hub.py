@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from handler.engine import make_parser, seam
+from handler.seam import make_parser, seam
 from handler.settings import DEFAULT_MODEL, TABLE
 from handler.table import SWITCH, Setting
 

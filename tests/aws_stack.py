@@ -152,11 +152,11 @@ class _Maker:
     def credentials(self, role: str) -> dict[str, str]:
         """Credentials of a role that only Lambda may take, which the server would see to."""
         address = f"{self._aws.store.url}/moto-api/reset-auth"
-        httpx.post(address, content="inf").raise_for_status()
+        httpx.post(address, content="inf", timeout=60).raise_for_status()
         try:
             taken = self.client("sts").assume_role(RoleArn=self.ids(role)["Arn"], RoleSessionName="worker")
         finally:
-            httpx.post(address, content="0").raise_for_status()
+            httpx.post(address, content="0", timeout=60).raise_for_status()
         return {
             "AWS_ACCESS_KEY_ID": taken["Credentials"]["AccessKeyId"],
             "AWS_SECRET_ACCESS_KEY": taken["Credentials"]["SecretAccessKey"],

@@ -32,9 +32,10 @@ URL = "/v1/chat/completions"
 CHAT = f"POST {URL}"
 OVER = {"completed", "failed", "expired", "cancelled"}
 
-QUICK = Times(lease_s=2.0, handover_s=1.0, save_s=0.0, pause_s=0.01)
+QUICK = Times(lease_s=6.0, handover_s=1.0, save_s=0.0, pause_s=0.01)
 SMALL_PARTS = partial(Pace, part_lines=50)
-QUICK_QUEUE = QueueTimes(wait_s=1, hidden_s=3, again_s=0, shift_s=60.0)
+QUICK_QUEUE = QueueTimes(wait_s=1, hidden_s=6, again_s=0, shift_s=60.0)
+"""What a worker holds is another's only after seconds: a machine may stall for some."""
 
 
 @dataclass(frozen=True, slots=True)

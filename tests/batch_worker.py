@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,9 @@ from tests import batch_stack
 from tests.jobs_worker import SocketEngine
 from tests.scripted_app import Script, ScriptedApp, Seen, answer, echo
 from tests.servers import ROOT, engine_environ
+
+TIMES, QUEUE_TIMES = replace(batch_stack.QUICK, lease_s=2.0), replace(batch_stack.QUICK_QUEUE, hidden_s=3)
+"""What one that was killed had held is soon its successor's; there are never two at a time."""
 
 
 class OwnEngine:
@@ -71,9 +75,9 @@ def work() -> None:
     pace = partial(Pace, part_lines=20) if "SMALL_PARTS" in os.environ else Pace
 
     def batches(clients: Any) -> S3Batches:
-        return S3Batches(settings, clients, times=batch_stack.QUICK, pace=pace)
+        return S3Batches(settings, clients, times=TIMES, pace=pace)
 
-    platform = Sqs(settings, batch_stack.QUICK_QUEUE, batches)
+    platform = Sqs(settings, QUEUE_TIMES, batches)
     platform.prepare()
     phases = Phases(0.0)
     phases.done()

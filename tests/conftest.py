@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import openai
 import pytest
+from hypothesis import HealthCheck, settings
 
 from builder.console import Console
 from builder.fetch import fetch
@@ -18,10 +21,28 @@ from tests import object_store as object_stores
 from tests import postgres, servers
 from tests.place import Place
 
+# How long an example takes says how busy the machine is.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--tiny-model` tries the tests on another model than the repository's."""
     parser.addoption("--tiny-model", type=Path, default=servers.ROOT / "tests/tinychat/model")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """Let go of what a failed test has left open, unheard: else a later test fails with the complaint."""
+    try:
+        return (yield)
+    finally:
+        if hasattr(sys, "last_value"):  # it has failed, and these hold its frames
+            for name in ("last_exc", "last_traceback", "last_type", "last_value"):
+                vars(sys).pop(name, None)
+            heard, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            gc.collect()
+            sys.unraisablehook = heard
 
 
 @pytest.fixture(scope="session")
@@ -116,10 +137,7 @@ def postgresql() -> Iterator[postgres.Server]:
         pytest.skip(str(why))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of each kind that the gateway knows."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/gateway.db"
-    server: postgres.Server = request.getfixturevalue("postgresql")
-    return server.database()
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    """An empty database; in `tests/integration/postgresql` one of PostgreSQL."""
+    return f"sqlite:///{tmp_path}/gateway.db"

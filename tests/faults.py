@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,14 +12,11 @@ from typing import Any
 
 import aiohttp
 
-from tests.servers import KEY, ROOT
+from tests.gateway_process import main_with, root_of, running
+from tests.memory import resident_bytes
 from tests.steady_worker import PROMPT_TOKENS
 from tests.until import LOOK_S, until
 
-WITH_STEADY_WORKERS = (
-    "import sys; from gateway.__main__ import main; from tests.steady_worker import COMMAND; "
-    "sys.exit(main(sys.argv[1:], COMMAND))"
-)
 TOKENS = 40
 TOKENS_PER_S = 20
 WORKERS = 3
@@ -44,10 +38,7 @@ class Gateway:
 
     def memory_bytes(self) -> int:
         """What it holds of the machine's memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) << 10
+        return resident_bytes(self.process.pid)
 
     async def status(self, session: aiohttp.ClientSession) -> Mapping[str, Any]:
         """Its only endpoint, as its admin sees it."""
@@ -69,43 +60,17 @@ class Gateway:
 
 @asynccontextmanager
 async def gateway(folder: Path) -> AsyncIterator[Gateway]:
-    """`python -m gateway` with up to `WORKERS` workers; killed at the end if it still runs."""
+    """`python -m gateway` with up to `WORKERS` steady workers; killed at the end if it still runs."""
     environ = {
-        **{name: os.environ[name] for name in ("PATH", "HOME", "VIRTUAL_ENV") if name in os.environ},
-        "PORT": "0",
-        "API_KEY": KEY,
-        "MODEL_NAME": "org/model",
-        "WARM_PARENT": "off",
-        "TMPDIR": str(folder),
-        "DATA_DIR": str(folder / "data"),
         "MIN_WORKERS": str(WORKERS),
         "MAX_WORKERS": str(WORKERS),
         "QUEUE_LIMIT": "1000",
         "STEADY_TOKENS_PER_S": str(TOKENS_PER_S),
         "VLLM_SKIP_MODEL_NAME_VALIDATION": "true",
     }
-    with (folder / "gateway.stderr").open("a") as errors:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WITH_STEADY_WORKERS),
-            env=environ,
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
-    try:
-        assert process.stdout is not None
-        line = b""
-        while b"/openai/v1" not in line:
-            line = await process.stdout.readline()
-            assert line, (folder / "gateway.stderr").read_text()[-4000:]
-        found = re.search(r"(http://\S+)/v2/local/openai/v1", line.decode())
-        assert found
-        yield Gateway(process, found[1])
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+    stderr = folder / "gateway.stderr"
+    async with running(main_with("tests.steady_worker"), folder, environ, stderr=stderr) as process:
+        yield Gateway(process, await root_of(process, stderr))
 
 
 @dataclass

@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from judge.servers import free_port
 
 NAMES = {
     "AsyncEngineArgs": "vllm.engine.arg_utils",
@@ -39,19 +40,16 @@ def vllm(name: str, module: str | None = None) -> Any:
 def alone() -> None:
     """Have vLLM's layers find themselves in a group of one."""
     state: Any = importlib.import_module("vllm.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with vllm("set_current_vllm_config")(vllm("VllmConfig")()):  # of no model, so that experts have one too
-        state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
         state.initialize_model_parallel(1, 1)
 
 
 def configured(folder: Path, case: Mapping[str, Any]) -> Any:
     """vLLM's configuration for a case, on a CPU."""
-    engine: Any = importlib.import_module("handler.engine")
+    replacements: Any = importlib.import_module("handler.replacements")
     (folder / "config.json").write_text(json.dumps(case["config"]))
-    engine.register_model_class(str(folder))  # else a process of its own would import vLLM to inspect it
+    replacements.register_model_class(str(folder))  # else a process of its own imports vLLM to inspect it
     args = vllm("AsyncEngineArgs")(
         model=str(folder),
         load_format="dummy",

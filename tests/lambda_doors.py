@@ -28,7 +28,7 @@ DELIMITER = b"\0" * 8
 REST_MAX_BYTES = 10 << 20
 BINARY = ("multipart/form-data", "application/octet-stream")
 """The media types that the API was told are no text."""
-NO_WORKER_S = 10.0
+NO_WORKER_S = 60.0
 """How long is waited for a worker that asks; Lambda rejects at once."""
 REMAPPED = {"www-authenticate": "x-amzn-remapped-www-authenticate"}
 """What a REST API calls headers of a function that it wants for itself."""

@@ -62,11 +62,11 @@ class ObjectStore:
         https://docs.getmoto.org/en/latest/docs/iam.html
         """
         address = f"{self.url}/moto-api/reset-auth"
-        httpx.post(address, content="0").raise_for_status()
+        httpx.post(address, content="0", timeout=60).raise_for_status()
         try:
             yield
         finally:
-            httpx.post(address, content="inf").raise_for_status()
+            httpx.post(address, content="inf", timeout=60).raise_for_status()
 
     def answered(self) -> list[tuple[str, int]]:
         """The requests that were answered, as `PUT /bucket/key`, and their statuses."""

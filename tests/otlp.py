@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,10 +48,13 @@ class Receiver:
     _news: threading.Condition = field(default_factory=threading.Condition)
 
     def wait(self, *names: str, timeout_s: float = 60) -> list[Received]:
-        """All spans, once there are ones called `names`; fails if they do not come."""
+        """All spans, once there are as many called so as are in `names`; fails if they do not come."""
+
+        def missing() -> Counter[str]:
+            return Counter(names) - Counter(span.name for span in self.spans)
+
         with self._news:
-            came = self._news.wait_for(lambda: set(names) <= {span.name for span in self.spans}, timeout_s)
-            assert came, f"{set(names) - {span.name for span in self.spans}} did not come"
+            assert self._news.wait_for(lambda: not missing(), timeout_s), f"{missing()} did not come"
             return list(self.spans)
 
     def take(self, raw: bytes) -> None:

@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from judge.servers import free_port
 from tests.until import until
 
 USER = "gate"
@@ -27,14 +27,6 @@ PASSWORD = "not-to-be-shown"
 
 class Missing(Exception):
     """There is no PostgreSQL on this machine, or nobody whom it would run as."""
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def program(name: str) -> Path:
@@ -64,6 +56,16 @@ class Server:
         name = f"test_{next(self.numbers)}"
         self.run(f"CREATE DATABASE {name}")
         return self.url(name)
+
+    @contextmanager
+    def schema(self) -> Iterator[str]:
+        """The URL of an empty schema, to its gateways a database; made and gone sooner than one."""
+        name = f"test_{next(self.numbers)}"
+        self.run(f"CREATE SCHEMA {name}")
+        try:
+            yield f"{self.url('postgres')}?options=-csearch_path%3D{name}"
+        finally:
+            self.run(f"DROP SCHEMA {name} CASCADE")
 
     def run(self, statement: str) -> None:
         """Run a statement, as the server's owner."""

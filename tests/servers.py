@@ -29,7 +29,7 @@ MODEL = "tinychat"
 MAX_MODEL_LEN = 1024
 START_TIMEOUT_S = 170.0
 """A start takes 10 to 30 s, on a busy machine and with empty caches up to three times that."""
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +50,20 @@ class Server:
             base_url=self.base_url,
             headers={"authorization": f"Bearer {self.key}"},
             transport=httpx.AsyncHTTPTransport(uds=self._path),
-            timeout=60,
+            timeout=START_TIMEOUT_S,
         )
 
     def client(self) -> openai.AsyncOpenAI:
         """The official asynchronous client, which tries once only."""
         # Any: the newest clients are typed for httpx2 and still take httpx.
-        http: Any = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=self._path), timeout=60)
+        http: Any = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=self._path), timeout=START_TIMEOUT_S
+        )
         return openai.AsyncOpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
 
     def sync_client(self) -> openai.OpenAI:
         """The official client, which tries once only."""
-        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=self._path), timeout=60)
+        http: Any = httpx.Client(transport=httpx.HTTPTransport(uds=self._path), timeout=START_TIMEOUT_S)
         return openai.OpenAI(base_url=self.base_url, api_key=self.key, max_retries=0, http_client=http)
 
 
@@ -177,9 +179,10 @@ def key(environ: Mapping[str, str], name: str, *arguments: str) -> str:
 
 def until_ready(server: Server) -> None:
     """Return once a worker of the first endpoint takes requests."""
-    url = server.base_url.partition("/v2/")[0]
+    health = server.base_url.partition("/v2/")[0] + "/health"
+    own = {"authorization": f"Bearer {server.key}"}
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not httpx.get(f"{url}/health").json()["endpoints"][0]["workers"].get("ready"):
+    while not httpx.get(health, headers=own, timeout=60).json()["endpoints"][0]["workers"].get("ready"):
         assert time.monotonic() < deadline_s, "no worker is ready"
         time.sleep(0.1)
 

@@ -23,20 +23,8 @@ def arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> No
 
 def source(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     """Which model, and what of it; see `fetched`."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        default=environ.get("MODEL_NAME"),
-        help="a Hugging Face id, s3://bucket/prefix, a folder, or a GGUF file of the default model's family "
-        f"(default: MODEL_NAME, else {DEFAULT_MODEL})",
-    )
-    parser.add_argument(
-        "--revision",
-        metavar="REVISION",
-        default=environ.get("MODEL_REVISION") or None,
-        help="a branch, a tag or a commit on Hugging Face (default: MODEL_REVISION, else the main branch)",
-    )
+    which = "a Hugging Face id, s3://bucket/prefix, a folder, or a GGUF file of the default model's family"
+    model(parser, environ, which)
     parser.add_argument(
         "--pickle",
         action="append",
@@ -50,6 +38,23 @@ def source(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
         action="store_true",
         default=environ.get("TRUST_REMOTE_CODE", "").lower() in TRUE,
         help="take the repository's Python files too (default: TRUST_REMOTE_CODE)",
+    )
+
+
+def model(parser: argparse.ArgumentParser, environ: Mapping[str, str], which: str) -> None:
+    """MODEL, which may be `which`, and its revision; both default to what the environment says."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        default=environ.get("MODEL_NAME"),
+        help=f"{which} (default: MODEL_NAME, else {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="REVISION",
+        default=environ.get("MODEL_REVISION") or None,
+        help="a branch, a tag or a commit on Hugging Face (default: MODEL_REVISION, else the main branch)",
     )
 
 

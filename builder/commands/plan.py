@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 
+from builder.commands import fetch as fetching
 from builder.console import Console
 from builder.expected import READ_GB_PER_S
 from builder.gpus import GIB, UTILIZATION
@@ -13,27 +14,13 @@ from builder.lengths import DTYPES, KV_DTYPES
 from builder.plan import Wish, as_json, plan
 from builder.report import report
 from builder.shapes import Asked
-from handler.settings import DEFAULT_MODEL
 
 HELP = "what a model needs: memory, GPUs that it fits, seconds to start"
 
 
 def arguments(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> None:
     """What the command takes; MODEL_NAME and MODEL_REVISION are what it defaults to."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        default=environ.get("MODEL_NAME"),
-        help="a folder, a bake, a Hugging Face id or s3://bucket/prefix "
-        f"(default: MODEL_NAME, else {DEFAULT_MODEL})",
-    )
-    parser.add_argument(
-        "--revision",
-        metavar="REVISION",
-        default=environ.get("MODEL_REVISION") or None,
-        help="a branch, a tag or a commit (default: MODEL_REVISION, else the main branch)",
-    )
+    fetching.model(parser, environ, "a folder, a bake, a Hugging Face id or s3://bucket/prefix")
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes, tokens and seconds")
     served = parser.add_argument_group("how it is served, as vLLM's flags")
     served.add_argument("--dtype", choices=DTYPES, default="auto")

@@ -52,7 +52,7 @@ class Clients:
 def permit(key: Key, request: Request, model_id: str) -> None:
     """Raise `NoSuchModel` unless `key` may ask the model that `request` names.
 
-    One that names none asks `model_id`. Of a body that can't be understood nothing is known: `BadRequest`.
+    A request that names none asks `model_id`. Raises `BadRequest` for a body that can't be parsed.
     """
     if key.models is None:
         return

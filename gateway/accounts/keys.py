@@ -92,14 +92,18 @@ class Keys:
             if api_key is None
             else Key(ENV_ID, ENV_NAME, digest(api_key), admin=True)
         )
+        self.heard: list[Callable[[], None]] = []
+        """Called whenever the keys have changed."""
         self.used_s: dict[str, int] = {}
         """When each key of the database was last used, as far as it is not written down yet."""
         self.store(stored)
 
     def store(self, stored: Iterable[Key]) -> None:
-        """Know these, and no longer the ones before."""
+        """Replace the stored keys by these."""
         self._by_id = {key.id: key for key in (*stored, self._env)}
         self._by_digest = {key.digest: key for key in self._by_id.values()}
+        for heard in self.heard:
+            heard()
 
     def check(self, request: Request) -> Key:
         """The key that `request` bears. Raises `Unauthorized` unless it opens."""
@@ -113,8 +117,21 @@ class Keys:
             self.used_s[key.id] = int(now_s)
         return key
 
+    def known(self, request: Request) -> Key | None:
+        """The key that `request` bears, or None. Raises `Unauthorized` for one that does not open."""
+        try:
+            bearer(request)
+        except Unauthorized:
+            return None
+        return self.check(request)
+
     def __contains__(self, key_id: object) -> bool:
         return key_id in self._by_id
+
+    def closed(self) -> list[str]:
+        """The ids of those that open nothing any more. `API_KEY` is none: each gateway has its own."""
+        now_s = self._clock()
+        return [key.id for key in self._by_id.values() if key is not self._env and not key.opens(now_s)]
 
     def of(self, key_id: str) -> Key:
         """The key of that id, whether it opens or not (`Key.opens`). Raises `KeyError`."""

@@ -54,6 +54,8 @@ class Question:
                 return None
 
         first_day, last_day = day("from"), day("to")
+        if first_day and last_day and first_day > last_day:
+            faults.append("`from` must not be after `to`")
         by = tuple(name.strip() for name in fields.get("group", "").split(",") if name.strip())
         if set(by) - set(_GROUPS) or len(set(by)) < len(by):
             faults.append(f"`group` must be some of {', '.join(_GROUPS)}")

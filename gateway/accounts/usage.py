@@ -68,7 +68,7 @@ class Entry:
     requests: int = 1
 
     def plus(self, other: Entry) -> Entry:
-        """Both, on the account of this one."""
+        """The sum of both, for the key, endpoint and model of this one."""
         return replace(
             self,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,

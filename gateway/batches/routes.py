@@ -23,11 +23,12 @@ from gateway.batches.table import Row
 from gateway.files import store as file_store
 from gateway.files.routes import expires_in_s
 from gateway.files.store import new_id
+from gateway.methods import by_method
 from handler import batch_lines, batch_object
 from handler.batch_lines import FILE_MAX_BYTES
 from handler.batch_object import Batch
 from handler.body import json_object
-from handler.errors import BadRequest, MethodNotAllowed, NotFound, RateLimited, RequestError, json_reply
+from handler.errors import BadRequest, NotFound, RateLimited, RequestError, json_reply
 from handler.messages import Call, Reply, Request
 
 LIST_MAX, LIST_DEFAULT = 100, 20
@@ -61,9 +62,7 @@ class Batches:
             methods = {"POST": partial(self._cancel, endpoint_id, batch_id)}
         else:
             return None
-        if request.method not in methods:
-            raise MethodNotAllowed(request.method, request.path, methods)
-        return methods[request.method]
+        return by_method(request, methods)
 
     @asynccontextmanager
     async def _create(self, endpoint_id: str, request: Request) -> AsyncIterator[Reply]:

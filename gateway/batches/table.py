@@ -126,7 +126,7 @@ def adopt(connection: Connection, ids: Collection[str], instance: str | None) ->
 
 
 def move(connection: Connection, row: Row) -> None:
-    """Have the files of `row` be those that it names. Raises `Taken`."""
+    """Write down the file ids that `row` has. Raises `Taken` if another gateway has the batch."""
     owned = (BATCHES.c.id == row.id, BATCHES.c.instance == row.instance)
     files = {"output_file_id": row.output_file_id, "error_file_id": row.error_file_id}
     if not connection.execute(update(BATCHES).where(*owned).values(**files)).rowcount:
@@ -140,7 +140,7 @@ def standing(connection: Connection, ids: Collection[str]) -> dict[str, tuple[st
 
 
 def one(connection: Connection, batch_id: str) -> Row:
-    """The batch of that id, which is there."""
+    """The row of the batch, which has to be there."""
     return Row(**connection.execute(select(BATCHES).where(BATCHES.c.id == batch_id)).mappings().one())
 
 
@@ -169,9 +169,9 @@ def change(
     owner: str | None = None,
     **columns: Any,
 ) -> Batch:
-    """Have what clients see be what `how` makes of it, and `columns` be so; returns it.
+    """Replace the object that clients see by `how` of it, and set `columns`; returns the new object.
 
-    Raises `Taken` if it is not the batch of the gateway `owner` (None: whoever it is).
+    Raises `Taken` if the batch is not the gateway `owner`'s (None: whoever has it).
     """
     now = select(BATCHES.c.object, BATCHES.c.instance).where(BATCHES.c.id == batch_id)
     found = connection.execute(now).one()

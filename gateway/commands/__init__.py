@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gateway import data_folder
 from gateway.settings import KeptSettings
 
 if TYPE_CHECKING:
@@ -27,12 +28,23 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def kept(environ: Mapping[str, str]) -> Iterator[Store]:
-    """The gateway's database, for a command that works beside it. Raises `StartError`."""
-    from gateway.store import Store  # noqa: PLC0415 - SQLAlchemy, which half of the commands do without
+def kept(environ: Mapping[str, str], *, made: bool = True) -> Iterator[Store]:
+    """The gateway's database, for a command that works beside it; not `made`, it has to be there already.
 
-    store = Store.open(KeptSettings.from_environ(environ).database_url)
+    Raises `StartError`, in the block too.
+    """
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - which half of the commands do without
+
+    from gateway.database import StoreUnusable  # noqa: PLC0415 - as above
+    from gateway.store import Store  # noqa: PLC0415 - as above
+
+    settings = KeptSettings.from_environ(environ)
+    data_folder.check(settings.data_dir, serves=False)
+    store = Store.open(settings.database_url, made=made)
     try:
         yield store
+    except SQLAlchemyError as error:
+        why = getattr(error, "orig", None) or error
+        raise StoreUnusable(f"the gateway's database can't be used: {why}") from None
     finally:
         store.close()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from gateway.commands import INTERRUPTED, client
 from gateway.commands.client import Client, Place, connected
 from gateway.commands.conversation import Conversation
-from gateway.commands.tables import plain
+from gateway.commands.tables import shown_on
 from gateway.commands.terminal import Answering, history
 from handler.errors import Unreachable, UsageError
+from handler.plain import plain
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
@@ -61,7 +62,9 @@ async def _begin(asked: Client, args: argparse.Namespace) -> Conversation:
     """The conversation that the arguments ask for."""
     endpoint_id = args.endpoint or asked.place.endpoint_id
     if endpoint_id is None:
-        shown = (await asked.get("/health"))["endpoints"]
+        shown = (await asked.get("/health")).get("endpoints")
+        if not shown:
+            raise Unreachable(f"{asked.place} has no endpoint for this key")
         endpoint_id = shown[0]["id"]
     return Conversation(endpoint_id, args.model, args.system)
 
@@ -75,7 +78,7 @@ def _answer_once(runner: asyncio.Runner, asked: Client, conversation: Conversati
 
 
 async def _print(asked: Client, conversation: Conversation, text: str) -> None:
-    show = plain if sys.stdout.isatty() else str
+    show = shown_on(sys.stdout)
     async for part in conversation.ask(asked, text):
         sys.stdout.write(show(part))
         sys.stdout.flush()
@@ -85,7 +88,8 @@ async def _print(asked: Client, conversation: Conversation, text: str) -> None:
 
 def _talk(runner: asyncio.Runner, asked: Client, conversation: Conversation) -> int:
     """Ask and answer until the user leaves."""
-    print(f"{conversation.model or 'the model'} of endpoint {conversation.endpoint_id}; /help says more")
+    of = f"{conversation.model or 'the model'} of endpoint {conversation.endpoint_id}"
+    print(f"{plain(of)}; /help says more")
     while True:
         try:
             line = input(PROMPT).strip()
@@ -118,7 +122,7 @@ def _obey(conversation: Conversation, line: str) -> None:
         case "/model" if rest:
             conversation.model = rest
         case "/model":
-            print(conversation.model or "the endpoint's own")
+            print(plain(conversation.model or "the endpoint's own"))
         case "/save" if rest:
             try:
                 conversation.save(Path(rest).expanduser())

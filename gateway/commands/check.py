@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from gateway import data_folder
 from gateway.commands.tables import table
 from gateway.endpoints.file import Described, describe
 
@@ -25,7 +26,8 @@ def add(commands: Subparsers) -> None:
 
 def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     given = {"ENDPOINTS_FILE": args.endpoints} if args.endpoints else {}
-    _, description = describe({**environ, **given})
+    settings, description = describe({**environ, **given})
+    data_folder.check(settings.data_dir, serves=True)
     for note in description.notes:
         print(f"firsttoken: {note}", file=sys.stderr)
     print(table([("endpoint", "model", "upstream", "workers"), *map(_row, description.endpoints)]), end="")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from gateway import door
+from gateway import data_folder, door
 from gateway.settings import KeptSettings
 from handler.errors import BadSettings, Unreachable, UsageError
 
@@ -52,6 +52,7 @@ class Place:
         """The place that the arguments name. Raises `StartError`."""
         if args.url is None:
             folder = KeptSettings.from_environ(environ).data_dir
+            data_folder.check(folder, serves=False)
             return cls("http://gateway", {}, folder)
         url = urlsplit(args.url)
         if url.scheme not in {"http", "https"} or not url.netloc or url.query or url.username:

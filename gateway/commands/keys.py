@@ -83,7 +83,7 @@ def _create(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _list(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         keys, _ = store.read_now(key_table.load)
     shown = [key for key in keys if args.all or key.revoked_s is None]
     if args.json:
@@ -116,7 +116,7 @@ def _row(key: Key, now_s: float) -> tuple[Any, ...]:
 
 
 def _revoke(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         try:
             key = store.write_now(partial(key_table.revoke, name=args.key, now_s=time.time()))
         except RequestError as error:
@@ -130,9 +130,12 @@ def _seconds_to_come(value: str) -> int:
     if span := re.fullmatch(r"(\d{1,5})([mhdw])", value, re.ASCII):
         return int(time.time() + timedelta(**{_UNITS[span[2]]: int(span[1])}).total_seconds())
     try:
-        return int(datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+        at_s = int(datetime.strptime(value, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is neither a span such as 30d nor a date") from None
+    if at_s <= time.time():
+        raise argparse.ArgumentTypeError(f"{value!r} has begun already, UTC")
+    return at_s
 
 
 def _day(at_s: int | None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gateway.commands import client
 from gateway.commands.client import Place, connected
-from gateway.commands.tables import plain
+from gateway.commands.tables import shown_on
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 async def _show(place: Place, query: Mapping[str, str]) -> None:
     """Print the lines; those of a stream are the data of its events."""
     follows = "follow" in query
-    show = plain if sys.stdout.isatty() else str
+    show = shown_on(sys.stdout)
     async with connected(place) as asked, aclosing(asked.lines("/admin/logs", query)) as lines:
         async for line in lines:
             if not follows:

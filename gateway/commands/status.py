@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.commands import INTERRUPTED, client
 from gateway.commands.client import Client, Place, connected
-from gateway.commands.tables import table
+from gateway.commands.tables import shown_on, table
 
 if TYPE_CHECKING:
     from gateway.commands import Subparsers
@@ -46,7 +46,7 @@ async def _show(place: Place, args: argparse.Namespace) -> None:
         while True:
             status = await asked.get("/admin/status")
             if args.json:
-                print(json.dumps(status, ensure_ascii=False), flush=True)
+                print(shown_on(sys.stdout)(json.dumps(status, ensure_ascii=False)), flush=True)
             else:
                 shown = "".join(tables(status, await _tokens_today(asked), time.time()))
                 clear = HOME_AND_CLEAR if args.watch and sys.stdout.isatty() else ""
@@ -92,7 +92,7 @@ def _endpoint(shown: Mapping[str, Any], tokens: Mapping[str, int]) -> tuple[Any,
         shown["capacity"],
         sum(shown.get("jobs", {}).get(state, 0) for state in ("IN_QUEUE", "IN_PROGRESS")),
         tokens.get(shown["id"], 0),
-        shown["error"] or "",
+        (shown["error"] or "").partition("\n")[0],
     )
 
 

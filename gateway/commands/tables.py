@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TextIO
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from handler.plain import plain
 
 
-def plain(text: str) -> str:
-    """`text` without what a terminal would obey: whoever wrote it, the model has only repeated it."""
-    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+def shown_on(out: TextIO) -> Callable[[str], str]:
+    """What to make of text that goes to `out`: a terminal gets it plain, a program as it is."""
+    return plain if out.isatty() else str
 
 
 def table(rows: Sequence[Sequence[object]], *, right: Collection[str] = ()) -> str:

@@ -13,8 +13,8 @@ from typing import TextIO
 
 from gateway.commands.client import Client
 from gateway.commands.conversation import Conversation
-from gateway.commands.tables import plain
 from handler.errors import Unreachable
+from handler.plain import plain
 
 CLEAR_LINE = "\r\x1b[2K"
 HISTORY_LINES = 1000

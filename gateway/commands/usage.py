@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway.accounts.report import Question, money, report
 from gateway.commands import kept
-from gateway.commands.tables import table
+from gateway.commands.tables import shown_on, table
 from handler.errors import RequestError, UsageError
 
 if TYPE_CHECKING:
@@ -49,13 +50,14 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         question = Question.parse({name: value for name, value in fields.items() if value is not None})
     except RequestError as error:
         raise UsageError(error.message) from None
-    with kept(environ) as store:
+    with kept(environ, made=False) as store:
         found = store.read_now(partial(report, question=question))
+    shown = shown_on(sys.stdout)
     if args.json:
-        print(json.dumps(found.view(), indent=2, ensure_ascii=False))
+        print(shown(json.dumps(found.view(), indent=2, ensure_ascii=False)))
         return 0
     if args.csv:
-        print(found.csv(), end="")
+        print(shown(found.csv()), end="")
         return 0
     names = ["key_name" if name == "key" else name for name in question.by]
     rows = [[*(row[name] for name in names), *_counts(row)] for row in found.rows]

@@ -198,8 +198,9 @@ class Admission:
         except TimeoutError:
             self._leave(waiter, "late")
             wait_s = self._queue_timeout_s if request.visit.wait_s is None else request.visit.wait_s
+            missed = "The request's turn did not come" if self._pool.capacity else "No worker was ready"
             raise DeadlineExceeded(
-                f"The request's turn did not come within {wait_s:g} s.",
+                f"{missed} within {wait_s:g} s.",
                 headers=retry_after(self._retry_after_s()),
             ) from None
         except asyncio.CancelledError:

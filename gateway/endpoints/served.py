@@ -18,12 +18,12 @@ from handler import early
 from handler.messages import Call, Request
 
 WORKERS_ARE_MADE_OF = (
-    *("upstream", "upstream_url", "upstream_key", "upstream_slots"),
+    *("upstream", "upstream_url", "upstream_key", "upstream_slots", "upstream_metrics"),
     *("warm_parent", "start_timeout_s", "execution_timeout_s"),
 )
 """Settings of the gateway that its workers are started with, beside their environment."""
 OTHERS_HOLD = ("queue_limit", "queue_timeout_s")
-"""What else a pool is made with that lets requests wait by itself: all but that of `local`."""
+"""Further settings of pools that queue requests themselves, which are all but that of `local`."""
 
 
 class Means(Protocol):
@@ -41,12 +41,12 @@ class Means(Protocol):
         """Have `line` keep to the bounds that are described."""
 
     def guard(self, settings: GatewaySettings, ask: Call) -> Call:
-        """The call that clients have, made of the one that asks."""
+        """The call that clients have: the limits of their keys and metering around `ask`."""
         ...
 
 
 class Served:
-    """An endpoint from its opening to its end. `endpoint` is what others see of it by now."""
+    """An endpoint from its opening to its end. `endpoint` is what others see of it, and changes with it."""
 
     def __init__(self, described: Described, means: Means, *, finish_s: float = FINISH_S) -> None:
         self._means = means
@@ -69,9 +69,9 @@ class Served:
         return self
 
     async def change(self, described: Described) -> None:
-        """Be as it is described now. Workers are replaced only if they would be others.
+        """Serve as `described`. Workers are replaced only if it would make them different.
 
-        Those who wait keep their places; who is being answered is answered by the old workers to the end.
+        Those who wait keep their places; a request that a worker has is finished by that worker.
         """
         if _made_of(self._described) != _made_of(described):
             await self._pool.follow(self._means.pool(described))

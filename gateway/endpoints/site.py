@@ -74,7 +74,12 @@ class Site:
         if settings.upstream == "http":
             assert settings.upstream_url is not None, "checked with the settings"
             return HttpPool(
-                Upstream(settings.upstream_url, settings.upstream_key, settings.upstream_slots),
+                Upstream(
+                    settings.upstream_url,
+                    settings.upstream_key,
+                    settings.upstream_slots,
+                    settings.upstream_metrics,
+                ),
                 queue_timeout_s=settings.queue_timeout_s,
                 keep_alive_s=settings.keep_alive_s,
                 tell=tell,
@@ -127,7 +132,7 @@ class Site:
         )
 
     def guard(self, settings: GatewaySettings, ask: Call) -> Call:
-        """The call that clients have, made of the one that asks."""
+        """The call that clients have: the limits of their keys and metering around `ask`."""
         return self._clients.call(
             ask,
             endpoint_id=settings.endpoint_id,

@@ -61,7 +61,7 @@ class Turns(Generic[T]):
         return turn in self._all
 
     def add(self, turn: T) -> list[T]:
-        """Line `turn` up. Returns who has no place now: nobody; whoever gave way to it; or `turn` itself.
+        """Line `turn` up. Returns those who lose their place for it: mostly none; `turn` itself, or others.
 
         In a full queue the newest requests of the key that has most give way, unless that left it with less
         than the key of `turn` would have.
@@ -77,13 +77,13 @@ class Turns(Generic[T]):
         return losers
 
     def put_back(self, turn: T) -> None:
-        """`turn` was taken, and nothing came of it: it goes before all others, and in no bound."""
+        """Line a turn that was taken up again, before all others and beyond every bound."""
         self._again[turn] = None
         self._again = OrderedDict.fromkeys(sorted(self._again, key=lambda each: each.arrived_s))
         self._all[turn] = None
 
     def take(self) -> T | None:
-        """Whose turn it is. Waits no longer; None if nobody did."""
+        """Remove and return the next turn; None if nobody waits."""
         if not self._all:
             return None
         if self._again:
@@ -97,7 +97,7 @@ class Turns(Generic[T]):
         return turn
 
     def remove(self, turn: T) -> None:
-        """`turn` waits no longer, wherever it stood."""
+        """Remove `turn`, wherever it stands."""
         del self._all[turn]
         if turn in self._again:
             del self._again[turn]

@@ -20,7 +20,8 @@ from gateway.accounts.keys import Keys
 from gateway.app import Reads
 from gateway.files.store import READ_BYTES, FileStore, no_such_file
 from gateway.files.uploads import OVERHEAD_BYTES, read_form
-from handler.errors import BadRequest, MethodNotAllowed, json_reply
+from gateway.methods import by_method
+from handler.errors import BadRequest, json_reply
 from handler.messages import Call, Reply, Request
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -56,9 +57,7 @@ class Files:
             methods = {"GET": partial(self._content, file_id)}
         else:
             return None
-        if request.method not in methods:
-            raise MethodNotAllowed(request.method, request.path, methods)
-        return methods[request.method]
+        return by_method(request, methods)
 
     @asynccontextmanager
     async def _upload(self, request: Request) -> AsyncIterator[Reply]:

@@ -13,6 +13,7 @@ from typing import Any
 from gateway.jobs.document import Document, beside
 from gateway.jobs.table import Ending, Job, State
 from handler import edge, jobs
+from handler.body import look
 from handler.errors import BadEvent, DeadlineExceeded, NotAdmitted, RequestError, UpstreamFailed
 from handler.messages import Call, Reply, Request, Visit, as_json
 from handler.usage import Usage, metered
@@ -61,13 +62,13 @@ class Outputs:
         return taken
 
     async def news(self) -> None:
-        """Return once there is more than when this was asked, or it is known what came of it all."""
+        """Return once there are more outputs than at the time of the call, or all is over."""
         if not self._over:
             self._news.clear()
         await self._news.wait()
 
     def over(self) -> None:
-        """Nothing more comes, and what came of it is written down."""
+        """Say that there will be no more, and that the outcome is in the database."""
         self._over = True
         self._news.set()
 
@@ -173,7 +174,7 @@ class Attempt:
         """The request that its input holds, or an input that holds none: what comes of it says why."""
         document = Document(self._body)
         try:
-            return jobs.parse(document.value, document.dump)
+            return look(jobs.parse(document.value, document.dump))
         except BadEvent:
             return document.value
 

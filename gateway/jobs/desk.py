@@ -1,4 +1,4 @@
-"""Who waits for what becomes of a job, and what of it is told as it comes."""
+"""The attempts at jobs that run in this process, and who waits for news of a job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.jobs.table import Job
 
 
 class Desk:
-    """The attempts that run in this process, and who waits for a job to begin or to end."""
+    """Knows which attempt runs for a job, and wakes who waits for the job to begin or to end."""
 
     def __init__(self) -> None:
         self._attempts: dict[str, Attempt] = {}
@@ -19,26 +19,26 @@ class Desk:
         self._waiters: dict[str, set[asyncio.Event]] = {}
 
     def attempt(self, job_id: str) -> Attempt | None:
-        """What runs for the job."""
+        """The attempt that runs for the job; None if none runs here."""
         return self._attempts.get(job_id)
 
     @property
     def attempts(self) -> list[Attempt]:
-        """All that run."""
+        """All attempts that run here."""
         return list(self._attempts.values())
 
     def attempts_at(self, endpoint_id: str) -> list[Attempt]:
-        """All that run at the endpoint."""
+        """The attempts that run for jobs of the endpoint."""
         return [attempt for attempt in self._attempts.values() if attempt.job.endpoint_id == endpoint_id]
 
     def begun(self, attempt: Attempt) -> None:
-        """`attempt` runs."""
+        """Add `attempt`, which runs from now on."""
         self._attempts[attempt.job.id] = attempt
         self._told.pop(attempt.job.id, None)
         self.news(attempt.job.id)
 
     def over(self, attempt: Attempt) -> None:
-        """What came of `attempt` is written down."""
+        """Remove `attempt`, whose outcome is in the database."""
         job_id = attempt.job.id
         if self._attempts.get(job_id) is attempt:  # else the job was claimed again already
             del self._attempts[job_id]
@@ -48,25 +48,25 @@ class Desk:
         self.news(job_id)
 
     def told(self, job_id: str) -> int:
-        """How many of the job's outputs `/stream` has told. It has ended."""
+        """How many outputs of a job that has ended `/stream` has given out."""
         return self._told.get(job_id, 0)
 
     def tell(self, job_id: str, outputs: int) -> None:
-        """`/stream` tells so many more."""
+        """Count `outputs` more that `/stream` gives out."""
         self._told[job_id] = self.told(job_id) + outputs
 
     def forget(self, jobs: Iterable[Job]) -> None:
-        """`jobs` are no longer kept."""
+        """Drop what is known of `jobs`, which are no longer kept."""
         for job in jobs:
             self._told.pop(job.id, None)
 
     def news(self, job_id: str) -> None:
-        """The job has begun, or ended."""
+        """Wake who waits for the job: it has begun, or ended."""
         for waiter in self._waiters.get(job_id, ()):
             waiter.set()
 
     def news_of_all(self) -> None:
-        """Something has become of every job."""
+        """Wake who waits for any job."""
         for job_id in self._waiters:
             self.news(job_id)
 

@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from handler.members import LARGE_BYTES
 from handler.messages import as_json
 
 T = TypeVar("T")
 
-LARGE_BYTES = 256 << 10
 DEPTH = 2
 """How deep in objects the text of each member is known: a job's `input`, and what is in that."""
 
@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 async def beside(size_bytes: int, work: Callable[[], T]) -> T:
-    """Do `work` on JSON of that size, if that is large in a thread."""
+    """Run `work`, which parses JSON of that size: in a thread if it is large."""
     return work() if size_bytes <= LARGE_BYTES else await asyncio.to_thread(work)
 
 

@@ -14,12 +14,12 @@ from typing import Self
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.jobs import table
+from gateway.jobs import claims, table
 from gateway.jobs.attempt import first
 from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Costs, Ledger
 from gateway.jobs.runner import Asked, Runner
-from gateway.jobs.table import Job, NewJob, State
+from gateway.jobs.table import JOBS, Job, NewJob, State
 from gateway.jobs.webhooks import Webhooks
 from gateway.store import Store
 from handler.messages import as_json
@@ -31,6 +31,8 @@ AT_ONCE = 64
 LOOK_S = 1.0
 """How late a job is forgotten at most, and what other gateways have done is heard of. Nobody is shown one
 whose time is over."""
+
+KEY_CLOSED = "The key of the job is valid no more."
 
 _GOES_ON = {State.IN_QUEUE.shown, State.IN_PROGRESS.shown}
 
@@ -47,8 +49,9 @@ class Told:
 class Jobs:
     """Used as `async with`: entering takes over what an earlier gateway has left, leaving ends what runs.
 
-    `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used. `instance`
-    is this gateway's id; what others do that share the store is looked for.
+    `endpoints` are looked up by each job's `endpoint_id`, `costs` hears what attempts have used. The jobs of
+    keys that are `closed` are cancelled. `instance` is this gateway's id; what others do that share the store
+    is looked for.
     """
 
     def __init__(  # noqa: PLR0913 - what jobs need, each by name
@@ -58,6 +61,7 @@ class Jobs:
         *,
         costs: Costs,
         limit: int,
+        closed: Callable[[], Sequence[str]] = tuple,
         webhooks: Webhooks | None = None,
         instance: str | None = None,
         drain_s: float = 0.0,
@@ -67,6 +71,8 @@ class Jobs:
         self._desk = Desk()
         self._store = store
         self._endpoints = endpoints
+        self._closed = closed
+        self._keys_changed = asyncio.Event()
         self._webhooks = webhooks
         self._drain_s = drain_s
         self._runners: dict[str, Runner] = {}
@@ -75,6 +81,7 @@ class Jobs:
         self.ledger.heard.append(self._ended)
 
     async def __aenter__(self) -> Self:
+        await self._cancel_closed()
         await self.adopt()
         self._sweep = asyncio.create_task(self._forget())
         if self._webhooks is not None:
@@ -104,6 +111,10 @@ class Jobs:
         if endpoint_id not in self._runners:
             self._runners[endpoint_id] = Runner(endpoint_id, self._endpoints, self.ledger, self._desk)
         self._runners[endpoint_id].wake()
+
+    def keys_changed(self) -> None:
+        """A key may have been revoked."""
+        self._keys_changed.set()
 
     async def adopt(self) -> None:
         """Take over what gateways that are gone have left."""
@@ -147,9 +158,9 @@ class Jobs:
         return await self.ledger.find(job.id) or job
 
     async def stream(self, job: Job, hold_s: float) -> Told | None:
-        """What `job` has said since this was last asked; held for `hold_s` while that is nothing.
+        """What `job` has said since this was last asked; waits up to `hold_s` for something.
 
-        None if its time is over.
+        None once the job is no longer kept.
         """
         loop = asyncio.get_running_loop()
         until_s = loop.time() + hold_s
@@ -191,11 +202,13 @@ class Jobs:
             self._desk.tell(job.id, len(outputs))
         return Told(job.state.shown, job.attempt, outputs)
 
-    async def cancel(self, where: ColumnElement[bool], states: Sequence[State] = table.OPEN) -> list[Job]:
+    async def cancel(
+        self, where: ColumnElement[bool], states: Sequence[State] = table.OPEN, why: str | None = None
+    ) -> list[Job]:
         """End the jobs for which `where`, of `table.JOBS`, holds; those that were."""
         cancelled: list[Job] = []
         while True:
-            some = await self.ledger.cancel(where, states, AT_ONCE)
+            some = await self.ledger.cancel(where, states, AT_ONCE, why)
             for job in some:
                 self._stop(job)
             cancelled += some
@@ -241,25 +254,37 @@ class Jobs:
         try:
             await self._wake_all()
             running = [attempt.job for attempt in self._desk.attempts]
-            for job in await self._store.read(lambda connection: table.outdated(connection, running)):
+            for job in await self._store.read(lambda connection: claims.outdated(connection, running)):
                 self._stop(job)
         except SQLAlchemyError as error:
             log.warning("jobs can't be looked for", extra={"reason": str(error)})
 
+    async def _cancel_closed(self) -> None:
+        """Cancel the jobs of keys that open nothing any more: they are to cost nobody anything."""
+        self._keys_changed.clear()
+        if not (closed := self._closed()):
+            return
+        if await self._store.read(lambda connection: table.any_open(connection, closed)):
+            cancelled = await self.cancel(JOBS.c.key_id.in_(closed), why=KEY_CLOSED)
+            log.info("jobs of keys that are valid no more are cancelled", extra={"jobs": len(cancelled)})
+
     async def _forget(self) -> None:
-        """Forget jobs whose time is over, and stop those of them that run."""
+        """Forget jobs whose time is over, or that of their key, and stop those of them that run."""
         while True:
             gone: list[Job] = []
             try:
                 due = await self._store.read(table.next_expiry)
                 if due is not None and due <= self.ledger.now:
                     gone = await self.ledger.expire(AT_ONCE)
+                await self._cancel_closed()
             except SQLAlchemyError:
-                log.exception("jobs can't be forgotten")
+                log.exception("jobs can't be forgotten or cancelled")
             for job in gone:
                 self._stop(job)
             self._desk.forget(gone)
             if len(gone) < AT_ONCE:
-                await asyncio.sleep(LOOK_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_S):
+                        await self._keys_changed.wait()
             if self._store.shared:
                 await self._look_around()

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from sqlalchemy import ColumnElement, Connection
 
-from gateway.jobs import status, table, webhooks
+from gateway.jobs import claims, status, table, webhooks
 from gateway.jobs.table import Ending, Job, NewJob, State
 from gateway.store import Store
 from handler.errors import KeyReused, RateLimited
@@ -22,17 +22,17 @@ FULL_RETRY_AFTER_S = 10.0
 
 
 class Costs(Protocol):
-    """Hears what attempts at jobs have used, each once."""
+    """Hears what each attempt at a job has used, once."""
 
     def count(self, connection: Connection, job: Job, used: Usage) -> None:
-        """Write it down, in the transaction that has the job's end."""
+        """Write it down, in the transaction that ends the job."""
 
     def spend(self, job: Job, used: Usage) -> None:
-        """It is written down. Called on the loop."""
+        """Take it from the key's limits. Called on the loop, once that transaction is committed."""
 
 
 class Free:
-    """Costs that nobody wants to know."""
+    """Costs that are counted nowhere."""
 
     def count(self, connection: Connection, job: Job, used: Usage) -> None:
         """Nothing."""
@@ -115,7 +115,7 @@ class Ledger:
     ) -> list[tuple[Job, bytes]]:
         """The endpoint's next jobs with their inputs, keys in turn behind the key `after`."""
         return await self._store.write(
-            lambda connection: table.claim(
+            lambda connection: claims.claim(
                 connection,
                 endpoint_id,
                 most,
@@ -128,16 +128,16 @@ class Ledger:
         )
 
     async def begin(self, job: Job) -> bool:
-        """A worker has it. False if it is no longer wanted."""
+        """Mark the job IN_PROGRESS: a worker has it. False if the attempt is outdated."""
         return await self._store.write(
-            lambda connection: table.begin(connection, job, self._clock()), insist=True
+            lambda connection: claims.begin(connection, job, self._clock()), insist=True
         )
 
     async def end(self, job: Job, ending: Ending, usage: Usage | None) -> bool:
-        """The attempt has come to `ending` and has cost `usage`. False if it counts no more."""
+        """Write down how the attempt has ended, and what it used. False if the attempt is outdated."""
 
         def work(connection: Connection) -> list[Job]:
-            ended = table.end(connection, job, ending, self._clock())
+            ended = claims.end(connection, job, ending, self._clock())
             if ended is None:
                 return []
             if usage is not None:
@@ -150,19 +150,19 @@ class Ledger:
         return bool(done)
 
     async def spend(self, job: Job, usage: Usage) -> None:
-        """An attempt that was stopped has cost `usage`."""
+        """Write down what an attempt has used that was stopped."""
         await self._store.write(lambda connection: self._costs.count(connection, job, usage), insist=True)
         self._costs.spend(job, usage)
 
     async def give_back(self, job: Job) -> bool:
-        """No worker worked on the attempt."""
-        return await self._store.write(lambda connection: table.give_back(connection, job), insist=True)
+        """Put the job back at its old place: no worker worked on it. False if the attempt is outdated."""
+        return await self._store.write(lambda connection: claims.give_back(connection, job), insist=True)
 
     async def lose(self, job: Job, why: str) -> bool:
-        """The worker went away with the attempt; False if it counts no more."""
+        """The attempt's worker is lost: try again, or FAILED with `why`. False if the attempt is outdated."""
 
         def work(connection: Connection) -> tuple[bool, list[Job]]:
-            lost = table.lose(connection, job, why, self._clock())
+            lost = claims.lose(connection, job, why, self._clock())
             ended = lost is not None and lost.ended
             return lost is not None, self._tell_webhook(connection, lost) if lost and ended else []
 
@@ -170,11 +170,13 @@ class Ledger:
         self._tell(ended)
         return counted
 
-    async def cancel(self, where: ColumnElement[bool], states: Sequence[State], most: int) -> list[Job]:
+    async def cancel(
+        self, where: ColumnElement[bool], states: Sequence[State], most: int, why: str | None
+    ) -> list[Job]:
         """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
 
         def work(connection: Connection) -> list[Job]:
-            ended = table.cancel(connection, where, states, most, self._clock())
+            ended = table.cancel(connection, where, states, most, self._clock(), why)
             for job in ended:
                 self._tell_webhook(connection, job)
             return ended
@@ -209,7 +211,7 @@ class Ledger:
         """Take over what gateways that are gone have left."""
 
         def work(connection: Connection) -> list[Job]:
-            failed = table.adopt(connection, self._clock())
+            failed = claims.adopt(connection, self._clock())
             for job in failed:
                 self._tell_webhook(connection, job)
             return failed

@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from gateway.jobs import status, table, webhooks
+from gateway.jobs import destinations, status, table
 from gateway.jobs.document import Document, beside
 from gateway.jobs.jobs import Jobs
 from gateway.jobs.rates import Rates
 from gateway.jobs.table import JOBS, Job, NewJob, State
+from gateway.methods import by_method
 from handler import jobs as shapes
 from handler.errors import (
     BadEvent,
     BadRequest,
     BodyTooLarge,
-    MethodNotAllowed,
     NoSuchEndpoint,
     NoSuchJob,
     json_reply,
@@ -37,17 +37,6 @@ POLICY_S: Mapping[str, tuple[float, float]] = {
     "ttl": (10, 7 * 86400),
 }
 
-_METHODS: Mapping[tuple[str, bool], Collection[str]] = {
-    ("run", False): ("POST",),
-    ("runsync", False): ("POST",),
-    ("status", True): ("GET", "POST"),
-    ("stream", True): ("GET", "POST"),
-    ("cancel", True): ("POST",),
-    ("retry", True): ("POST",),
-    ("purge-queue", False): ("POST",),
-    ("health", False): ("GET",),
-}
-"""By the operation, and whether the id of a job follows."""
 _Answer = Callable[[Request], Awaitable[Reply]]
 _IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
@@ -73,7 +62,7 @@ class JobRoutes:
     jobs: Jobs
     endpoints: Collection[str]
     account: Callers
-    allowed: webhooks.Allowed
+    allowed: destinations.Allowed
     workers: Callable[[str], Mapping[str, int]] = lambda _: {}
     rates: Rates = field(default_factory=Rates)
 
@@ -81,15 +70,15 @@ class JobRoutes:
         """The call for an operation. Raises what tells that there is no such thing, and `BodyTooLarge`."""
         _, top, endpoint_id, operation, *rest = [*request.path.split("/"), *[""] * 4]
         job_id = rest[0]
-        methods = _METHODS.get((operation, bool(job_id)))
-        if top != "v2" or methods is None or any(rest[1:]):
+        if top != "v2" or any(rest[1:]):
+            return None
+        methods = self._of_job(endpoint_id, operation, job_id) if job_id else self._of(endpoint_id, operation)
+        if methods is None:
             return None
         if endpoint_id not in self.endpoints:
             raise NoSuchEndpoint(endpoint_id)
-        if request.method not in methods:
-            raise MethodNotAllowed(request.method, request.path, methods)
+        answer = by_method(request, methods)
         _check_size(request, operation)
-        answer = self._of_job(endpoint_id, operation, job_id) if job_id else self._of(endpoint_id, operation)
 
         @asynccontextmanager
         async def call(asked: Request) -> AsyncIterator[Reply]:
@@ -98,27 +87,38 @@ class JobRoutes:
 
         return call
 
-    def _of(self, endpoint_id: str, operation: str) -> _Answer:
-        answers = {
-            "run": self._run,
-            "runsync": self._runsync,
-            "purge-queue": self._purge,
-            "health": self._health,
-        }
-        return partial(answers[operation], endpoint_id)
+    def _of(self, endpoint_id: str, operation: str) -> Mapping[str, _Answer] | None:
+        """What `operation` of the endpoint is, by method."""
+        match operation:
+            case "run":
+                return {"POST": partial(self._run, endpoint_id)}
+            case "runsync":
+                return {"POST": partial(self._runsync, endpoint_id)}
+            case "purge-queue":
+                return {"POST": partial(self._purge, endpoint_id)}
+            case "health":
+                return {"GET": partial(self._health, endpoint_id)}
+        return None
 
-    def _of_job(self, endpoint_id: str, operation: str, job_id: str) -> _Answer:
-        answers = {
-            "status": self._status,
-            "stream": self._stream,
-            "cancel": self._cancel,
-            "retry": self._retry,
-        }
+    def _of_job(self, endpoint_id: str, operation: str, job_id: str) -> Mapping[str, _Answer] | None:
+        """What `operation` of the job is, by method."""
 
-        async def answer(request: Request) -> Reply:
-            return await answers[operation](request, await self._own(request, endpoint_id, job_id))
+        def of(answer: Callable[[Request, Job], Awaitable[Reply]]) -> _Answer:
+            async def answered(request: Request) -> Reply:
+                return await answer(request, await self._own(request, endpoint_id, job_id))
 
-        return answer
+            return answered
+
+        match operation:
+            case "status":
+                return {"GET": of(self._status), "POST": of(self._status)}
+            case "stream":
+                return {"GET": of(self._stream), "POST": of(self._stream)}
+            case "cancel":
+                return {"POST": of(self._cancel)}
+            case "retry":
+                return {"POST": of(self._retry)}
+        return None
 
     async def _own(self, request: Request, endpoint_id: str, job_id: str) -> Job:
         job = await self.jobs.find(job_id)
@@ -225,7 +225,7 @@ def _check_size(request: Request, operation: str) -> None:
 
 
 def _parse(
-    request: Request, endpoint_id: str, kind: str, allowed: webhooks.Allowed
+    request: Request, endpoint_id: str, kind: str, allowed: destinations.Allowed
 ) -> tuple[NewJob, Request | None]:
     """The job that `request` submits, and what it asks for (`_inside`). Raises `BadRequest`."""
     try:
@@ -250,7 +250,7 @@ def _parse(
         body=document.dump(body["input"]),
         kind=kind,
         background=background,
-        webhook=None if body.get("webhook") is None else webhooks.checked(body["webhook"], allowed),
+        webhook=None if body.get("webhook") is None else destinations.checked(body["webhook"], allowed),
         idempotency_key=idempotency_key,
         digest=None if idempotency_key is None else hashlib.sha256(kind.encode() + request.body).digest(),
     )

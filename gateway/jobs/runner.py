@@ -42,9 +42,9 @@ class Asked(Protocol):
 
 
 class Runner:
-    """The jobs of the endpoint `endpoint_id`. It looks for it in `endpoints` each time: they are reloaded.
+    """Runs the jobs of one endpoint, which it looks up in `endpoints` each time: a reload may replace it.
 
-    `desk` has the attempts that run. What an attempt comes to is written down before its place is free again,
+    `desk` has the attempts that run. An attempt's place is free again only once its outcome is written down,
     however long the disk is full.
     """
 

@@ -1,10 +1,8 @@
-"""Jobs as rows, and every change of them as a function of a connection.
+"""Jobs as rows, and what is asked of them and changed in them, as functions of a connection.
 
 A job is IN_QUEUE, then CLAIMED by the runner that asks a worker for it (to clients it still waits), then
-IN_PROGRESS, then ended. Each claim is an attempt with a number of its own. Every change names the states that
-it changes, and what a runner says also the attempt: who comes too late changes nothing, and is told so.
-
-Times are Unix seconds, and arguments.
+IN_PROGRESS, then ended. What runners do with jobs is in `claims`. Every change names the states that it
+changes. Times are Unix seconds, and arguments.
 """
 
 from __future__ import annotations
@@ -37,11 +35,7 @@ from sqlalchemy import (
     update,
 )
 
-from gateway.instances import INSTANCES, dead
 from gateway.store import metadata
-
-ATTEMPTS_MAX = 3
-"""How often a job is given to a worker at most; one that ends workers or gateways ends itself then."""
 
 RUN_KEPT_S = 30 * 60.0
 RUNSYNC_KEPT_S = 60.0
@@ -116,7 +110,7 @@ OUTPUTS = Table(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED."""
+    """A job's row. `kind` is `run` or `runsync`, `error` why it FAILED, or was CANCELLED by nobody."""
 
     seq: int
     id: str
@@ -168,11 +162,12 @@ class Ending:
     error: str | None = None
 
 
-_NAMES = [field.name for field in fields(Job)]
-_ROW = [JOBS.c[name] for name in _NAMES]
+ROW = [JOBS.c[field.name] for field in fields(Job)]
+"""The columns that a `Job` is made of."""
 
 
-def _job(row: Mapping[Any, Any]) -> Job:
+def job_of(row: Mapping[Any, Any]) -> Job:
+    """The job of a row of `ROW`."""
     return Job(**{**row, "state": State(row["state"])})
 
 
@@ -188,14 +183,14 @@ def add(connection: Connection, new: NewJob, now: float) -> Job:
         "expires_at": now + new.ttl_s,
         **{field.name: getattr(new, field.name) for field in fields(NewJob) if field.name != "body"},
     }
-    row = connection.execute(insert(JOBS).values(values).returning(*_ROW)).mappings().one()
+    row = connection.execute(insert(JOBS).values(values).returning(*ROW)).mappings().one()
     connection.execute(insert(INPUTS).values(seq=row["seq"], body=new.body))
-    return _job(row)
+    return job_of(row)
 
 
 def find(connection: Connection, job_id: str, now: float) -> Job | None:
     """The job `job_id`, unless its time is over."""
-    return _one(connection, JOBS.c.id == job_id, _unexpired(now))
+    return _one(connection, JOBS.c.id == job_id, unexpired(now))
 
 
 def find_repeated(connection: Connection, new: NewJob, now: float) -> Job | None:
@@ -253,109 +248,28 @@ def retried(connection: Connection, endpoint_id: str) -> int:
     )
 
 
-def claim(
-    connection: Connection,
-    endpoint_id: str,
-    most: int,
-    *,
-    background: bool,
-    after: str,
-    now: float,
-    instance: str | None = None,
-) -> list[tuple[Job, bytes]]:
-    """The next jobs of the endpoint with their inputs, at most `most`, each the oldest of its key.
-
-    Keys take turns, in the order of their ids, beginning behind `after`, which had the last one. A gateway
-    `instance` that is taken for dead gets none.
-    """
-    listed = select(INSTANCES.c.id).where(INSTANCES.c.id == instance)
-    if instance is not None and connection.scalar(listed) is None:
-        return []
-    line = (
-        JOBS.c.endpoint_id == endpoint_id,
-        JOBS.c.state == State.IN_QUEUE,
-        JOBS.c.background == background,
-        _unexpired(now),
-    )
-    claimed: list[tuple[Job, bytes]] = []
-    while len(claimed) < most:
-        oldest = select(func.min(JOBS.c.key_id)).where(*line)
-        key_id = connection.scalar(oldest.where(JOBS.c.key_id > after)) or connection.scalar(oldest)
-        if key_id is None:
-            break
-        first = select(JOBS.c.seq).where(*line, JOBS.c.key_id == key_id).order_by(JOBS.c.seq).limit(1)
-        row = (
-            connection.execute(
-                update(JOBS)
-                .where(JOBS.c.seq == first.scalar_subquery(), JOBS.c.state == State.IN_QUEUE)
-                .values(state=State.CLAIMED, attempt=JOBS.c.attempt + 1, instance=instance)
-                .returning(*_ROW)
-            )
-            .mappings()
-            .one_or_none()
-        )
-        assert row is not None, "whoever writes is alone"
-        job = _job(row)
-        claimed.append((job, input_of(connection, job)))
-        after = key_id
-    return claimed
-
-
-def begin(connection: Connection, job: Job, now: float) -> bool:
-    """A worker has `job`, as it was claimed. False if that attempt is over."""
-    return _change(connection, job, (State.CLAIMED,), state=State.IN_PROGRESS, begun_at=now) is not None
-
-
-def end(connection: Connection, job: Job, ending: Ending, now: float) -> Job | None:
-    """The attempt that `job` was claimed for has come to `ending`. None if it counts no more."""
-    ended = _change(
-        connection,
-        job,
-        (State.CLAIMED, State.IN_PROGRESS),
-        state=ending.state,
-        error=ending.error,
-        ended_at=now,
-        expires_at=_kept_until(now),
-    )
-    if ended is not None and ending.output is not None:
-        connection.execute(insert(OUTPUTS).values(seq=job.seq, body=ending.output))
-    return ended
-
-
-def give_back(connection: Connection, job: Job) -> bool:
-    """No worker worked on the attempt: `job` has its old place again. False if it counts no more."""
-    states = (State.CLAIMED, State.IN_PROGRESS)
-    return _change(connection, job, states, state=State.IN_QUEUE, begun_at=None) is not None
-
-
-def lose(connection: Connection, job: Job, why: str, now: float) -> Job | None:
-    """The worker went away with the attempt: again, or FAILED with `why` after `ATTEMPTS_MAX` of them.
-
-    None if it counts no more.
-    """
-    if job.retries + 1 >= ATTEMPTS_MAX:
-        return end(connection, job, Ending(State.FAILED, error=why), now)
-    states = (State.CLAIMED, State.IN_PROGRESS)
-    return _change(connection, job, states, state=State.IN_QUEUE, begun_at=None, retries=JOBS.c.retries + 1)
-
-
 def cancel(
-    connection: Connection, where: ColumnElement[bool], states: Sequence[State], most: int, now: float
+    connection: Connection,
+    where: ColumnElement[bool],
+    states: Sequence[State],
+    most: int,
+    now: float,
+    why: str | None = None,
 ) -> list[Job]:
     """End up to `most` jobs for which `where` holds and that are in one of `states`; those that were."""
     some = select(JOBS.c.seq).where(where, JOBS.c.state.in_(states)).limit(most)
     rows = connection.execute(
         update(JOBS)
         .where(JOBS.c.seq.in_(some), JOBS.c.state.in_(states))
-        .values(state=State.CANCELLED, ended_at=now, expires_at=_kept_until(now))
-        .returning(*_ROW)
+        .values(state=State.CANCELLED, error=why, ended_at=now, expires_at=kept_until(now))
+        .returning(*ROW)
     )
-    return [_job(row) for row in rows.mappings()]
+    return [job_of(row) for row in rows.mappings()]
 
 
 def retry(connection: Connection, job: Job, now: float) -> Job | None:
-    """Line `job` up again, which FAILED or TIMED_OUT, without its output. None if it did not."""
-    again = _change(
+    """Line `job` up again without its output. None if it neither FAILED nor TIMED_OUT."""
+    again = change(
         connection,
         job,
         (State.FAILED, State.TIMED_OUT),
@@ -390,31 +304,8 @@ def next_expiry(connection: Connection) -> float | None:
 def expire(connection: Connection, now: float, most: int) -> list[Job]:
     """Forget up to `most` jobs whose time is over; those that were."""
     over = select(JOBS.c.seq).where(JOBS.c.expires_at <= now).order_by(JOBS.c.expires_at).limit(most)
-    rows = connection.execute(delete(JOBS).where(JOBS.c.seq.in_(over)).returning(*_ROW))
-    return [_job(row) for row in rows.mappings()]
-
-
-def adopt(connection: Connection, now: float) -> list[Job]:
-    """Take over what gateways that are gone have left: nobody works on it. Those that FAILED by it."""
-    left = dead(JOBS.c.instance)
-    connection.execute(
-        update(JOBS).where(JOBS.c.state == State.CLAIMED, left).values(state=State.IN_QUEUE, begun_at=None)
-    )
-    wanted = select(*_ROW).where(JOBS.c.state == State.IN_PROGRESS, left)
-    held = connection.execute(wanted).mappings().all()
-    why = f"The gateway ended while a worker had the job, {ATTEMPTS_MAX} times."
-    lost = [lose(connection, _job(row), why, now) for row in held]
-    return [job for job in lost if job is not None and job.ended]
-
-
-def outdated(connection: Connection, running: Sequence[Job]) -> list[Job]:
-    """Those of `running`, as they were claimed, whose attempt counts no more."""
-    seqs = [job.seq for job in running]
-    rows = connection.execute(
-        select(JOBS.c.seq, JOBS.c.attempt).where(JOBS.c.seq.in_(seqs), JOBS.c.state.in_(OPEN))
-    )
-    current = {row.seq: row.attempt for row in rows}
-    return [job for job in running if current.get(job.seq) != job.attempt]
+    rows = connection.execute(delete(JOBS).where(JOBS.c.seq.in_(over)).returning(*ROW))
+    return [job_of(row) for row in rows.mappings()]
 
 
 def endpoints_in_demand(connection: Connection) -> list[str]:
@@ -423,30 +314,37 @@ def endpoints_in_demand(connection: Connection) -> list[str]:
     return list(connection.scalars(waiting))
 
 
-def _change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
-    """Set `values` if the job is still in one of `states`, and in the attempt that `job` knows."""
+def any_open(connection: Connection, key_ids: Sequence[str]) -> bool:
+    """Whether a job of one of these keys waits or runs."""
+    wanted = select(JOBS.c.seq).where(JOBS.c.key_id.in_(key_ids), JOBS.c.state.in_(OPEN)).limit(1)
+    return connection.scalar(wanted) is not None
+
+
+def change(connection: Connection, job: Job, states: Sequence[State], **values: Any) -> Job | None:
+    """Set `values` if `job` is still in one of `states` and in the same attempt; None if it is not."""
     row = (
         connection.execute(
             update(JOBS)
             .where(JOBS.c.seq == job.seq, JOBS.c.attempt == job.attempt, JOBS.c.state.in_(states))
             .values(values)
-            .returning(*_ROW)
+            .returning(*ROW)
         )
         .mappings()
         .one_or_none()
     )
-    return None if row is None else _job(row)
+    return None if row is None else job_of(row)
 
 
 def _one(connection: Connection, *where: ColumnElement[bool]) -> Job | None:
-    row = connection.execute(select(*_ROW).where(*where)).mappings().one_or_none()
-    return None if row is None else _job(row)
+    row = connection.execute(select(*ROW).where(*where)).mappings().one_or_none()
+    return None if row is None else job_of(row)
 
 
-def _unexpired(now: float) -> ColumnElement[bool]:
+def unexpired(now: float) -> ColumnElement[bool]:
+    """Whether a job's time is not over."""
     return JOBS.c.expires_at > now
 
 
-def _kept_until(now: float) -> ColumnElement[float]:
+def kept_until(now: float) -> ColumnElement[float]:
     """When a job that has ended now is forgotten."""
     return case((JOBS.c.kind == "runsync", now + RUNSYNC_KEPT_S), else_=now + RUN_KEPT_S)

@@ -3,17 +3,15 @@
 What is to be told is written down with the job's end, so that it survives whatever happens to the gateway.
 It is told at least once: a gateway that is killed between an answer and its note of it tells it again.
 
-The URLs are strangers': they must lead to the internet, and not to this machine or its network. The addresses
-of a name are looked at when it is resolved to be connected to, no redirect is followed, only the job is sent.
+The URLs are strangers': each leads only where it may (`destinations`), no redirect is followed, and only the
+job is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-import ipaddress
 import logging
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import AbstractResolver
 from sqlalchemy import (
     Column,
     ColumnElement,
@@ -47,9 +45,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
 from gateway.instances import dead
+from gateway.jobs.destinations import Allowed, Guard, is_address
 from gateway.jobs.lookups import Lookups
 from gateway.store import Store, metadata
-from handler.errors import BadRequest
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +61,6 @@ HOST_AT_ONCE = 4
 LARGE_BYTES = 1 << 20
 LARGE_AT_ONCE = 8
 """How many larger ones are in memory at once: they may have 20 MB."""
-URL_MAX_CHARS = 2048
 DATABASE_AGAIN_S = 1.0
 LOOK_S = 5.0
 """How often what another gateway has left is looked for."""
@@ -82,110 +79,9 @@ WEBHOOKS = Table(
     sqlite_autoincrement=True,
 )
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-
-
-@dataclass(frozen=True, slots=True)
-class Allowed:
-    """Where webhooks may lead besides the internet: `names` of hosts, and `networks`."""
-
-    names: frozenset[str] = frozenset()
-    networks: tuple[Network, ...] = ()
-
-    @classmethod
-    def of(cls, hosts: Sequence[str]) -> Allowed:
-        """Each of `hosts` is a name, an address or a network such as `10.0.0.0/8`."""
-        names, networks = set(), []
-        for host in hosts:
-            try:
-                networks.append(ipaddress.ip_network(host, strict=False))
-            except ValueError:
-                names.add(host.lower())
-        return cls(frozenset(names), tuple(networks))
-
-    def host(self, name: str) -> bool:
-        """Whether the host `name` may be anywhere."""
-        return name.lower().rstrip(".") in self.names
-
-    def address(self, text: str) -> bool:
-        """Whether the address `text` may be connected to."""
-        address = ipaddress.ip_address(text.partition("%")[0])
-        inner = _inside(address)
-        if any(inner in network for network in self.networks):
-            return True
-        return inner.is_global and not inner.is_multicast and not inner.is_reserved
-
-
-def _inside(address: Address) -> Address:
-    """The IPv4 address that an IPv6 one leads to, where it does."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address in _NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    teredo = address.teredo
-    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None) or address
-
-
-def checked(url: object, allowed: Allowed) -> str:
-    """`url`, if webhooks may be sent there as far as it says. Raises `BadRequest`."""
-    if not isinstance(url, str) or len(url) > URL_MAX_CHARS or not url.isprintable():
-        why = f'"webhook" is a URL of at most {URL_MAX_CHARS} printable characters.'
-        raise BadRequest(why, param="webhook")
-    try:
-        parsed = URL(url)
-        host = parsed.host
-    except ValueError:
-        host = None
-    if not host or parsed.scheme not in {"http", "https"}:
-        raise BadRequest('"webhook" is a URL that begins with https:// or http://.', param="webhook")
-    if not allowed.host(host) and _is_address(host) and not allowed.address(host):
-        raise BadRequest(
-            f'"webhook" leads to {host}, which is no address of the internet. WEBHOOK_HOSTS can allow it.',
-            param="webhook",
-        )
-    return url
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
-class Forbidden(OSError):
-    """A name leads to addresses that webhooks may not be sent to."""
-
-
-class Guard(AbstractResolver):
-    """Resolves names as `inner` does, to what `allowed` lets be connected to."""
-
-    def __init__(self, allowed: Allowed, inner: AbstractResolver) -> None:
-        self._allowed = allowed
-        self._inner = inner
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """The addresses of `host`. Raises `Forbidden` if none may be connected to."""
-        found = await self._inner.resolve(host, port, family)
-        if self._allowed.host(host):
-            return found
-        kept = [result for result in found if self._allowed.address(result["host"])]
-        if not kept:
-            raise Forbidden(f"{host} leads to no address of the internet")
-        return kept
-
-    async def close(self) -> None:
-        """Let go of what is held."""
-        await self._inner.close()
-
 
 def add(connection: Connection, url: str, body: bytes, now: float) -> None:
-    """Have `body` told to `url`."""
+    """Have `body` sent to `url`, in the transaction of `connection`."""
     host = URL(url).host or ""
     connection.execute(insert(WEBHOOKS).values(url=url, host=host, body=body, tries=0, due_at=now))
 
@@ -352,7 +248,7 @@ class Webhooks:
     async def _refused(self, session: aiohttp.ClientSession, url: URL, body: bytes) -> str | None:
         """Send once; why that was not enough, None if it was."""
         host = url.host or ""
-        if _is_address(host) and not self._allowed.host(host) and not self._allowed.address(host):
+        if is_address(host) and not self._allowed.host(host) and not self._allowed.address(host):
             return "no address of the internet"  # no name that the guard would see
         try:
             async with session.post(url, data=io.BytesIO(body), allow_redirects=False) as response:

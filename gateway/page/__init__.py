@@ -11,7 +11,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Self
 
-from handler.errors import MethodNotAllowed, NoSuchRoute
+from gateway.methods import by_method, read_only
+from handler.errors import NoSuchRoute
 from handler.messages import Call, Headers, Reply, Request, once
 
 TYPES: Mapping[str, str] = {
@@ -123,9 +124,7 @@ class Page:
             file = self.files[name]
         else:
             return None
-        if request.method not in {"GET", "HEAD"}:
-            raise MethodNotAllowed(request.method, request.path, ["GET", "HEAD"])
-        return file.call
+        return by_method(request, read_only(file.call))
 
 
 def _walk(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, bytes]]:

@@ -1,6 +1,6 @@
 /** The two charts of the page, over uPlot. Colours come from the style sheet, so that a theme is one place. */
 
-import { compact } from "./format.js";
+import { onAxis } from "./format.js";
 import { stack } from "./series.js";
 import { hide, showAt } from "./tip.js";
 import uPlot from "./vendor/uPlot.esm.js";
@@ -72,7 +72,7 @@ export function stackedBars(parent, { labels, series, format }) {
           incrs: [1, 2, 3, 5, 7, 14, 28, 61, 91, 182],
           values: (_, ticks) => ticks.map((tick) => labels[tick] ?? ""),
         }),
-        axis({ size: 56, values: (_, ticks) => ticks.map(compact) }),
+        axis({ size: 60, values: (_, ticks) => ticks.map(onAxis) }),
       ],
       series: [
         {},

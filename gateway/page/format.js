@@ -2,6 +2,7 @@
 
 const whole = new Intl.NumberFormat("en");
 const short = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
+const mark = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const rate = new Intl.NumberFormat("en", { maximumFractionDigits: 1, minimumFractionDigits: 1 });
 const large = new Intl.NumberFormat("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 const small = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
@@ -13,6 +14,9 @@ export const count = (value) => whole.format(value);
 
 /** 1234567 -> "1.2M" */
 export const compact = (value) => short.format(value);
+
+/** A figure of an axis, where neighbours differ: 1250 -> "1.25K", 0.00025 -> "0.00025" */
+export const onAxis = (value) => mark.format(value);
 
 /** Tokens per second: one decimal below 100, none above. */
 export const perSecond = (value) => (value < 100 ? rate.format(value) : whole.format(Math.round(value)));

@@ -39,7 +39,7 @@ export function keys(session) {
 
   function row(key, now) {
     const state = stateOf(key, now);
-    const when = (at) => h("td", at ? { title: date(at) } : {}, relative(at, now));
+    const when = (at) => h("td", { class: "when", ...(at ? { title: date(at) } : {}) }, relative(at, now));
     const revoke = h(
       "button",
       {
@@ -53,14 +53,14 @@ export function keys(session) {
     return h(
       "tr",
       { "data-key-id": key.id, "data-state": state },
-      h("th", { scope: "row" }, key.name, h("span", { class: "sub mono" }, key.id)),
+      h("th", { scope: "row", class: "name" }, key.name, h("span", { class: "sub mono" }, key.id)),
       h(
         "td",
         {},
         h("span", { class: "badge" }, state),
         key.admin ? h("span", { class: "tag" }, "admin") : null,
       ),
-      h("td", {}, scope(key)),
+      h("td", { class: "name" }, scope(key)),
       h("td", {}, limits(key)),
       when(key.created_at),
       when(key.last_used_at),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from gateway.accounts.keys import Keys
 from gateway.endpoints.endpoint import Endpoint
-from handler.errors import MethodNotAllowed, json_reply
+from gateway.methods import by_method
+from handler.errors import json_reply
 from handler.messages import Call, Reply, Request
 
 PATH = "/page/session"
@@ -25,10 +26,9 @@ class Session:
         """Its call. Raises `MethodNotAllowed` and `Unauthorized`."""
         if request.path != PATH:
             return None
-        if request.method != "GET":
-            raise MethodNotAllowed(request.method, PATH, ["GET"])
+        call: Call = by_method(request, {"GET": self._tell})
         self.keys.check(request)
-        return self._tell
+        return call
 
     @asynccontextmanager
     async def _tell(self, request: Request) -> AsyncIterator[Reply]:

@@ -104,7 +104,7 @@ class ControlPlane:
         return lease
 
     def pause(self, worker_id: str, *, paused: bool) -> None:
-        """Hand no more jobs to the worker `worker_id`, or again."""
+        """Hand no more jobs to the worker `worker_id`; with `paused` false hand it some again."""
         self.leases[worker_id].paused = paused
         self.line.wake()
 

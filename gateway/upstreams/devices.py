@@ -40,18 +40,21 @@ class Devices:
         return len(self._ids)
 
     def join(self, who: object, changed: Callable[[], None]) -> None:
-        """`who` will `take`; `changed` is called when others wait for some, or it does and some are free."""
+        """Let `who` take devices.
+
+        `changed` is called when another one waits for some, and when some are free for which `who` waits.
+        """
         self._users[who] = changed
 
     def leave(self, who: object) -> None:
-        """`who` takes no more."""
+        """`who` takes no more devices, and waits for none."""
         self.forgo(who)
         self._users.pop(who, None)
 
     def take(self, number: int, who: object) -> tuple[str, ...] | None:
-        """`number` devices for `who`, which has joined; None if so many are not free: then it waits.
+        """Lend `number` devices to `who`, which has joined. None if not enough are free: then `who` waits.
 
-        Others hear of it (`wanted_beside`), until it takes some or says `forgo`.
+        Others see that it waits (`wanted_beside`), until it takes some or calls `forgo`.
         """
         if len(self._free) >= number:
             self.forgo(who)

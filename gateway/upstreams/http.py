@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView
-from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.proxy import NetworkProxy, Refused
 from handler.drain import STOPPING
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
@@ -27,6 +27,7 @@ from handler.messages import Call, Reply, Request, once, without
 from handler.waiting import kept_alive
 
 NAME = "upstream"
+AWAITED = "waiting for the upstream"
 TRIES = 3
 """How many workers of the upstream's may be lost with a request before anything of its answer was there."""
 PROBE_MIN_S, PROBE_MAX_S = 0.5, 5.0
@@ -45,6 +46,8 @@ class Upstream:
     key: str | None = field(default=None, repr=False)
     slots: int = 1024
     """How many requests it is given at once; the others wait here, where turns are fair."""
+    metrics: bool = False
+    """Whether it is one process, whose `/metrics` says the same whenever it is asked."""
 
 
 class HttpPool:
@@ -78,6 +81,7 @@ class HttpPool:
         self._started_at = time.time()
         self._cold_start_s = COLD_START_GUESS_S
         self._probing: asyncio.Task[None] | None = None
+        self._awaited = AWAITED
         self.starts = 0
         self.call: Call = kept_alive(self._tried, keep_alive_s)
         """Answers a request (a `handler.messages.Call`)."""
@@ -128,7 +132,7 @@ class HttpPool:
             WorkerView(
                 id=NAME,
                 state="ready" if up else "starting",
-                phase=None if up else "waiting for the upstream",
+                phase=None if up else self._awaited,
                 pid=None,
                 devices=(),
                 started_at=self._started_at,
@@ -149,8 +153,8 @@ class HttpPool:
 
     @property
     def askable(self) -> Mapping[str, Call]:
-        """Its workers are asked for their metrics where they run."""
-        return {}
+        """Itself, where it is one process; many behind one address are asked where they run."""
+        return {NAME: self._at_its_path} if self._upstream.metrics and self.capacity else {}
 
     def want(self, waiting: int, oldest_wait_s: float) -> None:
         """How many workers it has is decided where it runs."""
@@ -173,18 +177,20 @@ class HttpPool:
             self._heard()
 
     async def _answer(self, request: Request, stack: AsyncExitStack) -> Reply:
-        asked = replace(request, path=self._prefix + request.path)
         tries = 0
         while True:
             await self._there(request)
             try:
-                return await _answered(await stack.enter_async_context(self._proxy.call(asked)))
+                return await _answered(await stack.enter_async_context(self._at_its_path(request)))
             except Refused:
                 self._is_gone()
             except WorkerLost:
                 tries += 1
                 if tries == TRIES:
                     raise
+
+    def _at_its_path(self, request: Request) -> AbstractAsyncContextManager[Reply]:
+        return self._proxy.call(replace(request, path=self._prefix + request.path))
 
     async def _there(self, request: Request) -> None:
         """Return once it is there; raises `DeadlineExceeded` and, when the gateway stops, `NotAdmitted`."""
@@ -209,6 +215,7 @@ class HttpPool:
             self._tell(Ended(NAME, "it can't be reached", expected=False))
             self._up.clear()
         self._since_s, self._started_at = time.monotonic(), time.time()
+        self._awaited = AWAITED
         self.starts += 1
         self._tell(Starting(NAME, self.starts))
         self._probing = asyncio.create_task(self._probe())
@@ -227,13 +234,23 @@ class HttpPool:
 
     async def _answers(self) -> bool:
         """Whether it says anything at all: a model that loads is its own to wait for."""
-        with suppress(WorkerLost, TimeoutError):
-            async with asyncio.timeout(PROBE_TIMEOUT_S), self._proxy.call(self._models()) as reply:
-                return reply.status not in _NOT_THERE
+        models = Request("GET", "/v1/models")
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S), self._at_its_path(models) as reply:
+                if reply.status not in _NOT_THERE:
+                    return True
+                self._missed(f"it answers with status {reply.status}")
+        except TimeoutError:
+            self._missed(f"no answer within {PROBE_TIMEOUT_S:g} s")
+        except WorkerLost as error:
+            self._missed(str(error.__cause__ or error))
         return False
 
-    def _models(self) -> Request:
-        return Request("GET", f"{self._prefix}/v1/models")
+    def _missed(self, why: str) -> None:
+        awaited = f"{AWAITED}: {why}"
+        if awaited != self._awaited:  # told once, not with each look
+            self._awaited = awaited
+            self._tell(Progress(NAME, awaited))
 
     def _heard(self) -> None:
         for heard in self._listeners:

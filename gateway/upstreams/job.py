@@ -52,7 +52,7 @@ class Job:
         self._room.set()
 
     def put(self, output: Any, size_bytes: int) -> None:
-        """An output that came by itself."""
+        """Add an output that the worker has posted while it works."""
         self._count += 1
         _add(self._digest, output)
         self._append(output, size_bytes)

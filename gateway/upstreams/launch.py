@@ -63,10 +63,10 @@ class Fresh:
         return _Spawned(process, lifeline)
 
     async def close(self) -> None:
-        """There is none."""
+        """Nothing: there is no warm parent."""
 
     def kill(self) -> None:
-        """There is none."""
+        """Nothing: there is no warm parent."""
 
 
 class WarmParent:

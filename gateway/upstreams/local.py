@@ -108,7 +108,7 @@ class LocalPool(WorkerPool):
         self._proxies[worker] = SocketProxy(_socket(worker))
 
     def _retire(self, worker: Worker, *, retired: bool) -> None:
-        """It is not asked, that is all."""
+        """Nothing to tell the worker: it is not asked any more."""
 
     def _lost(self, worker: Worker) -> None:
         _socket(worker).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from handler.plain import plain
 from handler.settings import TABLE
 
 log = logging.getLogger("gateway")
@@ -27,6 +28,7 @@ READ_BYTES = 64 << 10
 _SECRET = re.compile(r"(^|_)(API_?KEYS?|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS)(_|$)", re.IGNORECASE)
 _SECRET_MIN_CHARS = 6
 _HIDDEN = "[hidden]"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SECRET_ROWS = frozenset(name for row in TABLE if row.secret for name in row.names)
 
 
@@ -41,9 +43,10 @@ def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 class Output:
-    """A named pipe at `pipe`, whose writer's output goes to standard error as it comes.
+    """A named pipe at `pipe`, whose writer's output goes to standard error and to the file `kept`.
 
-    By lines, in which `secrets` are hidden, it also goes to the file `kept`; the last of them are `tail`.
+    By lines, as a terminal would show them in the end: what clients and models say may be in them, and no
+    terminal is to obey that. `secrets` are hidden. The last of them are `tail`.
     """
 
     def __init__(self, pipe: Path, kept: Path, secrets: Iterable[str]) -> None:
@@ -87,8 +90,6 @@ class Output:
             chunk = os.read(self._fd, READ_BYTES)
         except BlockingIOError:
             return False
-        with suppress(OSError):  # nobody looks
-            os.write(STDERR, chunk)
         *lines, self._begun = (self._begun + chunk).split(b"\n")
         if len(self._begun) > READ_BYTES:
             lines, self._begun = [*lines, self._begun], b""
@@ -101,6 +102,8 @@ class Output:
             return
         self._tail.extend(text[:LINE_MAX_CHARS] for text in texts)
         data = ("\n".join(texts) + "\n").encode()
+        with suppress(OSError):  # nobody looks
+            os.write(STDERR, data)
         try:
             if self._size_bytes + len(data) > LOG_MAX_BYTES:
                 self._turn_over()
@@ -110,8 +113,9 @@ class Output:
             log.debug("output of a worker was not kept", extra={"reason": error.strerror})
 
     def _text(self, line: bytes) -> str:
-        """What a terminal would show of `line` in the end, without secrets."""
-        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").rstrip()
+        """What a terminal would show of `line` in the end, and obey nothing of, without secrets."""
+        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+        text = plain(_COLOUR.sub("", text)).rstrip()
         for secret in self._secrets:
             text = text.replace(secret, _HIDDEN)
         return text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,10 +23,11 @@ from gateway.scaling import Scaler, Scaling, Seen
 from gateway.upstreams import WorkerView
 from gateway.upstreams.devices import VISIBLE, Devices
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.failures import Failures, back_off_s
 from gateway.upstreams.folder import PrivateFolder
 from gateway.upstreams.launch import Launcher
 from gateway.upstreams.output import is_held, secrets_of
-from gateway.upstreams.process import PERMANENT, SLOTS_GUESS, Exit
+from gateway.upstreams.process import SLOTS_GUESS, Exit
 from gateway.upstreams.waits import first
 from gateway.upstreams.worker import Worker
 from handler import machine
@@ -38,20 +40,12 @@ log = logging.getLogger("gateway")
 COLD_START_GUESS_S = 30.0
 BUSY_RETRY_S = 5.0
 """When a pool whose workers are full may have room again: a guess, for nobody knows how long answers get."""
-BACK_OFF_MAX_S = 60.0
-TRIES = 5
-"""After so many failures in a row, only a request has another worker started."""
 KILL_GRACE_S = 1.0
 """What a worker gets beyond the drain deadline, which it keeps itself."""
 ENDED_SHOWN = 5
 TOLD_LINES = 5
 """How many lines of a worker's output are in the error of those who wanted it."""
 MEMORY_RETRY_S = 10.0
-
-
-def back_off_s(failures: int) -> float:
-    """How long to wait after the `failures`th failure in a row: 1, 2, 4, ... 60."""
-    return min(BACK_OFF_MAX_S, 2.0 ** (failures - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +99,7 @@ class WorkerPool(ABC):
         self._waiting = 0
         self._waiting_since_s = 0.0
         self._asked_for = 0
-        self._failure: StartFailed | None = None
-        self._hopeless = False
-        """The last start has failed as the next one will, until a person changes something."""
-        self._failures = 0
-        """Starts that have failed, in a row."""
-        self._fruitless = 0
-        """Workers in a row that were ready and ended before they had answered anything."""
-        self._again_at_s = 0.0
+        self._failures = Failures(keep.back_off)
         self._cold_start_s = COLD_START_GUESS_S
         self._slots = SLOTS_GUESS
         self.starts = 0
@@ -182,21 +169,24 @@ class WorkerPool(ABC):
         """What whoever wants a worker is refused with; None while one is there or may come."""
         if self._stop.done():
             return NotAdmitted("The gateway is stopping.", retry_after_s=1)
-        if self._failure is None or any(
-            worker.starting or worker.serves for worker in self._workers.values()
-        ):
+        failure = self._failures.last
+        if failure is None or any(worker.starting or worker.serves for worker in self._workers.values()):
             return None
         return NotAdmitted(
-            f"The worker could not start: {self._failure.reason}.{self._said()}",
-            retry_after_s=self._again_at_s - time.monotonic(),
+            f"The worker could not start: {failure.reason}.{self._said(failure)}",
+            retry_after_s=self._failures.rest_s(time.monotonic()),
             code="worker_start_failed",
         )
 
-    def _said(self) -> str:
-        """What the worker that failed has written last."""
-        assert self._failure is not None, "asked of a failure"
-        failed = self._failure.worker
-        tail = next((view.log_tail for view in self._ended if view.id == failed), ())
+    def _said(self, failure: StartFailed) -> str:
+        """What the worker that failed has written last, but for its reason, which is told already."""
+        tail = next((view.log_tail for view in self._ended if view.id == failure.worker), ())
+        reason, last = _words(failure.reason), list[str]()
+        for n in reversed(range(len(tail))):
+            last = _words(tail[n]) + last
+            if len(last) >= len(reason):
+                tail = tail[:n] if last == reason else tail
+                break
         return "\nIts output ends with:\n" + "\n".join(tail[-TOLD_LINES:]) if tail else ""
 
     def listen(self, heard: Callable[[], None]) -> None:
@@ -271,8 +261,7 @@ class WorkerPool(ABC):
         if self._stop.done():
             return
         now_s = time.monotonic()
-        if self._failure is not None and now_s >= self._again_at_s:
-            self._failure = None
+        if self._failures.forget(now_s):
             self._announce()
         seen = self._seen(now_s)
         decision = self._scaler.decide(now_s, seen)
@@ -283,8 +272,7 @@ class WorkerPool(ABC):
         else:
             self._devices.forgo(self)
             self._shrink(alive - decision.workers)
-        if self._failure is not None:
-            again_in_s = min(again_in_s, self._again_at_s - now_s)
+        again_in_s = min(again_in_s, self._failures.look_in_s(now_s))
         if again_in_s != math.inf:
             self._timer = self._loop.call_later(again_in_s, self._look)
 
@@ -302,13 +290,9 @@ class WorkerPool(ABC):
             cold_start_s=self._cold_start_s,
             newest_s=min((now_s - worker.opened_s for worker in counted if worker.takes), default=math.inf),
             asked_for=self._asked_for,
-            given_up=self._given_up,
+            given_up=self._failures.given_up,
             pressed=self._devices.wanted_beside(self),
         )
-
-    @property
-    def _given_up(self) -> bool:
-        return self._hopeless or max(self._failures, self._fruitless) >= TRIES
 
     def _grow(self, number: int, now_s: float) -> float:
         """Have `number` workers more; returns in how many seconds to look again if that was not to be."""
@@ -319,15 +303,15 @@ class WorkerPool(ABC):
                 number -= 1
         number = min(number, self.scaling.max_workers - len(self._workers))
         for _ in range(number):
-            if now_s < self._again_at_s:
-                return self._again_at_s - now_s
+            if (rest_s := self._failures.rest_s(now_s)) > 0:
+                return rest_s
             if self._devices_each > self._devices.total:
                 why = f"it wants {self._devices_each} devices, and there are {self._devices.total} here"
                 self.starts += 1
                 self._fail(f"worker-{self.starts}", Exit(75, why), permanent=True)
                 return math.inf
             if self._lacks_memory():
-                self._again_at_s = now_s + MEMORY_RETRY_S
+                self._failures.postpone(now_s, MEMORY_RETRY_S)
                 return MEMORY_RETRY_S
             devices = self._devices.take(self._devices_each, self)
             if devices is None:
@@ -416,7 +400,7 @@ class WorkerPool(ABC):
         self._remove(worker, reason)
         self._tell(Ended(worker.id, reason, expected))
         if not expected:
-            self._died(worker)
+            self._died(worker, reason)
         self._look_soon()
 
     def _environ_of(self, worker: Worker) -> Mapping[str, str]:
@@ -428,8 +412,8 @@ class WorkerPool(ABC):
 
     def _open(self, worker: Worker) -> None:
         worker.open()
-        self._asked_for = self._failures = 0
-        self._failure, self._hopeless = None, False
+        self._asked_for = 0
+        self._failures.opened()
         self._cold_start_s = worker.took_s or 0.0
         self._slots = worker.slots
         self._opened(worker)
@@ -452,26 +436,17 @@ class WorkerPool(ABC):
         self._lost(worker)
 
     def _fail(self, worker_id: str, end: Exit, *, permanent: bool = False) -> None:
-        self._hopeless = permanent or end.code in PERMANENT
-        self._failures += 1
-        wait_s = self._how.back_off(self._failures)
-        self._rest(StartFailed(worker_id, end.reason, end.code, self._hopeless, wait_s))
+        self._rest(self._failures.start_failed(worker_id, end, time.monotonic(), permanent=permanent))
 
-    def _died(self, worker: Worker) -> None:
+    def _died(self, worker: Worker, reason: str) -> None:
         """A worker that was ready has ended, and nobody had told it to."""
         self._asked_for = int(self._how.at_once)
-        self._fruitless = 0 if worker.answered else self._fruitless + 1
-        if self._fruitless >= TRIES:
-            reason = f"{self._fruitless} in a row ended before they had answered anything: {worker.reason}"
-            wait_s = self._how.back_off(self._fruitless - 1)
-            self._rest(StartFailed(worker.id, reason, 70, permanent=False, again_in_s=wait_s))
-        elif self._fruitless > 1:  # the first is replaced at once, and the request that it had asked again
-            self._again_at_s = time.monotonic() + self._how.back_off(self._fruitless - 1)
+        failure = self._failures.died(worker.id, reason, time.monotonic(), answered=worker.answered)
+        if failure is not None:
+            self._rest(failure)
 
     def _rest(self, failure: StartFailed) -> None:
-        """Start none for a while, and refuse those who wait if no other worker is there."""
-        self._failure = failure
-        self._again_at_s = time.monotonic() + failure.again_in_s
+        """None is started for a while, and those who wait are refused if no other worker is there."""
         self._announce()
         self._look_soon()
         self._tell(failure)
@@ -508,6 +483,10 @@ class WorkerPool(ABC):
             worker.process.kill()
         self._launcher.kill()
         self._folder.remove()
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.removeprefix("firsttoken:"))
 
 
 def _changed_at(file: Path) -> float:

@@ -108,7 +108,7 @@ class RunpodPool(WorkerPool):
         self._plane.leases[worker.id].begin()
 
     async def _watch(self, worker: Worker) -> None:
-        """Its lease does."""
+        """Return at once: the worker's lease watches it."""
 
     def _retire(self, worker: Worker, *, retired: bool) -> None:
         self._plane.pause(worker.id, paused=retired)

@@ -1,4 +1,4 @@
-"""The workers of one endpoint by its newest description, while those of older ones finish what they have."""
+"""A pool that gives way to the next one: new workers take the requests, old ones finish what they have."""
 
 from __future__ import annotations
 

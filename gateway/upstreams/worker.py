@@ -123,7 +123,7 @@ class Worker:
 
     @property
     def view(self) -> WorkerView:
-        """It as others see it."""
+        """A snapshot of it, for whoever shows workers."""
         idle = self.state == "ready" and not self.in_flight
         return WorkerView(
             id=self.id,

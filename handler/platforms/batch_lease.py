@@ -26,7 +26,7 @@ _REFUSED = "ConditionalCheckFailedException"
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """That `holder` may work on the batch, for the `attempt`th time that somebody does."""
+    """The right of `holder` to work on a version of a batch, the `attempt`th that was given."""
 
     batch: str
     version: str
@@ -36,7 +36,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """That another holder may, for `left_s` unless it renews its lease."""
+    """Another holder has the lease, for `left_s` unless it is renewed."""
 
     left_s: float
 
@@ -53,7 +53,7 @@ class Leases:
         self._now = now
 
     def take(self, batch: str, version: str, holder: str) -> Lease | Taken:
-        """The lease of `version` of `batch`, or that another has it."""
+        """The lease of `version` of `batch` for `holder`; `Taken` if another has it."""
         now = self._now()
         try:
             answer = self._update(
@@ -73,11 +73,11 @@ class Leases:
         return Lease(batch, version, holder, int(float(answer["Attributes"]["attempt"]["N"])))
 
     def renew(self, lease: Lease) -> bool:
-        """Whether `lease` is this holder's, for as long again."""
+        """Have `lease` last for `lease_s` from now. False if it is another holder's by now."""
         return self._keep(lease, until_s=self._now() + self._lease_s)
 
     def release(self, lease: Lease) -> bool:
-        """Let another take it at once; whether it was still this holder's."""
+        """Let another take it at once. False if it is another holder's by now."""
         return self._keep(lease, until_s=0)
 
     def _keep(self, lease: Lease, *, until_s: float) -> bool:

@@ -41,18 +41,18 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 3
-"""How often what others change meanwhile is written."""
+"""How often a conditional write is tried: somebody else may have changed the object meanwhile."""
 DOUBT_S = 5.0
-"""An answer that blames the server this shortly before the worker ends may have been the engine's last."""
+"""A worker that ends this soon after a 5xx may be ending because of it: the shift has failed then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long what may take, in seconds."""
+    """The durations of a shift, in seconds."""
 
     lease_s: float = 60.0
     handover_s: float = 60.0
-    """How long before its deadline a shift begins no more lines; half of it is for those that run."""
+    """A shift begins no more lines this long before its deadline; those that run get half of it."""
     save_s: float = 10.0
     """How often batch.json is written at most."""
     pause_s: float = 1.0

@@ -42,7 +42,7 @@ _OUTPUT_BYTES = "output-bytes"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a batch is: its input, and the folder in which all is that is made of it."""
+    """Where a batch is: its input, and the folder of all that is made of it."""
 
     id: str
     bucket: str
@@ -70,7 +70,7 @@ class Input:
     modified: datetime
     metadata: Mapping[str, str]
     pin: Mapping[str, str] = field(repr=False)
-    """What has S3 read this, and fail if it is another by then."""
+    """Arguments of a read of this very version, which fails once it has been replaced."""
 
     def is_named(self, version: str) -> bool:
         """Whether an event that says `version` means this; one that says none does."""
@@ -115,7 +115,7 @@ class BatchStore:
     # --- batch.json ----------------------------------------------------------------------------
 
     def load(self) -> tuple[dict[str, Any], Seen]:
-        """What batch.json says, nothing if it is not there, and how it was seen."""
+        """batch.json, empty if it is not there, and the ETag that was seen, for `save`."""
         try:
             raw, answer = self._get(**self._out, Key=self._key("batch.json"))
         except AwsFailed as error:
@@ -129,7 +129,7 @@ class BatchStore:
         return said if isinstance(said, dict) else {}, Seen(answer["ETag"])
 
     def save(self, batch: Mapping[str, Any], seen: Seen) -> Seen | None:
-        """Write batch.json; None, and nothing is written, if it is not as it was `seen`."""
+        """Write batch.json if it is still as it was `seen`; None if it is not, and nothing was written."""
         raw = json.dumps(batch, indent=2).encode() + b"\n"
         key = self._key("batch.json")
         try:
@@ -187,13 +187,13 @@ class BatchStore:
     # --- the end -------------------------------------------------------------------------------
 
     def results(self) -> tuple[Seen, Seen]:
-        """What is there of output.jsonl and error.jsonl."""
+        """output.jsonl and error.jsonl as they are now, for `merge`."""
         return self._seen("output.jsonl"), self._seen("error.jsonl")
 
     def merge(self, version: str, seen: tuple[Seen, Seen], goes_on: Callable[[], bool]) -> bool:
-        """Write output.jsonl and error.jsonl; whether that was done, and `goes_on` said yes throughout.
+        """Write output.jsonl and error.jsonl from the parts.
 
-        False too if one is not as it was `seen`.
+        False, and they are not written, if `goes_on` said no or one of them is not as it was `seen`.
         """
         output, errors = (
             Upload(self._clients, self.place.out_bucket, self._key(name), was)

@@ -1,4 +1,4 @@
-"""Objects that are written only over what was seen of them, a long one in pieces as it comes."""
+"""Objects of S3 that are replaced only if they are as they were seen; long ones are sent in pieces."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ JSONL = {"ContentType": "application/jsonl"}
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of an object: its ETag, None where there was none."""
+    """The ETag of an object as it was seen; None if there was none."""
 
     etag: str | None
 
     @property
     def unchanged(self) -> dict[str, str]:
-        """The condition that it is still so."""
+        """Arguments of a write that fails unless the object is still as it was seen."""
         return {"IfNoneMatch": "*"} if self.etag is None else {"IfMatch": self.etag}
 
 
 class Upload:
-    """A file that is written as it comes, in pieces, over what was `seen` of it and nothing else."""
+    """A file that is sent to S3 as it is made, and replaces nothing but what was `seen`."""
 
     def __init__(self, clients: Clients, bucket: str, key: str, seen: Seen) -> None:
         self._clients = clients
@@ -41,7 +41,7 @@ class Upload:
         self._pieces: list[dict[str, Any]] = []
 
     def write(self, data: bytes) -> None:
-        """Take what is next."""
+        """Add `data` to the file; whole pieces of it are sent."""
         self._held += data
         while len(self._held) >= PIECE_BYTES:
             with memoryview(self._held) as held:
@@ -50,7 +50,7 @@ class Upload:
             del self._held[:PIECE_BYTES]
 
     def finish(self) -> bool:
-        """Make it the file; False, and it is not, if that has changed."""
+        """Send the rest, and have the file take its place; False if the object there is another by now."""
         try:
             if not self._upload:
                 self._call("put_object", Body=bytes(self._held), **JSONL, **self._seen.unchanged)
@@ -71,7 +71,7 @@ class Upload:
         return True
 
     def abort(self) -> None:
-        """Leave no pieces behind; nothing if it is finished."""
+        """Delete the pieces that were sent. Does nothing once the upload is finished."""
         if self._upload:
             with suppress(AwsFailed):  # the bucket's rule for such uploads will do it
                 self._call("abort_multipart_upload", **self._upload)

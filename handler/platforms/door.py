@@ -33,13 +33,13 @@ def application(
     call: Call,
     settings: Settings,
     state: State,
-    registry: CollectorRegistry,
+    registry: CollectorRegistry | None,
     front: Front = lambda call: call,
     followed: Traces | None = None,
 ) -> asgi.App:
     """`call` behind the key, with the probes and `/metrics`; `front` is outermost on every answer.
 
-    Requests of OpenAI routes are `followed`.
+    Without a `registry` there is no `/metrics`. Requests of OpenAI routes are `followed`.
     """
     guarded = settings.auth and settings.api_key and not settings.uds  # a unix socket has an owner
     keys = Keyring.of(settings.api_key) if guarded and settings.api_key else None
@@ -52,7 +52,7 @@ def application(
     async def answered(request: Request) -> AsyncIterator[Reply]:
         if _is_probe(request):
             yield _probed(request, state())
-        elif request.method == "GET" and request.path == "/metrics":
+        elif registry is not None and request.method == "GET" and request.path == "/metrics":
             yield metrics.exposition(registry)
         else:
             async with call(request) as reply:

@@ -272,11 +272,11 @@ class Stream:
         await self._runtime.send(h11.Data(data=data))
 
     def fail(self, fault: Fault) -> None:
-        """What is said will not be whole: the end tells `fault`."""
+        """Have the end of the answer say that it is not whole, because of `fault`."""
         self._trailers = [(ERROR_TYPE, fault.type), (ERROR_BODY, base64.b64encode(fault.body()).decode())]
 
     async def end(self) -> None:
-        """Say that this was all, and hear what Lambda says to that."""
+        """End the answer. Raises `AnswerCut` and `RuntimeApiFailed` if Lambda does not say that it has it."""
         assert self._heard is not None, "it has begun"
         heard = self._heard
         try:

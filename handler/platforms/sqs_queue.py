@@ -18,12 +18,12 @@ THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """How long what may take, in seconds."""
+    """The durations of a queue's messages, in seconds."""
 
     wait_s: int = 5
-    """How long the queue waits for a message before it says that there is none. So long a stop may take."""
+    """How long a request for a message is held while there is none. A stop may take as long."""
     hidden_s: int = 120
-    """For how long others don't see a message; a worker that lives says so again in time."""
+    """How long a message is hidden from others; a worker that lives renews that in time."""
     again_s: int = 30
     """When a message that failed is seen again."""
     shift_s: float = 3600.0
@@ -32,7 +32,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message, and by which name the queue knows that this worker has it."""
+    """A message, and its receipt handle: the queue's name for its having been given to this worker."""
 
     record: Record
     handle: str = field(repr=False)

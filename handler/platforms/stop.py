@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 def from_elsewhere(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> Callable[[], None]:
-    """`what`, for any thread and for a signal handler, also once the loop has closed."""
+    """A function that has `loop` do `what`, for other threads and signal handlers; also once it is closed."""
 
     def do() -> None:
         with suppress(RuntimeError):

@@ -113,7 +113,10 @@ _NAMES = ("prompt_tokens", "completion_tokens", "requests")
 
 
 def metering(table: UsageTable | None, model_id: str) -> Callable[[Call, str], Call]:
-    """What makes of a call, for a key, one whose answers are counted in `table`; without one, as it was."""
+    """A function of a call and a key, whose result counts the call's answers in `table`.
+
+    Without a table it returns the call as it is.
+    """
 
     def counted(call: Call, key: str) -> Call:
         if table is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.batch_memory import stream
+from tests.lanes.batch_memory import stream
 from tests.object_store import ObjectStore
 
 

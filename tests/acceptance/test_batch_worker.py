@@ -83,7 +83,7 @@ def test_a_worker_that_is_stopped_hands_its_batch_on(resources: Resources, tmp_p
     with worker(environ(resources), tmp_path / "worker.log") as process:
         until(lambda: any(name.startswith("parts/") for name in resources.names("a")))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     assert not resources.is_over("a")
     assert resources.waiting() == (1, 0, 0)
 
@@ -121,7 +121,7 @@ def test_a_batch_through_a_real_model(resources: Resources, tiny_model: Path, tm
         until(lambda: process.poll() is not None or resources.is_over("a"), timeout_s=servers.START_TIMEOUT_S)
         assert process.poll() is None, (tmp_path / "worker.log").read_text()[-4000:]
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     found = resources.record("a")
     assert found is not None
     assert found.status == "completed"

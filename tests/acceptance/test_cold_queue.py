@@ -12,9 +12,10 @@ from typing import Any
 
 import aiohttp
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, gateway
+from tests.gateway_process import CHAT, Program, gateway
 from tests.scripted_app import answer
 from tests.scripted_worker import READY
+from tests.servers import KEY
 
 SHARES = {"many": 100, "some": 60, "few": 40}
 LIMIT = sum(SHARES.values())

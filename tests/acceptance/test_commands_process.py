@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.acceptance.test_endpoints_process import Cast, Served, endpoint, served
-from tests.acceptance.test_gateway_process import CHAT, KEY, ROOT, chunk
+from tests.gateway_process import CHAT, beside, chunk, command, person
 from tests.scripted_app import Pause, answer, stream
 from tests.scripted_worker import Scripts
+from tests.servers import KEY, ROOT
 
 MODELS = "GET /v1/models"
 CLEAR = "\x1b[2K"
@@ -31,28 +32,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 """Runs a command in front of the terminal that is its standard input, so that Ctrl-C is a signal to it.
 
 A shell's background jobs ignore that, and what they start."""
-
-
-def environ(tmp_path: Path, **more: str) -> dict[str, str]:
-    """That of the person who started the gateway."""
-    return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "DATA_DIR": str(tmp_path / "data"), **more}
-
-
-async def run(
-    tmp_path: Path, *arguments: str, stdin: str = "", env: Mapping[str, str] | None = None
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `python -m gateway`."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", *arguments),
-        cwd=ROOT,
-        env=environ(tmp_path) if env is None else env,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, errors = await process.communicate(stdin.encode())
-    assert process.returncode is not None
-    return process.returncode, out.decode(), errors.decode()
 
 
 def usage(tokens: int) -> str:
@@ -154,7 +133,7 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
     }
     async with (
         talking(tmp_path, scripts) as (_, cast),
-        terminal("chat", "--system", "Be brief.", env=environ(tmp_path)) as user,
+        terminal("chat", "--system", "Be brief.", env=person(tmp_path)) as user,
     ):
         assert "of endpoint chat" in await user.sees("> ")
         user.types("Hi")
@@ -205,7 +184,7 @@ async def test_chat_shows_that_a_worker_starts(tmp_path: Path) -> None:
     cast = Slow(tmp_path / "control", {"org/a": scripts})
     async with (
         served(tmp_path, cast, endpoint("chat", "org/a")) as running,
-        terminal("chat", "--model", "org/other", env=environ(tmp_path)) as user,
+        terminal("chat", "--model", "org/other", env=person(tmp_path)) as user,
     ):
         await user.sees("> ")
         user.types("Hi")
@@ -226,26 +205,24 @@ async def test_chat_shows_that_a_worker_starts(tmp_path: Path) -> None:
 async def test_chat_answers_a_pipe_once_without_decoration(tmp_path: Path) -> None:
     """Only the answer is on standard output; the model is the endpoint's own."""
     async with talking(tmp_path, talks(chunk("Hel"), chunk("lo"))) as (running, _):
-        assert await run(tmp_path, "chat", stdin="hi\n") == (0, "Hello\n", "")
-        code, out, errors = await run(tmp_path, "chat", "--endpoint", "other", stdin="hi")
+        assert await beside(tmp_path, "chat", stdin="hi\n") == (0, "Hello\n", "")
+        code, out, errors = await beside(tmp_path, "chat", "--endpoint", "other", stdin="hi")
         assert (code, out) == (69, "")
         assert errors == "firsttoken: The endpoint `other` does not exist. (endpoint_not_found)\n"
-        assert (await run(tmp_path, "chat", stdin=" "))[0] == 64
+        assert (await beside(tmp_path, "chat", stdin=" "))[0] == 64
         url = f"{running.root}/v2/chat/openai/v1"
         elsewhere = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MY_KEY": KEY}
-        answered = await run(
-            tmp_path, "chat", "--url", url, "--key-from-env", "MY_KEY", stdin="hi", env=elsewhere
-        )
+        answered = await command("chat", "--url", url, "--key-from-env", "MY_KEY", stdin="hi", env=elsewhere)
         assert answered == (0, "Hello\n", "")
-        code, _, errors = await run(tmp_path, "chat", "--url", url, stdin="hi", env=elsewhere)
+        code, _, errors = await command("chat", "--url", url, stdin="hi", env=elsewhere)
         assert (code, "API_KEY is not set" in errors) == (78, True)
 
 
 async def test_status_is_a_table_and_json(tmp_path: Path) -> None:
     """Endpoints, workers and the tokens that were just used, over the door that needs no key."""
     async with talking(tmp_path, talks(chunk("Hello"))) as (running, cast):
-        assert (await run(tmp_path, "chat", stdin="hi"))[0] == 0
-        code, out, errors = await run(tmp_path, "status")
+        assert (await beside(tmp_path, "chat", stdin="hi"))[0] == 0
+        code, out, errors = await beside(tmp_path, "status")
         assert (code, errors) == (0, "")
         lines = [line.split() for line in out.splitlines()]
         assert [" ".join(line) for line in lines[2:5]] == [
@@ -255,14 +232,14 @@ async def test_status_is_a_table_and_json(tmp_path: Path) -> None:
         ]
         worker = lines[7]
         assert (worker[0], worker[2], worker[3]) == ("chat", "ready", str(cast.started[0].pid))
-        code, out, _ = await run(tmp_path, "status", "--json")
+        code, out, _ = await beside(tmp_path, "status", "--json")
         told = json.loads(out)
         assert (code, told) == (
             0,
             (await running.admin("GET", "status"))[1] | {"endpoints": told["endpoints"]},
         )
         assert [one["id"] for one in told["endpoints"]] == ["chat", "code"]
-        async with terminal("status", "--watch", "--every", "0.05", env=environ(tmp_path)) as user:
+        async with terminal("status", "--watch", "--every", "0.05", env=person(tmp_path)) as user:
             await user.sees("\x1b[H\x1b[J")
             await user.sees("\x1b[H\x1b[J")
             user.presses("C")
@@ -281,20 +258,20 @@ async def test_logs_show_what_workers_write(tmp_path: Path) -> None:
     tables = [endpoint("chat", "org/a"), endpoint("code", "org/b")]
     async with (
         served(tmp_path, cast, *tables) as running,
-        terminal("logs", "--follow", env=environ(tmp_path)) as user,
+        terminal("logs", "--follow", env=person(tmp_path)) as user,
     ):
-        assert (await run(tmp_path, "chat", stdin="hi"))[0] == 0
+        assert (await beside(tmp_path, "chat", stdin="hi"))[0] == 0
         await user.sees(" I am org/a")
-        assert (await run(tmp_path, "chat", "--endpoint", "code", stdin="hi"))[0] == 0
+        assert (await beside(tmp_path, "chat", "--endpoint", "code", stdin="hi"))[0] == 0
         await user.sees(" I am org/b")
-        code, out, _ = await run(tmp_path, "logs")
+        code, out, _ = await beside(tmp_path, "logs")
         assert code == 0
         said = [line.split() for line in out.splitlines() if "I am" in line]
         assert [(line[0], line[-1]) for line in said] == [("chat", "org/a"), ("code", "org/b")]
         name = said[1][1]
-        assert (await run(tmp_path, "logs", "--worker", name))[1].startswith(f"code {name} I am org/b\n")
-        assert (await run(tmp_path, "logs", "--endpoint", "chat", "--lines", "0"))[1] == ""
-        code, _, errors = await run(tmp_path, "logs", "--worker", "nobody")
+        assert (await beside(tmp_path, "logs", "--worker", name))[1].startswith(f"code {name} I am org/b\n")
+        assert (await beside(tmp_path, "logs", "--endpoint", "chat", "--lines", "0"))[1] == ""
+        code, _, errors = await beside(tmp_path, "logs", "--worker", "nobody")
         assert (code, errors) == (69, "firsttoken: There is no worker `nobody`. (not_found)\n")
         assert await running.end(signal.SIGTERM) == 0
         assert await user.process.wait() == 0
@@ -302,17 +279,17 @@ async def test_logs_show_what_workers_write(tmp_path: Path) -> None:
 
 async def test_commands_say_that_no_gateway_runs(tmp_path: Path) -> None:
     """Also after one that was killed, whose socket is still there."""
-    code, out, errors = await run(tmp_path, "status")
+    code, out, errors = await beside(tmp_path, "status")
     assert (code, out) == (69, "")
     assert errors.startswith(f"firsttoken: no gateway of this user runs with DATA_DIR={tmp_path}/data")
     async with talking(tmp_path, {}) as (running, _):
         door = tmp_path / "data" / "admin.sock"
         assert stat.S_IMODE(door.stat().st_mode) == 0o600
         await running.end(signal.SIGKILL)
-        code, _, errors = await run(tmp_path, "status")
+        code, _, errors = await beside(tmp_path, "status")
         assert (code, "can't be reached" in errors) == (69, True)
     async with talking(tmp_path, {}) as (running, _):
-        assert (await run(tmp_path, "status"))[0] == 0
+        assert (await beside(tmp_path, "status"))[0] == 0
         assert await running.end(signal.SIGTERM) == 0
         assert not door.exists()
 
@@ -321,7 +298,7 @@ async def test_check_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> No
     """With the exit code that a start would have."""
     file = tmp_path / "endpoints.toml"
     file.write_text(endpoint("chat", "org/a") + endpoint("code", "org/b", 'served_model_name = "b"'))
-    code, out, errors = await run(tmp_path, "check", "--endpoints", str(file))
+    code, out, errors = await beside(tmp_path, "check", "--endpoints", str(file))
     assert (code, errors) == (0, "")
     assert [line.split() for line in out.splitlines()] == [
         ["endpoint", "model", "upstream", "workers"],
@@ -329,8 +306,8 @@ async def test_check_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> No
         ["code", "b", "local", "0", "to", "1"],
     ]
     file.write_text(endpoint("chat", "org/a", "max_worker = 1", "start = 1"))
-    code, out, errors = await run(
-        tmp_path, "check", env=environ(tmp_path, ENDPOINTS_FILE=str(file), QUEUE_LIMIT="-1")
+    code, out, errors = await command(
+        "check", env=person(tmp_path, ENDPOINTS_FILE=str(file), QUEUE_LIMIT="-1")
     )
     assert (code, out) == (78, "")
     assert errors.splitlines() == [

@@ -14,9 +14,10 @@ import aiohttp
 import openai
 import pytest
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, chunk, completion, gateway
+from tests.gateway_process import CHAT, Program, chunk, completion, gateway
 from tests.scripted_app import Pause, answer, stream
 from tests.scripted_worker import Director, Scripts, Worker
+from tests.servers import KEY
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 WHOLE, STREAM = "POST /v1/completions", CHAT

@@ -15,8 +15,9 @@ import httpx
 import openai
 import pytest
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, gateway
+from tests.gateway_process import CHAT, Program, gateway
 from tests.scripted_worker import READY, Worker
+from tests.servers import KEY
 from tests.until import until
 
 MODEL = "org/model"
@@ -67,7 +68,7 @@ async def read_lines(client: openai.AsyncOpenAI, file_id: str | None) -> list[di
 def counted(program: Program) -> dict[str, Any]:
     """What the gateway says was used."""
     address = f"{program.base_url.partition('/v2/')[0]}/admin/usage"
-    found: dict[str, Any] = httpx.get(address, headers={"authorization": f"Bearer {KEY}"}).json()
+    found: dict[str, Any] = httpx.get(address, headers={"authorization": f"Bearer {KEY}"}, timeout=60).json()
     return found
 
 
@@ -174,7 +175,7 @@ async def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path: Path) -> None
         host, _, port = url[0].partition(":")
         _, writer = await asyncio.open_connection(host, int(port))
         head = (
-            f"POST /{url[2]}/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\n"
+            f"POST /{url[2]}/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
             "content-type: multipart/form-data; boundary=x\r\ncontent-length: 10000000\r\n\r\n"
             '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         )

@@ -5,150 +5,34 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import openai
 import pytest
 
-from tests.scripted_app import Crash, Pause, Script, answer, stream
-from tests.scripted_worker import READY, Director, Worker
-
-ROOT = Path(__file__).parents[2]
-WITH_SCRIPTED_WORKER = (
-    "import sys; from gateway.__main__ import main; from tests.scripted_worker import COMMAND; "
-    "sys.exit(main(sys.argv[1:], COMMAND))"
+from tests.gateway_process import (
+    CHAT,
+    RUNPODS_SDK,
+    Program,
+    chunk,
+    command,
+    completion,
+    gateway,
+    main_with,
+    started,
 )
-WITH_RUNPODS_SDK = WITH_SCRIPTED_WORKER.replace("scripted_worker", "runpod_worker")
-"""The command's own `main`; the worker is the one thing that differs."""
-
-CHAT = "POST /v1/chat/completions"
-KEY = "secret"
-
-
-def chunk(text: str) -> str:
-    """One chunk of a chat stream."""
-    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": None}
-    body = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
-    return json.dumps(body, separators=(",", ":"))
-
-
-def completion(text: str) -> Script:
-    """A whole chat answer."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return answer({"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]})
+from tests.scripted_app import Crash, Pause, Script, stream
+from tests.scripted_worker import READY, Worker
+from tests.servers import KEY
 
 
 def private(worker: Worker) -> Path:
     """The private folder of the gateway that has started `worker`."""
     return Path(worker.env["NOTIFY_SOCKET"]).parent
-
-
-class Program:
-    """A running gateway, as the person who started it sees it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, director: Director) -> None:
-        self.process = process
-        self.director = director
-        self.base_url = ""
-        self.out: list[str] = []
-        self._client: openai.AsyncOpenAI | None = None
-
-    async def line(self, pattern: str) -> re.Match[str]:
-        """The next line of stdout that holds `pattern`."""
-        assert self.process.stdout is not None
-        while raw := await self.process.stdout.readline():
-            self.out.append(raw.decode())
-            if found := re.search(pattern, self.out[-1]):
-                return found
-        raise AssertionError(f"no line with {pattern!r} in {self.out}")
-
-    async def address(self) -> None:
-        """Read the one line that says where it is."""
-        self.base_url = (await self.line(r"http://127\.0\.0\.1:\d+/v2/local/openai/v1")).group()
-
-    async def errors(self) -> str:
-        """Everything on stderr, once it has ended."""
-        assert self.process.stderr is not None
-        return (await self.process.stderr.read()).decode()
-
-    async def end(self, signum: signal.Signals | None = None) -> int:
-        """The exit code, after `signum`."""
-        if signum is not None:
-            self.process.send_signal(signum)
-        return await self.process.wait()
-
-    def client(self) -> openai.AsyncOpenAI:
-        """The official client, which tries once only: what we retry, we retry ourselves."""
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key=KEY, max_retries=0)
-
-
-@asynccontextmanager
-async def gateway(
-    tmp_path: Path,
-    *plays: tuple[object, object],
-    environ: Mapping[str, str] | None = None,
-    program: str = WITH_SCRIPTED_WORKER,
-    arguments: Sequence[str] = (),
-    director: Director | None = None,
-) -> AsyncIterator[Program]:
-    """`python -m gateway` on a free port; its nth worker plays the nth of `plays`, or by `director`."""
-    env = {
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if name in {"PATH", "HOME", "LANG", "VIRTUAL_ENV"}
-        },
-        "PORT": "0",
-        "API_KEY": KEY,
-        "MODEL_NAME": "org/model",
-        "WARM_PARENT": "off",
-        "TMPDIR": str(tmp_path),
-        "DATA_DIR": str(tmp_path / "data"),
-        "SCRIPT_CONTROL": str(tmp_path / "control"),
-        **(environ or {}),
-    }
-    async with AsyncExitStack() as stack:
-        director = director or Director(tmp_path / "control", *plays)  # type: ignore[arg-type]
-        await stack.enter_async_context(director.listening())
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", program, *arguments),
-            env=env,
-            cwd=ROOT,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-        try:
-            yield Program(process, director)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
-
-
-async def plain(env: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code and stderr of `python -m gateway` with nothing but `env` set."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway"), env=dict(env), cwd=ROOT, stderr=asyncio.subprocess.PIPE
-    )
-    _, errors = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, errors.decode()
-
-
-async def started(program: Program) -> Worker:
-    """The next worker, with the gateway's address known."""
-    worker = await program.director.worker()
-    await program.address()
-    return worker
 
 
 async def ask(program: Program, model: str = "org/model") -> str | None:
@@ -280,6 +164,7 @@ async def test_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
             program.process.send_signal(signal.SIGINT)
             await worker.saw("stopping")
             assert await program.end(signal.SIGINT) == 130
+        assert "Ctrl-C again ends what still runs" in await program.errors()
         await worker.saw("gone")
         assert not private(worker).exists()
 
@@ -296,9 +181,9 @@ async def test_ctrl_c_while_starting_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])
 async def test_killed_gateway_leaves_no_worker(tmp_path: Path, worker: str) -> None:
     """The lifeline ends with the gateway, however it ended: that of a forked worker too."""
-    command = WITH_SCRIPTED_WORKER.replace("scripted_worker", worker)
+    worker_program = main_with(f"tests.{worker}")
     environ = {"WARM_PARENT": "on" if worker == "scripted_zygote" else "off"}
-    async with gateway(tmp_path, (READY, {}), environ=environ, program=command) as program:
+    async with gateway(tmp_path, (READY, {}), environ=environ, program=worker_program) as program:
         left = await started(program)
         assert await program.end(signal.SIGKILL) == -signal.SIGKILL
         await left.saw("gone")
@@ -307,7 +192,7 @@ async def test_killed_gateway_leaves_no_worker(tmp_path: Path, worker: str) -> N
 @pytest.mark.parametrize("worker", ["scripted_worker", "scripted_zygote"])
 async def test_next_gateway_removes_what_a_killed_one_has_left(tmp_path: Path, worker: str) -> None:
     """Its folder, and a worker that could not hear its lifeline, started or forked; not of one that lives."""
-    program = WITH_SCRIPTED_WORKER.replace("scripted_worker", worker)
+    program = main_with(f"tests.{worker}")
     environ = {"WARM_PARENT": "on" if worker == "scripted_zygote" else "off"}
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     for folder in (one, two, three):
@@ -387,7 +272,7 @@ async def test_failed_start_answers_with_the_reason_and_stays_up(tmp_path: Path)
         assert "the model was not found" in refused.value.message
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
         async with (
-            aiohttp.ClientSession() as session,
+            aiohttp.ClientSession(headers={"x-api-key": KEY}) as session,
             session.get(program.base_url.split("/v2")[0] + "/health") as reply,
         ):
             health = await reply.json()
@@ -413,9 +298,20 @@ async def test_start_is_told_in_plain_lines_where_there_is_no_terminal(tmp_path:
         assert "INFO gateway: worker starting phase='loading weights'\n" in await program.errors()
 
 
+async def test_a_data_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    """Nothing is made in it: whoever can write there could have put a database of his own."""
+    data = tmp_path / "data"
+    data.mkdir()
+    data.chmod(0o777)
+    code, _, errors = await command(env={"DATA_DIR": str(data), "MODEL_NAME": "m", "PORT": "0"})
+    assert code == 78
+    assert f"DATA_DIR={data} may be written by everybody (mode 0777)" in errors
+    assert not [*data.iterdir()]
+
+
 async def test_bad_settings_exit_78_naming_every_fault() -> None:
     """All faults at once, before anything is started."""
-    code, errors = await plain({"PORT": "many", "QUEUE_LIMIT": "-1", "START": "later"})
+    code, _, errors = await command(env={"PORT": "many", "QUEUE_LIMIT": "-1", "START": "later"})
     assert code == 78
     for name in ("PORT", "QUEUE_LIMIT", "START"):
         assert f"{name}=" in errors
@@ -425,7 +321,7 @@ async def test_taken_port_is_one_clear_line() -> None:
     """Found before a worker is started."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, errors = await plain({"PORT": str(port), "MODEL_NAME": "m"})
+        code, _, errors = await command(env={"PORT": str(port), "MODEL_NAME": "m"})
     assert (code, errors) == (
         75,
         f"firsttoken: port {port} of 127.0.0.1 is already in use; choose another with PORT\n",
@@ -441,7 +337,7 @@ async def test_same_url_through_jobs(tmp_path: Path, arguments: list[str], upstr
     scripts = {CHAT: [completion("Hello!"), stream(chunk("a"), Pause("generating"), chunk("b"))]}
     environ = {"UPSTREAM": upstream}
     async with gateway(
-        tmp_path, ((), scripts), environ=environ, program=WITH_RUNPODS_SDK, arguments=arguments
+        tmp_path, ((), scripts), environ=environ, program=RUNPODS_SDK, arguments=arguments
     ) as program:
         worker = await started(program)
         assert "RUNPOD_WEBHOOK_GET_JOB" in worker.env

@@ -15,14 +15,16 @@ from typing import Any
 
 import aiohttp
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, ROOT, Program, gateway, started
+from tests.gateway_process import CHAT, Program, gateway, started
 from tests.hooks import Hooks
 from tests.job_endpoints import frames, used, whole
 from tests.scripted_app import Pause, Say, Script, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY, ROOT
 
 TEXT = "POST /v1/completions"
 VECTORS = "POST /v1/embeddings"
+SLOTS = 16
 MANY = 20
 """More chats than the worker works on at once: some wait."""
 
@@ -117,7 +119,7 @@ async def test_every_job_ends_once_though_the_gateway_is_killed(tmp_path: Path) 
     environ = {"WEBHOOK_HOSTS": "127.0.0.1"}
     never = Script((Pause("never"),))
     half = stream("1", Pause("never"))
-    first = (READY, {VECTORS: whole(), TEXT: half, CHAT: [never] * MANY})
+    first = ((("ready", str(SLOTS)),), {VECTORS: whole(), TEXT: half, CHAT: [never] * MANY})
     second = (READY, {TEXT: frames("1", "2"), CHAT: [whole()] * MANY})
     async with Hooks().listening() as hooks:
         hooks.hang = True
@@ -129,8 +131,11 @@ async def test_every_job_ends_once_though_the_gateway_is_killed(tmp_path: Path) 
                 streams = await asks.run(TEXT, stream=True)
                 before = await asks.ask("GET", f"stream/{streams}")
                 chats = [await asks.run(CHAT) for _ in range(MANY)]
-                await worker.saw("paused", "never", 10)
-                states = kept(tmp_path, "SELECT state, count(*) FROM jobs GROUP BY state")
+                states: dict[str, int] = {}
+                while states.get("IN_PROGRESS") != SLOTS:  # then no other one begins
+                    states = dict(kept(tmp_path, "SELECT state, count(*) FROM jobs GROUP BY state"))
+                    await asyncio.sleep(0)
+                await worker.saw("paused", "never", SLOTS)
             assert await program.end(signal.SIGKILL) == -signal.SIGKILL
         hooks.hang = False
         async with gateway(tmp_path, second, environ=environ) as program:
@@ -142,8 +147,8 @@ async def test_every_job_ends_once_though_the_gateway_is_killed(tmp_path: Path) 
             while kept(tmp_path, "SELECT id FROM job_webhooks"):
                 assert program.process.returncode is None
             assert await program.end(signal.SIGTERM) == 0
-    assert {"COMPLETED", "IN_PROGRESS", "IN_QUEUE"} <= {state for state, _ in states}
-    assert dict(states)["COMPLETED"] == 1
+    assert states["COMPLETED"] == 1
+    assert states["IN_QUEUE"] > 0
     assert (before["attempt"], before["stream"]) == (1, [{"output": "data: 1\n\n"}])
     assert (after["attempt"], after["stream"]) == (2, [])
     assert {one["status"] for one in ended.values()} == {"COMPLETED"}
@@ -153,8 +158,7 @@ async def test_every_job_ends_once_though_the_gateway_is_killed(tmp_path: Path) 
     )  # both frames, and [DONE]: nothing of the first
     assert "retries" not in ended[done]
     assert ended[streams]["retries"] == 1
-    running = sum("retries" in ended[name] for name in chats)
-    assert running == dict(states)["IN_PROGRESS"] - 1
+    assert sum("retries" in ended[name] for name in chats) == SLOTS - 1
     requests, tokens = kept(tmp_path, "SELECT sum(requests), sum(completion_tokens) FROM usage")[0]
     assert (requests, tokens) == (2 + MANY, 2 * (2 + MANY))
     assert [path for path, _ in hooks.got] == ["/done"] * 2

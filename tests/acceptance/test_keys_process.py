@@ -6,17 +6,18 @@ import asyncio
 import json
 import signal
 import sqlite3
-import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from tests.acceptance.test_gateway_process import CHAT, KEY, ROOT, Program, completion, gateway, started
+from tests.gateway_process import CHAT, Program, beside, completion, gateway, started
 from tests.scripted_app import Pause, Say, Script, answer, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY
 from tests.until import until
 
 WAITS = {"START": "first_request"}
@@ -26,18 +27,9 @@ HALF = 4
 FRAMES = 6
 
 
-async def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python -m gateway ARGUMENTS` beside a gateway of `folder`."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", *arguments),
-        env={"DATA_DIR": str(folder / "data"), "HOME": str(folder)},
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, errors = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), errors.decode()
+def names(folder: Path) -> list[str]:
+    """What is in `folder`."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 async def status_of(program: Program, key: str) -> int:
@@ -63,11 +55,11 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
         await program.address()  # the snippet's
         assert await status_of(program, first) == 404
 
-        code, out, errors = await command(tmp_path, "keys", "create", "--name", "app", "--expires", "30d")
+        code, out, errors = await beside(tmp_path, "keys", "create", "--name", "app", "--expires", "30d")
         made = out.strip()
         assert (code, out, made[:3], made in errors) == (0, f"{made}\n", "ft-", False)
         await heard(program, made, 404)
-        assert (await command(tmp_path, "keys", "revoke", "app"))[:2] == (0, "")
+        assert (await beside(tmp_path, "keys", "revoke", "app"))[:2] == (0, "")
         await heard(program, made, 401)
 
         async with gateway(
@@ -84,10 +76,30 @@ async def test_keys_outlive_the_gateway_and_are_made_and_revoked_beside_it(tmp_p
         assert await status_of(program, first) == 404
         assert await status_of(program, made) == 401
         assert await program.end(signal.SIGTERM) == 0
-    _, listed, _ = await command(tmp_path, "keys", "list", "--all")
+    _, listed, _ = await beside(tmp_path, "keys", "list", "--all")
     head, *rows = listed.splitlines()
     assert head.split()[:2] == ["id", "name"]
     assert {row.split()[1]: row.split()[-1] for row in rows} == {"first": "admin", "app": "revoked"}
+
+
+async def test_what_is_not_there_is_not_made_by_asking(tmp_path: Path) -> None:
+    """A slip in DATA_DIR is no gateway that nobody has asked."""
+    for arguments in (("usage",), ("keys", "list"), ("keys", "revoke", "app")):
+        code, out, errors = await beside(tmp_path, *arguments)
+        assert (code, out) == (74, "")
+        kept = f"{tmp_path}/data/gateway.db"
+        assert errors == f"firsttoken: nothing is kept in {kept}, there is no such file; see DATA_DIR\n"
+    assert names(tmp_path) == []
+
+
+async def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    """A key that could not be kept is not printed either."""
+    assert (await beside(tmp_path, "keys", "create", "--name", "app"))[0] == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "gateway.db")) as another:  # as a gateway has it open
+        another.execute("SELECT count(*) FROM keys")
+        code, out, errors = await beside(tmp_path, "keys", "create", "--name", "more", file_max_bytes=0)
+    assert (code, out, errors.count("\n")) == (74, "", 1)
+    assert errors.startswith("firsttoken: the gateway's database can't be used: ")
 
 
 async def test_a_key_is_not_lost_with_a_first_start_that_fails(tmp_path: Path) -> None:
@@ -183,7 +195,7 @@ def checkpoints(folder: Path) -> int:
 
 async def usage(folder: Path) -> dict[str, Any]:
     """What the command says, by model."""
-    code, out, errors = await command(folder, "usage", "--by", "model", "--json")
+    code, out, errors = await beside(folder, "usage", "--by", "model", "--json")
     assert code == 0, errors
     return {row["model"]: row for row in json.loads(out)["data"]}
 
@@ -240,7 +252,7 @@ async def test_usage_is_a_table_with_totals(tmp_path: Path) -> None:
         ):
             assert reply.status == 200
             await reply.read()
-        code, out, _ = await command(tmp_path, "usage", "--by", "key,model")
+        code, out, _ = await beside(tmp_path, "usage", "--by", "key,model")
         assert code == 0
         assert out.splitlines() == [
             "key      model  requests  prompt  completion    cost",
@@ -248,5 +260,5 @@ async def test_usage_is_a_table_with_totals(tmp_path: Path) -> None:
             "total                  1    1000         500  0.0025",
         ]
         assert await program.end(signal.SIGTERM) == 0
-    code, _, errors = await command(tmp_path, "usage", "--from", "yesterday")
+    code, _, errors = await beside(tmp_path, "usage", "--from", "yesterday")
     assert (code, "`from` must be a day" in errors) == (64, True)

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from judge.servers import free_port
 from scripts.kubernetes import check
 from scripts.kubernetes.pods import environ, pods
 from tests.servers import KEY, first_line, program
@@ -42,17 +43,17 @@ class Workers:
 
 
 @asynccontextmanager
-async def served(workers: Workers, port: int = 0) -> AsyncIterator[int]:
-    """The port at which there are workers."""
-    async with await asyncio.start_server(workers.answer, "127.0.0.1", port, reuse_address=True) as server:
-        yield server.sockets[0].getsockname()[1]
+async def served(workers: Workers, port: int) -> AsyncIterator[None]:
+    """There are workers at the port."""
+    async with await asyncio.start_server(workers.answer, "127.0.0.1", port, reuse_address=True):
+        yield
 
 
 def as_keda(trigger: Mapping[str, Any], base: str) -> float:
     """The value that KEDA's `metrics-api` scaler would read, with the key that it is given."""
     metadata = trigger["metadata"]
     path = metadata["url"].removeprefix("http://gateway.firsttoken.svc:8000")
-    answer = httpx.get(base + path, headers={"authorization": f"Bearer {KEY}"}, timeout=3)
+    answer = httpx.get(base + path, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
     assert answer.status_code == 200
     metric, _, labels = metadata["valueLocation"].partition("{")
     (value,) = (
@@ -70,9 +71,9 @@ async def test_a_request_at_zero_is_what_keda_scales_by_and_is_answered(tmp_path
     objects = check.rendered(OVERLAY)
     (trigger,) = next(one for one in objects if one["kind"] == "ScaledObject")["spec"]["triggers"]
     (container,) = next(pod for pod in pods(objects) if pod.component == "gateway").containers
-    workers = Workers()
+    workers, port = Workers(), free_port()
     async with AsyncExitStack() as stack:
-        async with served(workers) as port:
+        async with served(workers, port):
             told = {
                 **environ(container, objects),
                 "HOST": "127.0.0.1",

@@ -77,7 +77,7 @@ async def test_eight_clients_are_answered_at_once(lambda_function: dict[str, Ser
     loop = asyncio.get_running_loop()
 
     async def ask(client: openai.AsyncOpenAI) -> tuple[float, float]:
-        stream = await client.chat.completions.create(**ASK, max_tokens=200, stream=True, extra_body=ON)
+        stream = await client.chat.completions.create(**ASK, max_tokens=600, stream=True, extra_body=ON)
         times = [loop.time() async for _ in stream]
         return times[0], times[-1]
 

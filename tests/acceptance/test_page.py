@@ -20,11 +20,12 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 from handler.errors import error_body
 from tests import servers
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, chunk, completion, gateway, started
 from tests.browser import TIMEOUT_MS, chromium, tab
 from tests.contract.test_openai_node import NPM
+from tests.gateway_process import CHAT, Program, chunk, completion, gateway, started
 from tests.scripted_app import Pause, Script, answer, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -279,7 +280,7 @@ async def test_a_key_that_is_no_admins_can_chat_only(tmp_path: Path, browser: Br
     async with gateway(tmp_path, (READY, {CHAT: stream(chunk("Hello!"), counted(1, 1))})) as program:
         await started(program)
         async with httpx.AsyncClient(
-            headers={"authorization": f"Bearer {KEY}"}, base_url=root(program)
+            headers={"authorization": f"Bearer {KEY}"}, base_url=root(program), timeout=60
         ) as admin:
             made = (await admin.post("admin/keys", json={"name": "guest"})).json()
             async with page_of(program, browser, key=made["key"]) as page:
@@ -314,6 +315,7 @@ async def test_by_keyboard_alone(tmp_path: Path, browser: Browser) -> None:
             await expect(page.get_by_label("API key")).to_be_focused()
             await page.keyboard.type(KEY)
             await press("Enter")
+            await expect(page.get_by_role("heading", name="Chat")).to_be_focused()
             await tab_to("Message")
             await page.keyboard.type("Tell me a story")
             await press("Enter")
@@ -400,6 +402,38 @@ async def test_no_view_keeps_anybody_out(tmp_path: Path, browser: Browser, axe: 
         await check()
 
 
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 664), (320, 568)])
+async def test_the_window_is_enough(tmp_path: Path, browser: Browser, width: int, height: int) -> None:
+    """Of a chat only the conversation scrolls, and no view is wider than a phone."""
+    viewport = {"width": width, "height": height}
+    async with gateway(tmp_path, (READY, {"GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with page_of(program, browser, viewport=viewport) as page:
+            await expect(page.get_by_label("Message")).to_be_visible()
+            assert await page.evaluate(SIZE) == [width, height]
+            for name in ("Workers", "Usage", "Keys"):
+                await show(page, name)
+                await expect(page.get_by_role("heading", name=name)).to_be_visible()
+                assert (await page.evaluate(SIZE))[0] == width
+
+
+async def test_a_long_name_hides_nothing(tmp_path: Path, browser: Browser) -> None:
+    """It has as many lines as it wants: the tables still fit, and Revoke is in sight."""
+    async with gateway(tmp_path, (READY, {CHAT: completion("Hi"), "GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with httpx.AsyncClient(
+            base_url=root(program), headers={"authorization": f"Bearer {KEY}"}
+        ) as http:
+            fields = {"name": "W" * 64, "models": ["organisation/model-" + "8" * 60]}
+            assert (await http.post("/admin/keys", json=fields)).status_code == 201
+        async with page_of(program, browser) as page:
+            await show(page, "Keys")
+            await expect(page.get_by_role("button", name="Revoke W")).to_be_visible()
+            assert await page.evaluate(FITS)
+
+
+FITS = "(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
+SIZE = "(({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight])(document.scrollingElement)"
 FOCUS = """() => {
   const at = document.activeElement;
   if (at === document.body) return { name: "", outline: "none" };

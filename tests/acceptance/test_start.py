@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import httpx
 import openai
 import pytest
 
+from judge.servers import free_port
 from tests.servers import KEY, MODEL, START_TIMEOUT_S, STOP_TIMEOUT_S, engine_environ, program
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="no engine is installed")
@@ -85,14 +85,6 @@ def starting(tmp_path: Path, model: Path, **environ: str) -> Iterator[Starting]:
         program("handler", env, tmp_path) as (process, errors),
     ):
         yield Starting(int(env["PORT"]), process, errors, pool)
-
-
-def free_port() -> int:
-    """A port that nobody has."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def sockets(port: int) -> list[tuple[str, str]]:

@@ -14,10 +14,11 @@ import aiohttp
 import pytest
 
 from tests import otlp
-from tests.acceptance.test_gateway_process import CHAT, KEY, Program, chunk, completion, gateway, started
+from tests.gateway_process import CHAT, Program, chunk, completion, gateway, started
 from tests.otlp import Received
 from tests.scripted_app import Crash, Pause, answer, stream
 from tests.scripted_worker import READY
+from tests.servers import KEY
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -97,7 +98,7 @@ async def test_a_stream_is_one_trace_from_wait_to_last_token(tmp_path: Path) -> 
             worker.open("go")
             status, said = await asking
             assert (status, said[-14:]) == (200, b"data: [DONE]\n\n")
-    spans = receiver.wait(FRONT)
+            spans = await asyncio.to_thread(receiver.wait, FRONT)  # the last to end
     assert {span.trace_id for span in spans} == {TRACE}
     wait = ["wait", [["cold start", ["import vllm", "open engine", "first token"]]]]  # those of COLD_START
     chat, steps = "chat org/model", ["first token", "rest of the stream"]
@@ -143,7 +144,8 @@ async def test_a_failure_is_told_and_a_whole_answer_too(tmp_path: Path) -> None:
             await started(program)
             assert (await ask(program, body(streams=False)))[0] == 500
             assert (await ask(program, body(streams=False)))[0] == 200
-    spans = sorted(receiver.wait(FRONT), key=lambda span: span.begin_ns)
+            spans = await asyncio.to_thread(receiver.wait, FRONT, FRONT)
+    spans.sort(key=lambda span: span.begin_ns)
     fronts = [span for span in spans if span.name == FRONT]
     attempts = [span for span in spans if span.kind == CLIENT]
     for both in (fronts, attempts):

@@ -6,10 +6,8 @@ Nothing that was accepted is lost, nothing is done or counted twice, and nothing
 from __future__ import annotations
 
 import asyncio
-import os
-import re
 import signal
-import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -23,20 +21,23 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests import postgres
-from tests.servers import KEY, ROOT
+from tests.gateway_process import main_with, root_of, running
+from tests.servers import KEY
 from tests.steady_worker import PROMPT_TOKENS
 from tests.until import LOOK_S
 
-LEASE_S = 2.0
-WITH_STEADY_WORKERS = (
-    "import sys; from gateway import instances; "
-    f"instances.LEASE_S, instances.BEAT_S = {LEASE_S}, 0.4; "
-    "from gateway.__main__ import main; from tests.steady_worker import COMMAND; "
-    "sys.exit(main(sys.argv[1:], COMMAND))"
+LEASE_S = 8.0
+"""Less than the shipped one, so that a test need not wait so long, and more than a machine may stall."""
+LONG_LEASE_S = 3600.0
+"""Longer than any test: only a gateway's lock can tell that it is gone."""
+QUICKER = (
+    "import os; from gateway import instances; "
+    "instances.LEASE_S, instances.BEAT_S = float(os.environ['LEASE_S']), 0.4; "
 )
 TOKENS = 30
 CUT_TOKENS = 90
-"""Of a stream that is to be cut: long enough to be written down on its way."""
+"""Of what is to be cut, and is waited for after that: long enough to be written down on its way."""
+ENDLESS = 100_000
 SLOTS = 10
 """Of each worker."""
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
@@ -59,13 +60,13 @@ class Gateway:
                 assert "retry-after" in reply.headers
             return reply.status, body
 
-    async def submit(self, model: str, tokens: int = TOKENS) -> str:
+    async def submit(self, model: str, tokens: int = TOKENS, headers: Mapping[str, str] | None = None) -> str:
         """The id of a job, handed in until it is accepted."""
         asked = {"model": model, "messages": [], "max_tokens": tokens}
         body = {"input": {"openai_route": "/v1/chat/completions", "openai_input": asked}}
         while True:
             status, told = await self.ask(
-                "POST", "/v2/local/run", json=body, headers={"idempotency-key": model}
+                "POST", "/v2/local/run", json=body, headers={"idempotency-key": model, **(headers or {})}
             )
             if status == 200:
                 return str(told["id"])
@@ -130,19 +131,15 @@ async def come(holds: Callable[[], Awaitable[bool]]) -> None:
 
 
 @asynccontextmanager
-async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> AsyncIterator[Gateway]:
+async def gateway(
+    name: str, folder: Path, url: str, *, per_s: float = 15, lease_s: float = LEASE_S
+) -> AsyncIterator[Gateway]:
     """One with a worker of its own; `files` are those of all in `folder`."""
     (folder / name).mkdir(exist_ok=True)
     (folder / "files").mkdir(exist_ok=True)
     with suppress(FileExistsError):
         (folder / name / "files").symlink_to(folder / "files")
     environ = {
-        **{key: os.environ[key] for key in ("PATH", "HOME", "VIRTUAL_ENV") if key in os.environ},
-        "PORT": "0",
-        "API_KEY": KEY,
-        "MODEL_NAME": "org/model",
-        "WARM_PARENT": "off",
-        "TMPDIR": str(folder / name),
         "DATA_DIR": str(folder / name),
         "DATABASE_URL": url,
         "MIN_WORKERS": "1",
@@ -150,38 +147,23 @@ async def gateway(name: str, folder: Path, url: str, *, per_s: float = 15) -> As
         "QUEUE_LIMIT": "1000",
         "STEADY_TOKENS_PER_S": str(per_s),
         "VLLM_SKIP_MODEL_NAME_VALIDATION": "true",
+        "LEASE_S": str(lease_s),
     }
     stderr = folder / f"{name}.stderr"
-    with stderr.open("a") as errors:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", WITH_STEADY_WORKERS),
-            env=environ,
-            cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+    program = main_with("tests.steady_worker", QUICKER)
     connector = aiohttp.TCPConnector(limit=0)
-    session = aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}, connector=connector)
     try:
-        assert process.stdout is not None
-        line = b""
-        while b"/openai/v1" not in line:
-            line = await process.stdout.readline()
-            assert line, stderr.read_text()[-4000:]
-        found = re.search(r"(http://\S+)/v2/local/openai/v1", line.decode())
-        assert found
-        at = Gateway(process, found[1], session, stderr)
-        await at.in_flight(0)
-        yield at
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-            assert await process.wait() == 0
+        async with (
+            running(program, folder / name, environ, stderr=stderr) as process,
+            aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}, connector=connector) as session,
+        ):
+            at = Gateway(process, await root_of(process, stderr), session, stderr)
+            await at.in_flight(0)
+            yield at
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+                assert await process.wait() == 0
     finally:
-        await session.close()
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
         assert postgres.PASSWORD not in stderr.read_text()
 
 
@@ -196,11 +178,11 @@ def server() -> Iterator[postgres.Server]:
 
 
 @asynccontextmanager
-async def two(folder: Path, url: str) -> AsyncIterator[tuple[Gateway, Gateway]]:
+async def two(folder: Path, url: str, *, per_s: float = 15) -> AsyncIterator[tuple[Gateway, Gateway]]:
     """Two gateways over the database at `url`."""
     async with AsyncExitStack() as stack:
-        a = await stack.enter_async_context(gateway("a", folder, url))
-        yield a, await stack.enter_async_context(gateway("b", folder, url))
+        a = await stack.enter_async_context(gateway("a", folder, url, per_s=per_s))
+        yield a, await stack.enter_async_context(gateway("b", folder, url, per_s=per_s))
 
 
 @dataclass
@@ -228,19 +210,29 @@ class Stream:
         self.began.set()
 
 
-async def written_down(url: str, models: set[str]) -> None:
-    """Return once the database has heard of a stream of each of `models` that is on its way."""
-    database = create_async_engine(url)
+@asynccontextmanager
+async def asking(url: str) -> AsyncIterator[Callable[[str], Awaitable[list[tuple[Any, ...]]]]]:
+    """Answers statements with what is in the database at `url` then."""
+    database = create_async_engine(url, isolation_level="AUTOCOMMIT")
     try:
         async with database.connect() as connection:
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
 
-            async def told() -> bool:
-                return models <= set(await connection.scalars(text("SELECT model FROM open_requests")))
+            async def ask(statement: str) -> list[tuple[Any, ...]]:
+                return [tuple(row) for row in await connection.execute(text(statement))]
 
-            await come(told)
+            yield ask
     finally:
         await database.dispose()
+
+
+async def written_down(url: str, models: set[str]) -> None:
+    """Return once the database has heard of a stream of each of `models` that is on its way."""
+    async with asking(url) as ask:
+
+        async def told() -> bool:
+            return {(model,) for model in models} <= set(await ask("SELECT model FROM open_requests"))
+
+        await come(told)
 
 
 async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
@@ -250,7 +242,7 @@ async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
     url = server.database()
     async with two(tmp_path, url) as (a, b):
         jobs = [await a.submit(f"job-{n}") for n in range(6)]
-        streams = [Stream(f"stream-{n}", CUT_TOKENS) for n in range(6)]
+        streams = [Stream(f"stream-{n}", ENDLESS if n % 2 else TOKENS) for n in range(6)]
         reading = [asyncio.create_task(one.read(a if n % 2 else b)) for n, one in enumerate(streams)]
         await written_down(url, {one.model for one in streams[1::2]})
         a.process.kill()
@@ -269,10 +261,91 @@ async def test_usage_is_exact_and_jobs_go_on_after_either_is_killed(
             row = rows[stream.model]
             assert row["requests"] == 1
             if stream.whole:
-                assert (row["prompt_tokens"], row["completion_tokens"]) == (PROMPT_TOKENS, CUT_TOKENS)
+                assert (row["prompt_tokens"], row["completion_tokens"]) == (PROMPT_TOKENS, TOKENS)
             else:
                 assert 0 < row["completion_tokens"] <= stream.seen + 1
-        assert sum(stream.whole for stream in streams) == 3
+        assert [stream.whole for stream in streams] == [True, False] * 3
+
+
+async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_still_is_not_taken_for_it(
+    tmp_path: Path, server: postgres.Server
+) -> None:
+    """However long leases are, and though neither says a word; nor is one whose session the server ended."""
+    url = server.database()
+    async with AsyncExitStack() as stack:
+        ask = await stack.enter_async_context(asking(url))
+        known: set[str] = set()
+        gateways: list[tuple[str, Gateway]] = []
+        for name in ("killed", "still", "other"):
+            at = await stack.enter_async_context(gateway(name, tmp_path, url, lease_s=LONG_LEASE_S))
+            (instance,) = {row[0] for row in await ask("SELECT id FROM instances")} - known
+            known.add(instance)
+            gateways.append((instance, at))
+        (killed_id, killed), (still_id, still), (_, other) = gateways
+
+        async def held(instance: str) -> set[str]:
+            begun = "SELECT id, instance FROM jobs WHERE state = 'IN_PROGRESS'"
+            return {job for job, its in await ask(begun) if its == instance}
+
+        async def all_begun() -> bool:
+            return bool(await held(killed_id) and await held(still_id)) and not await ask(
+                "SELECT id FROM jobs WHERE state <> 'IN_PROGRESS'"
+            )
+
+        for at in (killed, still):
+            for number in range(3):
+                await at.submit(f"{at.stderr.stem}-{number}", CUT_TOKENS)
+        await come(all_begun)
+        lost, kept = await held(killed_id), await held(still_id)
+
+        async def locked() -> bool:
+            locks = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
+            wanted = {(int.from_bytes(bytes.fromhex(one), signed=True),) for one in known}
+            return wanted <= set(await ask(locks))
+
+        await come(locked)
+        await ask(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'firsttoken'"
+        )
+        await come(locked)
+        still.process.send_signal(signal.SIGSTOP)
+        killed.process.kill()
+        killed_at_s = asyncio.get_running_loop().time()
+
+        async def taken_off() -> bool:
+            return (killed_id,) not in await ask("SELECT id FROM instances")
+
+        await come(taken_off)
+        waited_s = asyncio.get_running_loop().time() - killed_at_s
+        print(f"a killed gateway was taken off the list after {waited_s:.2f} s")
+        ended = [await other.ended(job) for job in lost]
+        assert [(job["status"], job["retries"]) for job in ended] == [("COMPLETED", 1)] * len(lost)
+        assert await held(still_id) == kept
+        still.process.send_signal(signal.SIGCONT)
+        ended = [await other.ended(job) for job in kept]
+        assert [(job["status"], job.get("retries")) for job in ended] == [("COMPLETED", None)] * len(kept)
+
+
+async def test_a_gateway_that_is_killed_and_started_again_goes_on_at_once(
+    tmp_path: Path, server: postgres.Server
+) -> None:
+    """Its jobs are done and its streams counted, whatever lease its former self had."""
+    url = server.database()
+    async with gateway("a", tmp_path, url, lease_s=LONG_LEASE_S) as killed:
+        jobs = [await killed.submit(f"job-{n}", CUT_TOKENS) for n in range(2)]
+        stream = Stream("stream", CUT_TOKENS)
+        reading = asyncio.create_task(stream.read(killed))
+        await killed.in_flight(len(jobs) + 1)
+        await written_down(url, {stream.model})
+        killed.process.kill()
+        await asyncio.gather(killed.process.wait(), reading)
+    async with gateway("a", tmp_path, url, lease_s=LONG_LEASE_S) as again:
+        started_at_s = asyncio.get_running_loop().time()
+        counted = (await again.counted(1))[0]
+        print(f"usage was counted {asyncio.get_running_loop().time() - started_at_s:.2f} s after the start")
+        assert (counted["model"], counted["requests"]) == (stream.model, 1)
+        assert 0 < counted["completion_tokens"] <= stream.seen + 1
+        assert [(await again.ended(job))["status"] for job in jobs] == ["COMPLETED"] * len(jobs)
 
 
 async def test_both_work_on_one_queue_and_hear_of_each_other(tmp_path: Path, server: postgres.Server) -> None:
@@ -303,10 +376,16 @@ async def test_both_work_on_one_queue_and_hear_of_each_other(tmp_path: Path, ser
             return loop.time() - began_s
 
         await heard(200)
+        theirs = [await b.submit(f"theirs-{n}", tokens=100_000, headers=headers) for n in range(40)]
+        await asyncio.gather(a.in_flight(1), b.in_flight(1))
         assert (await a.ask("DELETE", f"/admin/keys/{made['id']}"))[0] == 200
         print(f"a key revoked on one gateway was refused by the other after {await heard(401):.2f} s")
+        ended = [await b.ended(job) for job in theirs]
+        assert Counter(job["status"] for job in ended) == {"CANCELLED": len(theirs)}
+        assert {job["error"] for job in ended} == {"The key of the job is valid no more."}
+        await asyncio.gather(a.idle(), b.idle())
 
-        long = await a.submit("long", tokens=100_000)
+        long = await a.submit("long", tokens=ENDLESS)
 
         async def runs() -> bool:
             return bool((await b.job(long))["status"] == "IN_PROGRESS")
@@ -341,3 +420,93 @@ async def test_a_restart_of_the_database_under_load_loses_nothing(
         assert Counter(row["requests"] for row in rows) == {1: len(jobs) + len(late) + len(streams)}
         assert {row["completion_tokens"] for row in rows} == {TOKENS}
         assert {row["prompt_tokens"] for row in rows} == {PROMPT_TOKENS}
+
+
+@dataclass
+class Limited:
+    """A client with a key of so many requests in a minute, which counts what it gets."""
+
+    key: str
+    per_minute: int
+    got: int = 0
+    began_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def may_have(self) -> float:
+        """How many requests it may have had by now, if all gateways count together."""
+        return self.per_minute * (1 + (time.monotonic() - self.began_s) / 60)
+
+    async def known(self, at: Gateway) -> bool:
+        """Whether a gateway says of it what is true of all together."""
+        async with at.session.get(f"{at.root}/v2/local/health", headers=self.headers) as reply:
+            left, rest = int(reply.headers["x-ratelimit-remaining-requests"]), self.may_have - self.got
+            if rest > 0:
+                return left <= rest
+        wait_s = await self.ask(at)
+        return wait_s >= (1 - self.may_have + self.got) / self.per_minute * 60
+
+    async def ask(self, at: Gateway) -> int:
+        """Ask for one token; returns how long to wait, 0 if it was answered."""
+        url, body = f"{at.root}/v2/local/openai/v1/chat/completions", {"model": "m", "messages": []}
+        asking = at.session.post(url, json={**body, "max_tokens": 1}, headers=self.headers)
+        async with asking as reply:
+            assert reply.status in {200, 429}, await reply.text()
+            self.got += reply.status == 200
+            return int(reply.headers.get("retry-after", 0))
+
+    async def ask_until_refused(self, at: Gateway) -> int:
+        """Returns how long to wait then."""
+        while not (wait_s := await self.ask(at)):
+            pass
+        return wait_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of each request."""
+        return {"authorization": f"Bearer {self.key}"}
+
+
+async def limited(a: Gateway, b: Gateway, name: str, per_minute: int) -> Limited:
+    """One whom both know."""
+    asked = {"name": name, "requests_per_minute": per_minute}
+    status, made = await a.ask("POST", "/admin/keys", json=asked)
+    assert status == 201
+    one = Limited(made["key"], per_minute)
+
+    async def comes_in() -> bool:
+        return (await b.ask("GET", "/v2/local/health", headers=one.headers))[0] == 200
+
+    await come(comes_in)
+    return one
+
+
+async def test_a_limit_is_that_of_all_gateways(tmp_path: Path, server: postgres.Server) -> None:
+    """Also of a new one, and of those that were without a database, for which nobody was refused."""
+    url = server.database()
+    async with two(tmp_path, url, per_s=1000) as (a, b):
+        one = await limited(a, b, "in turn", 30)
+        for _ in range(20):
+            assert not await one.ask(a)
+        await come(lambda: one.known(b))
+        wait_s = await one.ask_until_refused(b)
+        assert 30 <= one.got <= one.may_have
+        await come(lambda: one.known(a))
+        await asyncio.sleep(wait_s)  # as it was told
+        assert not await one.ask(a)
+
+        both = await limited(a, b, "at once", 600)
+        await asyncio.gather(*(both.ask_until_refused(at) for at in (a, b) for _ in range(4)))
+        over = max(0, both.got - both.may_have)
+        print(f"{both.got} requests of 600 a minute at two gateways, {over:.0f} too many")
+        assert over < 300
+
+        away = await limited(a, b, "away", 20)
+        await asyncio.to_thread(server.stop, crash=True)
+        await asyncio.gather(*(away.ask(at) for at in (a, b) for _ in range(30)))
+        assert 40 <= away.got <= 2 * away.may_have, "each may let in what it could alone"
+        await asyncio.to_thread(server.start)
+        for at in (a, b):
+            await come(lambda at=at: away.known(at))  # type: ignore[misc]
+    async with gateway("c", tmp_path, url, per_s=1000) as c:
+        assert await both.known(c)
+        assert await away.known(c)

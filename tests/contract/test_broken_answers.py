@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -139,7 +140,10 @@ async def test_characters_of_many_bytes_arrive_whole(server: Server) -> None:
 async def test_a_client_that_leaves_is_noticed_by_the_application(server: Server, scripted: Any) -> None:
     """Through every hop, before anything was answered."""
     async with server.client() as client:
-        with pytest.raises(openai.APITimeoutError):
-            await client.with_options(timeout=0.2).chat.completions.create(**BODY)
+        asking = asyncio.create_task(client.chat.completions.create(**BODY))
+        await scripted.gate("never").reached.wait()
+        asking.cancel()
+        await asyncio.wait({asking})
+        assert asking.cancelled()
         await scripted.seen[0].over.wait()
     assert scripted.seen[0].ended == "disconnected"

@@ -126,7 +126,7 @@ def test_an_interrupted_start_leaves_nothing_behind(case: Case, tmp_path: Path) 
     try:
         left = (tmp_path / "left").read_text()
         running.send_signal(signal.SIGINT)
-        assert running.wait(30) == 130
+        assert running.wait(60) == 130
     finally:
         running.kill()
         running.wait()
@@ -148,7 +148,7 @@ def test_the_benchmark_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     starts = result["results"]["tiny"]["modes"]["warm"]
     assert list(starts) == ["worker", "fork"]
     assert starts["worker"]["texts"] == starts["fork"]["texts"]
-    assert starts["fork"]["first_median_s"] < starts["worker"]["first_median_s"]
+    assert starts["fork"]["cpu_s"] < starts["worker"]["cpu_s"]  # of the CPU: no wall time is sure to be less
     assert {"import vllm", "engine", "weights"} <= starts["worker"]["phases"].keys()
     assert "import vllm" not in starts["fork"]["phases"]
     assert starts["worker"]["facts"]["weights_bytes"] > 0

@@ -13,7 +13,7 @@ from handler.errors import EngineFailed
 from handler.phases import Phases
 from handler.settings import Settings
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Opening(Engine):
@@ -84,5 +84,5 @@ def test_an_engine_that_is_closed_while_it_opens_ends() -> None:
     closing = threading.Thread(target=engine.close, daemon=True)
     closing.start()
     engine.go_on.set()
-    closing.join(2.0)
+    closing.join(WAIT_S)
     assert not closing.is_alive()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from handler.errors import EngineFailed, StartFailed
-from tests.integration.test_lobby import free_port
+from judge.servers import free_port
 from tests.scripted_app import ScriptedApp
 from tests.scripted_server import starting, worker
 from tests.servers import ROOT

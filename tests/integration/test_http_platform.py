@@ -16,7 +16,7 @@ from tests.scripted_server import ServedWorker, worker
 
 CHAT = "POST /v1/chat/completions"
 KEY = {"API_KEY": "secret-key"}
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """What a test waits for something that takes milliseconds, before it fails."""
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import os
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import cast
 
+import httpx
 import pytest
 
 from gateway.upstreams import WorkerLost
-from gateway.upstreams.events import Ended, Event, Ready, Starting
+from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
+from judge.servers import free_port
+from tests.servers import KEY, first_line, program
 
 STOPPING = json.dumps({"error": {"message": "bye", "type": "server_error", "code": "worker_stopping"}})
 ERROR = json.dumps({"error": {"message": "it broke", "type": "server_error", "param": None, "code": None}})
 MODELS = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+METRICS = '# TYPE vllm:prompt_tokens_total counter\nvllm:prompt_tokens_total{engine="0"} 7.0\n'
 STREAM = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -39,10 +46,14 @@ def chunk(text: str) -> str:
 
 
 class Scripted:
-    """A server that plays a script for each POST and closes the connection; it has its models always."""
+    """A server that plays a script for each POST and closes the connection.
 
-    def __init__(self, *scripts: str) -> None:
+    It has its models always, and its metrics.
+    """
+
+    def __init__(self, *scripts: str, models: str = MODELS) -> None:
         self.scripts = list(scripts)
+        self.models = models
         self.heads: list[str] = []
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,8 +61,12 @@ class Scripted:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                if head.startswith("GET /serve/metrics "):
+                    self.heads.append(head)
+                    writer.write(whole("200 OK", "text/plain", METRICS).encode())
+                    break
                 if head.startswith("GET"):
-                    writer.write(MODELS.encode())
+                    writer.write(self.models.encode())
                     continue
                 self.heads.append(head)
                 length = int(head.lower().partition("content-length: ")[2].partition("\r\n")[0])
@@ -204,12 +219,16 @@ async def test_a_stream_that_is_cut_fails() -> None:
 
 async def test_who_comes_while_it_is_away_waits_for_it() -> None:
     """It comes back at the same address, and everybody hears of that."""
-    events: list[Event] = []
+    events: list[Event] = []  # but for what it does while it is away
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, Progress):
+            events.append(event)
+
     scripted = Scripted(whole("200 OK", "application/json", "{}"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     heard = asyncio.Event()
-    async with pool(port, tell=events.append) as opened:
+    async with pool(port, tell=tell) as opened:
         opened.listen(heard.set)
         assert (opened.free, opened.workers[0].state) == (0, "starting")
 
@@ -229,6 +248,22 @@ async def test_who_comes_while_it_is_away_waits_for_it() -> None:
                 pass
         assert [type(event) for event in events] == [Starting, Ready, Ended, Starting]
         assert opened.free == 0
+
+
+async def test_why_it_is_not_there_is_told_once() -> None:
+    """Nobody listens, then what stands before it has none: a slip in its URL is seen in log and status."""
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    port = free_port()
+    async with pool(port, tell=events.put_nowait) as opened:
+        assert isinstance(await events.get(), Starting)
+        told = [await events.get()]
+        assert opened.workers[0].phase == cast("Progress", told[0]).text
+        async with served(Scripted(models=whole("502 Bad Gateway", "text/html", "none")), port):
+            told.append(await events.get())
+    assert [re.sub(r"host .*", "host", cast("Progress", event).text) for event in told] == [
+        "waiting for the upstream: Cannot connect to host",
+        "waiting for the upstream: it answers with status 502",
+    ]
 
 
 async def test_who_finds_it_away_as_the_gateway_stops_is_told_so() -> None:
@@ -287,3 +322,30 @@ async def test_it_has_as_many_places_as_it_was_given() -> None:
         async with opened.call(chat()):
             assert (opened.free, opened.capacity, opened.workers[0].in_flight) == (0, 1, 1)
         assert opened.free == 1
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+async def test_the_gateway_has_its_metrics_where_it_is_one_process(tmp_path: Path, switch: str) -> None:
+    """Under its own path and with its key, only if it is said to be one: of many each would have its turn."""
+    scripted = Scripted()
+    async with served(scripted) as port:
+        environ = {
+            "PATH": os.environ["PATH"],
+            "UPSTREAM": "http",
+            "UPSTREAM_URL": f"http://127.0.0.1:{port}/serve/v1",
+            "UPSTREAM_KEY": "theirs",
+            "UPSTREAM_METRICS": switch,
+            "MODEL_NAME": "m",
+            "PORT": "0",
+            "API_KEY": KEY,
+            "DATA_DIR": f"{tmp_path}/data",
+        }
+        with program("gateway", environ, tmp_path) as (process, errors):
+            line = await asyncio.to_thread(first_line, process, "/openai/v1", errors)
+            base = next(word for word in line.split() if word.startswith("http://")).partition("/v2/")[0]
+            async with httpx.AsyncClient(headers={"authorization": f"Bearer {KEY}"}) as client:
+                text = (await client.get(f"{base}/metrics")).text
+    own = 'vllm:prompt_tokens_total{endpoint="local",engine="0",worker="upstream"} 7.0'
+    assert (own in text.splitlines()) == (switch == "on")
+    keyed = ["authorization: bearer theirs" in head.lower() for head in scripted.heads]
+    assert keyed == ([True] if switch == "on" else [])

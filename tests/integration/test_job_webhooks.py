@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,8 @@ from sqlalchemy import func, select
 from sqlalchemy.exc import OperationalError
 
 from gateway.jobs import webhooks
-from gateway.jobs.webhooks import HOST_AT_ONCE, WEBHOOKS, Allowed, Webhooks
+from gateway.jobs.destinations import Allowed
+from gateway.jobs.webhooks import HOST_AT_ONCE, WEBHOOKS, Webhooks
 from gateway.store import Store
 from tests.hooks import Hooks
 from tests.job_endpoints import Names
@@ -22,9 +22,9 @@ BODY = b'{"id":"x","status":"COMPLETED"}'
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
     """A database of its own."""
-    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    store = Store.open(database_url)
     yield store
     store.close()
 
@@ -155,10 +155,12 @@ class FullDisk(Store):
         return await super().write(work, insist=insist)
 
 
-async def test_a_full_disk_has_no_webhook_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_has_no_webhook_sent_again(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What came of it is written down as soon as it can be."""
     monkeypatch.setattr(webhooks, "DATABASE_AGAIN_S", 0.0)
-    with closing(FullDisk.open(f"sqlite:///{tmp_path}/full.db")) as store:
+    with closing(FullDisk.open(database_url)) as store:
         async with Hooks().listening() as hooks:
             await put(store, f"http://127.0.0.1:{hooks.port}/a")
             store.failures = 3

@@ -187,7 +187,7 @@ async def test_a_stream_that_the_door_collects_ends_with_its_error() -> None:
 async def test_a_stream_ends_with_an_error_before_its_invocation_does() -> None:
     """One frame, no `[DONE]`, while Lambda still listens; the engine stops."""
     app = ScriptedApp({CHAT: stream(recorded.ROLE, Pause("never"), recorded.LAST)})
-    async with function(app, timeout_s=1.0) as on, on.server().http() as http:
+    async with function(app, timeout_s=4.0) as on, on.server().http() as http:
         reply = await http.post("chat/completions", json={**ASK, "stream": True})
         await app.seen[0].over.wait()
     first, last = sse.split(reply.content)
@@ -200,7 +200,7 @@ async def test_a_stream_ends_with_an_error_before_its_invocation_does() -> None:
 async def test_an_answer_that_has_not_begun_in_time_is_a_504(door: str) -> None:
     """In OpenAI's shape, and before Lambda gives the invocation up; the engine stops."""
     app = ScriptedApp({CHAT: Script((Pause("never"),))})
-    async with function(app, timeout_s=1.0) as on, on.server(door).http() as http:
+    async with function(app, timeout_s=4.0) as on, on.server(door).http() as http:
         reply = await http.post("chat/completions", json=ASK)
         await app.seen[0].over.wait()
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")

@@ -19,7 +19,7 @@ from gateway.upstreams import WorkerLost
 from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
-from gateway.upstreams.pool import Keep, back_off_s
+from gateway.upstreams.pool import Keep
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
 from tests import scripted_zygote
@@ -229,8 +229,7 @@ async def test_leaving_a_stream_is_seen_by_the_worker_at_once(tmp_path: Path) ->
         worker = await ready(on)
         async with on.upstream.call(arriving(CHAT)) as reply:
             await anext(reply.frames)
-        async with asyncio.timeout(5):
-            await worker.saw("disconnected", ROUTE)
+        await worker.saw("disconnected", ROUTE)
 
 
 async def test_leaving_before_the_answer_is_seen_by_the_worker_at_once(tmp_path: Path) -> None:
@@ -245,8 +244,7 @@ async def test_leaving_before_the_answer_is_seen_by_the_worker_at_once(tmp_path:
         task = asyncio.create_task(ask())
         await worker.saw("paused", "generating")
         task.cancel()
-        async with asyncio.timeout(5):
-            await worker.saw("disconnected", ROUTE)
+        await worker.saw("disconnected", ROUTE)
 
 
 async def test_worker_killed_in_mid_stream_fails_what_it_held(tmp_path: Path) -> None:
@@ -436,8 +434,3 @@ async def test_request_that_a_leaving_worker_refuses_goes_to_the_next(tmp_path: 
         await worker.saw("stopping")
         worker.open("asked")
         assert await asking == b'{"id": "b"}'
-
-
-def test_back_off_doubles_up_to_a_minute() -> None:
-    """Not a crash loop."""
-    assert [back_off_s(n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]

@@ -17,9 +17,10 @@ from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView, pool
 from gateway.upstreams.devices import Devices
 from gateway.upstreams.events import Ended, Event, Ready, StartFailed, Starting
+from gateway.upstreams.failures import TRIES
 from gateway.upstreams.launch import Fresh, Launcher, WarmParent
 from gateway.upstreams.local import LocalPool
-from gateway.upstreams.pool import TRIES, Keep
+from gateway.upstreams.pool import Keep
 from handler import machine
 from handler.errors import NotAdmitted, UpstreamFailed
 from handler.messages import Request, Visit, read
@@ -219,7 +220,7 @@ async def test_a_hung_worker_is_killed_and_replaced(tmp_path: Path, launcher: st
     plays = [(READY, hangs), (READY, {ROUTE: answer({"id": "b"})})]
     scaling = Scaling(max_workers=1)
     async with (
-        stage(tmp_path, *plays, scaling=scaling, launcher=launcher, hung_s=2.0) as on,
+        stage(tmp_path, *plays, scaling=scaling, launcher=launcher) as on,
         AsyncExitStack() as stack,
     ):
         (worker,) = await started(on, 1)
@@ -232,9 +233,12 @@ async def test_a_hung_worker_is_killed_and_replaced(tmp_path: Path, launcher: st
 
         asking = asyncio.create_task(ask())
         await worker.saw("paused", "before")
+        on.pool._hung_s = 2.0  # for this worker: the machine may hold up another one for as long
+        await worker.saw("probed", "", worker.events.count(("probed", "")) + 2)  # the second one knows it
         os.kill(worker.pid, signal.SIGSTOP)
         with pytest.raises(UpstreamFailed) as failed:
             await anext(frames)
+        on.pool._hung_s = NEVER
         assert not isinstance(failed.value, WorkerLost)
         assert await asking == b'{"id": "b"}'
         ended = await on.until(Ended)
@@ -337,6 +341,20 @@ async def test_the_end_of_its_output_is_in_the_error(tmp_path: Path, launcher: s
         assert view.log_tail == (*(f"line {number}" for number in range(5)), "401 for [hidden]")
         assert view.log == tmp_path / "logs" / f"{view.id}.log"
         assert view.log.read_text().splitlines() == list(view.log_tail)
+
+
+async def test_its_reason_is_told_once(tmp_path: Path) -> None:
+    """It has written it too, over several lines and last."""
+    said = ("read config.json", "firsttoken: bad settings:", "  - DTYPE='int3'", "  - SEED='x'")
+    why = ("say_why", "bad settings: DTYPE='int3'; SEED='x'", "78")
+    start = (*(("write", line) for line in said), why, ("exit", "78"))
+    async with stage(tmp_path, (start, {})) as on:
+        with pytest.raises(NotAdmitted) as refused:
+            await until_ready(on.pool)
+        assert refused.value.message == (
+            "The worker could not start: bad settings: DTYPE='int3'; SEED='x'.\n"
+            "Its output ends with:\nread config.json"
+        )
 
 
 async def test_a_parent_that_ends_says_why(tmp_path: Path) -> None:
@@ -452,21 +470,27 @@ async def test_a_worker_that_was_started_at_once_goes_when_nobody_needs_it(tmp_p
 
 async def test_a_parent_that_hangs_is_replaced(tmp_path: Path) -> None:
     """The start that it has held up fails, and the next has another parent."""
+
+    def back_off(_: int) -> float:
+        on.pool._how = patient  # only the start that is held up is short of time
+        return 0.0
+
     async with stage(
         tmp_path,
         (ONE_SLOT, {}),
         (ONE_SLOT, {}),
         launcher="forked",
-        start_timeout_s=3.0,
-        back_off=lambda _: 0.0,
+        back_off=back_off,
     ) as on:
         await started(on, 1)
         parent = int(_parent(on.pool.workers[0].pid))
         os.kill(parent, signal.SIGSTOP)
+        patient = on.pool._how
+        on.pool._how = replace(patient, start_timeout_s=1.0)
         on.pool.want(2, NEVER)
         failed = await on.until(StartFailed)
         assert isinstance(failed, StartFailed)
-        assert failed.reason == "it was not ready within 3 s"
+        assert failed.reason == "it was not ready within 1 s"
         await on.until(Ready, 2)
         assert on.count(StartFailed) == 1
         assert int(_parent(on.views("ready")[1].pid)) != parent

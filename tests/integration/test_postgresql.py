@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from sqlalchemy import Connection, func, insert, select, text, update
+from sqlalchemy import Connection, event, func, insert, select, text, update
 
 from gateway import instances
 from gateway.accounts import key_table
@@ -29,14 +32,16 @@ from gateway.batches import table as batch_table
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.batches.table import Row
+from gateway.database import StoreUnusable
 from gateway.files.store import File as Kept
 from gateway.files.store import FileStore, new_id, put
 from gateway.instances import INSTANCES, Instance
-from gateway.jobs import table, webhooks
+from gateway.jobs import claims, table, webhooks
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.table import NewJob, State
-from gateway.jobs.webhooks import Allowed, Webhooks
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
-from gateway.store import AWAY, Store, StoreUnusable
+from gateway.store import AWAY, Store
 from handler import batch_object, sse
 from handler.errors import RequestError, StorageDown
 from handler.messages import Reply, Request, Visit, once, read
@@ -48,9 +53,10 @@ KEY = Key("key_a", "a", b"")
 
 
 @pytest.fixture
-def url(postgresql: postgres.Server) -> str:
+def url(postgresql: postgres.Server) -> Iterator[str]:
     """An empty database."""
-    return postgresql.database()
+    with postgresql.schema() as url:
+        yield url
 
 
 @pytest.fixture
@@ -109,7 +115,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
     store: Store, other: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait for it as long as the server lets it, and what it had begun was not done."""
-    monkeypatch.setattr("gateway.store.STALL_MAX_S", 1)
+    monkeypatch.setattr("gateway.database.STALL_MAX_S", 1)
     begun, go_on = threading.Event(), threading.Event()
 
     def stall(connection: Connection) -> None:
@@ -119,6 +125,7 @@ def test_a_gateway_that_stalls_in_its_write_is_ended(
 
     stalled = store.begin_write(stall)
     begun.wait()
+    monkeypatch.undo()
     other.write_now(count)
     go_on.set()
     with pytest.raises(AWAY):
@@ -141,7 +148,6 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
     own_server: postgres.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 503 with `Retry-After`, be it stopped or silent; once it is there again all is as before."""
-    monkeypatch.setattr("gateway.store.PATIENCE_S", 0.2)
     with closing(Store.open(own_server.database())) as store:
         keys = Keys("secret")
         admin = Admin(store, Following(keys, store))
@@ -165,7 +171,9 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
         await asyncio.to_thread(own_server.start)
         assert await ask("GET") == 200
         own_server.pause()
-        assert [await ask("GET"), await ask("POST")] == [503, 503]
+        with monkeypatch.context() as impatient:
+            impatient.setattr("gateway.store.PATIENCE_S", 0.2)
+            assert [await ask("GET"), await ask("POST")] == [503, 503]
         own_server.go_on()
         await asyncio.to_thread(until, lambda: store.write_now(lambda _: True))
         assert await ask("POST") in {201, 400}  # the silent one may have made it
@@ -173,6 +181,42 @@ async def test_who_asks_while_there_is_no_database_is_told_so(
         assert await ask("POST") == 503
         await asyncio.to_thread(own_server.start)
         assert await ask("GET") == 200
+
+
+async def test_a_database_that_can_only_be_read_is_told_as_one_that_is_away(url: str) -> None:
+    """As a standby is after a failover: what needs no write is answered, and it passes."""
+    with closing(Store.open(url)) as store:
+        keys = Keys("secret")
+        gateway = Gateway([Admin(store, Following(keys, store))], keys, Metrics())
+        headers = (("authorization", "Bearer secret"), ("content-type", "application/json"))
+
+        async def ask(method: str) -> int:
+            async with gateway.call(Request(method, "/admin/keys", headers, b'{"name": "x"}')) as reply:
+                await read(reply)
+                return reply.status
+
+        def read_only(connection: Connection) -> None:
+            connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+
+        event.listen(store._engine, "begin", read_only)
+        assert await ask("GET") == 200
+        with pytest.raises(StorageDown):
+            await ask("POST")
+        event.remove(store._engine, "begin", read_only)
+        assert await ask("POST") == 201
+
+
+async def test_what_may_be_on_its_way_to_another_gateway_stays_for_a_day(
+    store: Store, tmp_path: Path
+) -> None:
+    """What is older and has no row has been left by one that was killed."""
+    now = time.time()
+    for name, age_s in {"file-1.part": 3600, "file-2": 90_000, "file-3": 90_000}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age_s, now - age_s))
+    await FileStore(store, tmp_path, max_file_bytes=1, max_stored_bytes=1).open({"file-3"})
+    left = await asyncio.to_thread(lambda: {path.name for path in tmp_path.iterdir()})
+    assert left == {"file-1.part", "file-3"}
 
 
 def test_no_password_is_shown(url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,7 +271,7 @@ async def test_what_gateways_write_at_once_is_all_there(store: Store, other: Sto
     """Onto the same accounts, in whichever order: nothing is lost, and nobody waits for another for ever."""
     models = [f"m{n}" for n in range(20)]
     writes = [
-        one.write(lambda c, model=model: count(c, 1, model))  # type: ignore[misc]
+        one.write(lambda c, model=model: count(c, 1, model), insist=True)  # type: ignore[misc]
         for number in range(10)
         for one, order in ((store, models), (other, models[::-1]))
         for model in order[number % 3 :]
@@ -289,6 +333,134 @@ async def test_a_living_gateway_is_never_taken_for_dead_and_a_dead_one_is(
         assert listed() == {a.id, b.id}, "it was slow, and begins again"
 
 
+def session_of(instance: Instance) -> int:
+    """The process of the server that a gateway's session has."""
+    session = instance._presence._session
+    assert session is not None
+    pid: int = session.scalar(text("SELECT pg_backend_pid()"))
+    return pid
+
+
+def end_session(server: postgres.Server, instance: Instance) -> None:
+    """Have the server end a gateway's session, as it does when the process is over."""
+    pid = session_of(instance)
+    server.run(f"SELECT pg_terminate_backend({pid}, 10000)")
+
+
+@pytest.fixture
+def listed(store: Store) -> Callable[[], set[str]]:
+    """The gateways on the list."""
+    return lambda: store.read_now(lambda c: set(c.scalars(select(INSTANCES.c.id))))
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No beat but the test's own, and no time that a gateway must be silent, or have looked."""
+    monkeypatch.setattr(instances, "BEAT_S", 3600.0)
+    monkeypatch.setattr(instances, "QUIET_S", 0.0)
+
+
+async def test_a_gateway_whose_lock_is_free_is_taken_off_though_its_lease_runs(
+    store: Store, other: Store, postgresql: postgres.Server, at_once: None, listed: Callable[[], set[str]]
+) -> None:
+    """And what it had is taken over in the same beat. One that holds it is not."""
+    async with Instance(store) as a, Instance(other) as b:
+        heard: list[set[str]] = []
+
+        async def adopt() -> None:
+            heard.append(listed())
+
+        a.adopters.append(adopt)
+        await a.beat()
+        end_session(postgresql, b)
+        await a.beat()
+        assert heard == [{a.id, b.id}, {a.id}]
+
+
+@pytest.mark.parametrize("why", ["it has spoken", "nobody has looked for so long"])
+async def test_a_free_lock_proves_nothing_for_a_while(
+    store: Store,
+    other: Store,
+    postgresql: postgres.Server,
+    at_once: None,
+    listed: Callable[[], set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    why: str,
+) -> None:
+    """Sessions may have been ended under gateways that live, all at once or one: they have time to say so."""
+    monkeypatch.setattr(instances, "QUIET_S", 5.0)
+    async with Instance(store) as a, Instance(other) as b:
+        end_session(postgresql, b)
+        if why == "it has spoken":
+            held = a._presence._held
+            assert held is not None
+            a._presence._held = replace(held, since_s=held.since_s - 5)
+        else:
+            silent = update(INSTANCES).where(INSTANCES.c.id == b.id)
+            earlier = silent.values(lease_until=INSTANCES.c.lease_until - 6)
+            await store.write(lambda c: c.execute(earlier))
+        await a.beat()
+        assert listed() == {a.id, b.id}
+        await b.beat()
+        monkeypatch.setattr(instances, "QUIET_S", 0.0)
+        await a.beat()
+        assert listed() == {a.id, b.id}, "it has its lock again"
+
+
+async def test_a_look_that_took_long_proves_nothing(
+    store: Store, other: Store, postgresql: postgres.Server, at_once: None, listed: Callable[[], set[str]]
+) -> None:
+    """There may have been an outage meanwhile, after which this gateway was the first."""
+    async with Instance(store) as a, Instance(other) as b:
+        end_session(postgresql, b)
+        beginning_s = time.monotonic() - instances.BEAT_S
+        beat = partial(a._beat, held=await a._hold(), beginning_s=beginning_s, steady=False)
+        await store.write(beat)
+        assert listed() == {a.id, b.id}
+        await a.beat()
+        assert listed() == {a.id}
+
+
+async def test_a_gateway_that_cant_have_its_lock_is_not_taken_for_dead(
+    store: Store, other: Store, postgresql: postgres.Server, at_once: None, listed: Callable[[], set[str]]
+) -> None:
+    """A session of which only the server does not know that it is lost has it: then leases count."""
+    async with Instance(store) as a, Instance(other) as b:
+        lost, b._presence._session = b._presence._session, None
+        assert lost is not None
+        await b.beat()
+        lost.close()
+        await a.beat()
+        assert listed() == {a.id, b.id}
+
+
+async def test_another_server_proves_nothing(own_server: postgres.Server, at_once: None) -> None:
+    """No lock outlives a restart: who lives is not taken for dead by who was sooner."""
+    url = own_server.database()
+    with closing(Store.open(url)) as store, closing(Store.open(url)) as other:
+        async with Instance(store) as a, Instance(other) as b:
+            await asyncio.to_thread(own_server.stop)
+            await asyncio.to_thread(own_server.start)
+            await a.beat()
+            assert await store.read(lambda c: set(c.scalars(select(INSTANCES.c.id)))) == {a.id, b.id}
+
+
+async def test_a_session_that_does_not_answer_keeps_no_gateway_silent(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says that it lives, and that its lock means nothing."""
+    async with Instance(store) as a:
+        go_on = threading.Event()
+        monkeypatch.setattr(instances, "BEAT_S", 0.01)
+        monkeypatch.setattr(a._presence, "hold", go_on.wait)
+        before = await store.read(lambda c: c.execute(select(INSTANCES)).one())
+        await a.beat()
+        after = await store.read(lambda c: c.execute(select(INSTANCES)).one())
+        go_on.set()
+        assert after.lease_until > before.lease_until
+        assert (before.server is None, after.server) == (False, None)
+
+
 async def test_jobs_of_the_dead_are_adopted_once_and_those_of_the_living_stay(
     store: Store, other: Store
 ) -> None:
@@ -296,8 +468,8 @@ async def test_jobs_of_the_dead_are_adopted_once_and_those_of_the_living_stay(
     now = 1000.0
 
     def claim(connection: Connection, instance: str) -> Any:
-        ((job, _),) = table.claim(connection, "e", 1, background=False, after="", now=now, instance=instance)
-        assert table.begin(connection, job, now)
+        ((job, _),) = claims.claim(connection, "e", 1, background=False, after="", now=now, instance=instance)
+        assert claims.begin(connection, job, now)
         return job
 
     for _ in range(2):
@@ -306,20 +478,20 @@ async def test_jobs_of_the_dead_are_adopted_once_and_those_of_the_living_stay(
         store.write_now(lambda c, name=name: c.execute(insert(INSTANCES).values(id=name, lease_until=1e12)))  # type: ignore[misc]
     living = store.write_now(lambda c: claim(c, "living"))
     dying = other.write_now(lambda c: claim(c, "dying"))
-    assert store.write_now(lambda c: table.adopt(c, now)) == []
+    assert store.write_now(lambda c: claims.adopt(c, now)) == []
     assert store.read_now(lambda c: table.find(c, dying.id, now)).state is State.IN_PROGRESS  # type: ignore[union-attr]
     store.write_now(lambda c: instances._remove(c, INSTANCES.c.id == "dying"))
     for one in (store, other, store):
-        one.write_now(lambda c: table.adopt(c, now))
+        one.write_now(lambda c: claims.adopt(c, now))
     found = store.read_now(lambda c: table.find(c, dying.id, now))
     assert found is not None
     assert (found.state, found.retries) == (State.IN_QUEUE, 1)
     ending = table.Ending(State.COMPLETED, b"[]")
-    assert other.write_now(lambda c: table.end(c, dying, ending, now)) is None, "it was lost"
-    assert store.write_now(lambda c: table.end(c, living, ending, now)) is not None
+    assert other.write_now(lambda c: claims.end(c, dying, ending, now)) is None, "it was lost"
+    assert store.write_now(lambda c: claims.end(c, living, ending, now)) is not None
     assert (
         store.write_now(
-            lambda c: table.claim(c, "e", 1, background=False, after="", now=now, instance="dying")
+            lambda c: claims.claim(c, "e", 1, background=False, after="", now=now, instance="dying")
         )
         == []
     ), "who is taken for dead gets nothing"

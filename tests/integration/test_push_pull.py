@@ -96,7 +96,7 @@ def test_parts_go_up_at_the_same_time(place: Place, large: Path) -> None:
         Relay(place.store, b"partNumber=") as relay,
         place.killed("push", large, place.url, through=relay),
     ):
-        until(lambda: len(relay.stalled) == 3, timeout_s=20)
+        until(lambda: len(relay.stalled) == 3)
 
 
 def test_killed_pull_goes_on(place: Place, large: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from handler.listener import listen
+from judge.servers import free_port
 from scripts.gateway_page import PAGE
 from tests import scripted_server
 from tests.scripted_app import Pause, ScriptedApp, stream
@@ -46,8 +46,7 @@ def configuration(folder: Path, front: int, behind: int) -> str:
 @asynccontextmanager
 async def proxied(folder: Path, app: ScriptedApp) -> AsyncIterator[str]:
     """The URL of nginx in front of a gateway whose worker is `app`."""
-    with listen("127.0.0.1", 0) as free:
-        front = free.getsockname()[1]
+    front = free_port()
     async with scripted_server.gateway(app, KEY, folder / "worker.sock") as behind:
         file = folder / "nginx.conf"
         file.write_text(configuration(folder, front, behind))

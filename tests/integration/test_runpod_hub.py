@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from handler.engine import make_parser, read_flags
 from handler.flags import REFUSED, SETTINGS
+from handler.preparation import read_flags
+from handler.seam import make_parser
 from handler.settings import Settings
 from scripts.runpod_hub import FLAGS, HUB, as_environ
 

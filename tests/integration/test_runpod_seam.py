@@ -199,7 +199,7 @@ async def test_a_drain_ends_whatever_the_engine_does(
     ending = intake.Intake(8, 0.0, expire=failing)
     ending._taking = asyncio.ensure_future(asyncio.Event().wait())
     ending._end()
-    await asyncio.wait({ending._taking}, timeout=10)
+    await asyncio.wait({ending._taking}, timeout=60)
     assert ending._taking.cancelled()
     on.go_on.set()
     for _ in range(3):

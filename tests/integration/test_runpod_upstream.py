@@ -546,16 +546,20 @@ async def test_stream_that_waits_is_kept_alive(tmp_path: Path) -> None:
 
 async def test_hung_worker_is_killed_and_replaced(tmp_path: Path) -> None:
     """It lives and does not poll; pings prove nothing, they come from another process."""
-    async with spoken(tmp_path, lease_s=0.3) as (on, sdk):
+    async with spoken(tmp_path, lease_s=NEVER) as (on, sdk):
         poll = asyncio.create_task(sdk.stops())
         asking = on.ask()
         job = await sdk.take()
         assert job is not None
         await sdk.ping(f"job_id={job['id']}&runpod_version=1.12.0")
+        (lease,) = on.upstream._plane.leases.values()
+        while not lease._polls:  # noqa: ASYNC110 - a state has no event
+            await asyncio.sleep(0)
+        lease._lease_s = 0.01  # only now: what comes before may take its time
         poll.cancel()
         with pytest.raises(WorkerLost):
             await asking
-        assert await on.ended() == Ended("", "it has not polled for 0.3 s", expected=False)
+        assert await on.ended() == Ended("", f"it has not polled for {NEVER:g} s", expected=False)
 
 
 async def test_unhealthy_worker_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

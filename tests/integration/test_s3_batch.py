@@ -59,18 +59,20 @@ def slow(name: str = "rest", *, after: int = 0) -> ScriptedApp:
     return ScriptedApp({}, makes={CHAT: make})
 
 
-def paced(each_s: float) -> ScriptedApp:
-    """The application, each of whose answers takes its time."""
+def paced(each_s: float, *, waits: bool = False) -> ScriptedApp:
+    """The application, each of whose answers takes its time; if it `waits`, once its gate `begin` opens."""
 
     def make(seen: Seen) -> Script:
         script = echo(seen)
-        return replace(script, steps=(Pause(str(len(app.seen))), *script.steps))
+        return replace(script, steps=(Pause("begin"), Pause(str(len(app.seen))), *script.steps))
 
     def let_go(what: str, name: str) -> None:
-        if what == "paused":
+        if what == "paused" and name != "begin":
             asyncio.get_running_loop().call_later(each_s, app.gate(name).opened.set)
 
     app = ScriptedApp({}, makes={CHAT: make}, tell=let_go)
+    if not waits:
+        app.gate("begin").opened.set()
     return app
 
 
@@ -330,7 +332,7 @@ async def test_of_two_workers_on_a_batch_one_works(resources: Resources) -> None
 
 async def test_a_newer_file_takes_the_place_of_one_that_is_worked_on(resources: Resources) -> None:
     """The worker on the old one stops; an event of the old one that comes late changes nothing."""
-    old = resources.put("a", [line(f"old-{number}") for number in range(200)])
+    old = resources.put("a", [line(f"old-{number}") for number in range(1000)])
     first, second = paced(0.1), echoing()
     async with working(first, resources, "a", old) as shift:
         await asyncio.to_thread(until, lambda: parts(resources, "a"))
@@ -345,7 +347,7 @@ async def test_a_newer_file_takes_the_place_of_one_that_is_worked_on(resources: 
     assert resources.record("a") == found
     assert echoes(resources.lines("a", "output.jsonl")) == [f"new-{number}" for number in range(20)]
     assert len(second.seen) == 20
-    assert len(first.seen) < 200
+    assert len(first.seen) < 1000
 
 
 async def test_without_versions_a_file_is_known_by_its_etag(aws: ObjectStore) -> None:
@@ -368,8 +370,8 @@ async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
     resources = batch_stack.make(aws, dead_after=2)
     ids = [str(number) + "x" for number in range(80)]
     resources.put("a", [line(custom_id) for custom_id in ids])
-    app = paced(0.04)
-    queue_times = replace(QUICK_QUEUE, shift_s=1.2)
+    app = paced(0.06)
+    queue_times = replace(QUICK_QUEUE, shift_s=2.0)
     async with consuming(app, resources, {"MAX_CONCURRENCY": "1"}, queue_times=queue_times):
         found = await resources.over("a")
         await resources.quiet()
@@ -382,19 +384,19 @@ async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
 
 async def test_a_lambda_function_runs_batches(resources: Resources) -> None:
     """From the same messages; before an invocation's time is over it asks for the next by one of its own."""
-    ids = [str(number) + "x" for number in range(40)]
+    ids = [str(number) + "x" for number in range(80)]
     resources.put("a", [line(custom_id) for custom_id in ids])
     app = paced(0.1)
     settings = {**resources.environ, "MAX_CONCURRENCY": "1"}
     invocations = 0
-    async with function(app, settings, at_once=1, timeout_s=4.0) as on:
+    async with function(app, settings, at_once=1, timeout_s=8.0) as on:
         while not resources.is_over("a"):
             said = await asyncio.to_thread(
                 resources.sqs.receive_message, QueueUrl=resources.queue_url, WaitTimeSeconds=5
             )
-            for message in said["Messages"]:
+            for message in said.get("Messages", ()):
                 invocations += 1
-                told = await (await on.api.invoke(sqs(message["Body"]), timeout_s=4.0)).whole()
+                told = await (await on.api.invoke(sqs(message["Body"]), timeout_s=8.0)).whole()
                 assert told == {"batchItemFailures": []}
                 resources.sqs.delete_message(
                     QueueUrl=resources.queue_url, ReceiptHandle=message["ReceiptHandle"]
@@ -412,7 +414,7 @@ async def test_a_line_that_takes_longer_than_a_shift_is_given_up(resources: Reso
         return replace(script, steps=(Pause("never"),)) if b"endless" in seen.body else script
 
     app = ScriptedApp({}, makes={CHAT: make})
-    async with consuming(app, resources, queue_times=replace(QUICK_QUEUE, shift_s=0.8)):
+    async with consuming(app, resources, queue_times=replace(QUICK_QUEUE, shift_s=2.0)):
         await resources.over("a")
     (error,) = resources.lines("a", "error.jsonl")
     assert (error["custom_id"], error["error"]["code"]) == ("endless", "request_timeout")
@@ -683,11 +685,15 @@ async def test_two_that_work_on_the_same_lines_count_once(aws: ObjectStore) -> N
     resources.put("a", [line(custom_id) for custom_id in ids])
     resources.send(resources.created("a"))
     other_table = {"BATCH_TABLE": batch_stack.make(aws).table}
-    apps, times = [paced(0.005), paced(0.01)], replace(QUICK, save_s=3600.0)
+    apps, times = [paced(each_s, waits=True) for each_s in (0.005, 0.01)], replace(QUICK, save_s=3600.0)
     async with (
         consuming(apps[0], resources, times=times, pace=partial(Pace, part_lines=7)),
         consuming(apps[1], resources, other_table, times=times, pace=partial(Pace, part_lines=11)),
     ):
+        for app in apps:
+            await app.gate("begin").reached.wait()
+        for app in apps:
+            app.gate("begin").opened.set()
         await resources.over("a")
         await resources.quiet()
     assert echoes(resources.lines("a", "output.jsonl")) == ids

@@ -75,7 +75,7 @@ def test_command_line_with_the_secret_is_seen() -> None:
     with watching(secret) as watch:
         child = subprocess.Popen([sys.executable, "-c", waits, secret], stdin=subprocess.PIPE)
         while not watch.seen:
-            assert watch.looked.wait(10)
+            assert watch.looked.wait(60)
             watch.looked.clear()
         child.communicate()
     assert watch.seen[0] == f"{sys.executable} -c {waits} {secret} "

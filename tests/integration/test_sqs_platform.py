@@ -87,6 +87,7 @@ async def test_as_many_messages_are_worked_on_as_the_engine_takes(resources: Res
     for number in range(5):
         resources.send(job(resources, str(number), "a"))
     async with consuming(app, resources, {**replies(resources), "MAX_CONCURRENCY": "2"}):
+        await asyncio.to_thread(until, lambda: len(app.seen) == 2)
         await asyncio.to_thread(until, lambda: resources.waiting() == (3, 2, 0))
         assert len(app.seen) == 2
         app.gate("a").opened.set()
@@ -113,7 +114,7 @@ async def test_a_message_is_hidden_for_as_long_as_it_is_worked_on(resources: Res
     """However long that is; another worker has nothing to do."""
     app, idle = waiting_at("long"), ScriptedApp({})
     resources.send(job(resources, "long", "long"))
-    times, hidden = replace(QUICK_QUEUE, hidden_s=2), asyncio.Semaphore(0)
+    times, hidden = replace(QUICK_QUEUE, hidden_s=5), asyncio.Semaphore(0)
     async with consuming(app, resources, replies(resources), queue_times=times) as (consumer, _):
         await app.gate("long").reached.wait()
         hide = consumer._queue.hide

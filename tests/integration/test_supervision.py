@@ -13,7 +13,7 @@ import pytest
 
 from handler.supervision import Notifier, watch_lifeline
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 Make = Callable[[str | None], Notifier]
 

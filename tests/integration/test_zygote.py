@@ -18,7 +18,7 @@ import pytest
 from handler.zygote import Asked
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 PARENT = """
 import os, signal, sys

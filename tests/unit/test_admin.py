@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,9 +62,9 @@ class Place:
 
 
 @asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Place]:
+async def opened(database_url: str) -> AsyncIterator[Place]:
     """The gateway, and its database."""
-    store = Store.open(f"sqlite:///{folder}/gateway.db")
+    store = Store.open(database_url)
     keys, limits = Keys(ADMIN), Limits(lambda: 0.0)
     following = Following(keys, store)
     scripted = ScriptedApp(
@@ -97,9 +96,9 @@ async def opened(folder: Path) -> AsyncIterator[Place]:
 
 
 @pytest.fixture
-async def place(tmp_path: Path) -> AsyncIterator[Place]:
+async def place(database_url: str) -> AsyncIterator[Place]:
     """One of the test's own."""
-    async with opened(tmp_path) as place:
+    async with opened(database_url) as place:
         yield place
 
 
@@ -130,6 +129,7 @@ async def test_a_key_is_shown_once_and_opens_until_it_is_revoked(place: Place) -
         ("POST", "/admin/keys", {"name": ""}, (400, "invalid_key")),
         ("GET", "/admin/usage?from=yesterday&group=colour&x=1", None, (400, "invalid_question")),
         ("GET", "/admin/usage?format=xml", None, (400, "invalid_question")),
+        ("GET", "/admin/usage?from=2026-11-27&to=2026-11-26", None, (400, "invalid_question")),
         ("GET", "/admin/nothing", None, (404, "unknown_url")),
     ],
 )

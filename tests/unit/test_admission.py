@@ -360,7 +360,7 @@ async def test_a_running_request_that_is_left_is_left() -> None:
 async def test_deadline_ends_the_wait() -> None:
     """Nobody waits longer than `queue_timeout_s`: 504, with a time to come back."""
     on = Stage(ScriptedApp({}), queue_timeout_s=0.001)
-    with pytest.raises(DeadlineExceeded, match=r"did not come within 0\.001 s") as late:
+    with pytest.raises(DeadlineExceeded, match=r"^No worker was ready within 0\.001 s") as late:
         await on.answered(chat())
     assert (late.value.status, late.value.code, late.value.headers) == (
         504,
@@ -369,6 +369,15 @@ async def test_deadline_ends_the_wait() -> None:
     )
     assert (on.front.waiting, on.outcomes) == (0, ["late"])
     assert on.waits_s[0] >= 0.001
+
+
+async def test_who_waited_for_others_hears_so() -> None:
+    """A worker was there, and its place was somebody else's."""
+    on = Stage(ScriptedApp({CHAT: stream("1", Pause("generating"))}), queue_timeout_s=0.001)
+    on.pool.give(1)
+    async with on.front.call(chat(streamed=True)):
+        with pytest.raises(DeadlineExceeded, match=r"turn did not come within 0\.001 s"):
+            await on.answered(chat())
 
 
 async def test_the_deadline_counts_from_the_arrival() -> None:
@@ -496,7 +505,7 @@ async def test_streamed_request_gets_comments_while_it_waits() -> None:
         assert (reply.status, reply.headers) == (200, sse.HEADERS)
         assert [await anext(reply.frames) for _ in range(3)] == [sse.KEEP_ALIVE] * 3
         on.pool.give(1)
-        assert (await read(reply)).removeprefix(sse.KEEP_ALIVE) == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+        assert (await read(reply)).replace(sse.KEEP_ALIVE, b"") == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
 
 
 async def test_status_after_an_early_answer_becomes_the_last_frame() -> None:
@@ -508,7 +517,7 @@ async def test_status_after_an_early_answer_becomes_the_last_frame() -> None:
     async with on.front.call(chat(streamed=True)) as reply:
         await anext(reply.frames)
         on.pool.give(1)
-        assert (await read(reply)).removeprefix(sse.KEEP_ALIVE) == sse.event(error)
+        assert (await read(reply)).replace(sse.KEEP_ALIVE, b"") == sse.event(error)
 
 
 async def test_failed_start_after_an_early_answer_is_raised_from_the_frames() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.alone import StoreInUse, alone
-from gateway.store import StoreUnusable
+from gateway.database import StoreUnusable
 
 
 def test_a_second_one_is_told_who_has_it(tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from typing import Any
+
 import pytest
 
-from handler.body import asks_for_stream, body_fault
+from handler import body as bodies
+from handler.body import asks_for_stream, body_fault, json_object, look, looked, member, with_member
+from handler.errors import BadRequest
+from handler.members import LARGE_BYTES, Members, find
 from handler.messages import Headers, Request
 
 JSON: Headers = (("content-type", "application/json"),)
@@ -115,3 +122,61 @@ def test_who_asks_for_a_stream(body: bytes, asks: bool) -> None:
         asks_for_stream(Request("POST", "/v1/completions", (("content-type", "application/json"),), body))
         is asks
     )
+
+
+def large(**fields: Any) -> Request:
+    """A request whose body nobody parses on the loop."""
+    said = json.dumps({"messages": [{"content": "x" * LARGE_BYTES}], **fields}).encode()
+    return Request("POST", "/v1/chat/completions", JSON, said)
+
+
+async def test_a_large_body_is_looked_at_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what may be asked of it; a small one, and a form, by whoever asks."""
+    threads = []
+
+    def seen(raw: bytes) -> Members:
+        threads.append(threading.get_ident())
+        return find(raw)
+
+    monkeypatch.setattr(bodies, "find", seen)
+    request = await looked(large(model="m", stream=True))
+    assert request.members is not None
+    assert request.members.values == {"model": "m", "stream": True}
+    small = Request("POST", "/v1/chat/completions", JSON, b'{"model":"m"}')
+    form = Request("POST", "/v1/audio/transcriptions", (), b"-" * (LARGE_BYTES + 1))
+    assert [(await looked(one)).members for one in (small, form)] == [None, None]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "m", "stream": True},
+        {"model": "m", "stream": "no"},
+        {"stream": 1, "stream_options": {"include_usage": False}},
+        {},
+    ],
+)
+def test_what_is_said_of_a_large_body_is_what_all_of_it_says(fields: dict[str, Any]) -> None:
+    """Whether it was looked at before or is read now."""
+    plain = large(**fields)
+    known = look(plain)
+    for asked in (plain, known):
+        assert json_object(asked).get("model") == fields.get("model")
+        assert asks_for_stream(asked) is (fields.get("stream") in (1, True))
+        assert member(asked, "stream_options") == fields.get("stream_options")
+        changed = with_member(asked, "stream_options", {"a": 1})
+        assert json.loads(changed.body) == {**json.loads(plain.body), "stream_options": {"a": 1}}
+        assert member(changed, "stream_options") == {"a": 1}
+        again = with_member(changed, "stream_options", None)
+        assert json.loads(again.body)["stream_options"] is None
+
+
+def test_a_large_body_that_can_not_be_understood_is_refused() -> None:
+    """It asks for nothing."""
+    request = large(stream=True)
+    broken = look(Request("POST", request.path, JSON, request.body[:-1]))
+    assert not asks_for_stream(broken)
+    with pytest.raises(BadRequest, match="could not parse"):
+        json_object(broken)

@@ -34,6 +34,17 @@ async def test_terminal_shows_one_line_that_keeps_up_to_date() -> None:
     assert err.getvalue() == f"{clear}starting the worker (0 s)\r{clear}loading weights (0 s)\r{clear}"
 
 
+async def test_a_terminal_obeys_no_phase() -> None:
+    """The worker says it, and names what it was given."""
+    err = Terminal()
+    console = Console({"local": ADDRESS}, io.StringIO(), err)
+    console("local", Starting("a", 1))
+    console("local", Progress("a", "loading \x1b[2J"))
+    console.close()
+    clear = "\x1b[2K"
+    assert err.getvalue() == f"{clear}starting the worker (0 s)\r{clear}loading \ufffd[2J (0 s)\r{clear}"
+
+
 async def test_address_is_shown_once() -> None:
     """A worker that replaces another is a line in the log, not another snippet."""
     out = io.StringIO()
@@ -77,3 +88,14 @@ def test_log_lines_hold_the_fields() -> None:
         {"name": "gateway", "levelname": "INFO", "msg": "worker ready", "cold_start_s": 1.5}
     )
     assert FieldsFormatter().format(record).endswith(" INFO gateway: worker ready cold_start_s=1.5")
+
+
+def test_no_terminal_obeys_a_log_line() -> None:
+    """A client's words may be in what has failed; the lines of a traceback stay lines."""
+    try:
+        raise ValueError("said \x1b[2J")
+    except ValueError as error:
+        fault = (type(error), error, error.__traceback__)
+    text = FieldsFormatter().format(logging.makeLogRecord({"msg": "request failed", "exc_info": fault}))
+    assert text.endswith("\nValueError: said \ufffd[2J")
+    assert "\x1b" not in text

@@ -11,6 +11,7 @@ import pytest
 
 from handler import sse
 from handler.asgi import call_app, serve
+from handler.body import look
 from handler.edge import ROUTES, allowed, front, openai
 from handler.errors import (
     EngineDead,
@@ -21,6 +22,7 @@ from handler.errors import (
     RequestError,
     UpstreamFailed,
 )
+from handler.members import LARGE_BYTES
 from handler.messages import Call, Headers, Reply, Request, read
 from tests.asgi_client import exchange
 from tests.scripted_app import EVENT_STREAM, Fail, Pause, Say, Script, ScriptedApp, answer, stream
@@ -461,6 +463,17 @@ async def test_a_body_that_is_no_object_is_told_in_words() -> None:
         "We could not parse the JSON body of your request: Expecting ',' delimiter (character 2).",
         code="invalid_request",
     )
+
+
+async def test_of_a_large_body_it_is_told_too_what_is_wrong() -> None:
+    """vLLM has read all of it, of which until then only what matters here was known."""
+    told = answer({"error": {"message": "{'type': 'json_invalid', 'loc': 'body.16'}", "code": 400}}, 400)
+    body = b'{"messages": [{"x": nonsense, "content": "%b"}]}' % (b"a" * LARGE_BYTES)
+    asked = look(Request("POST", "/v1/chat/completions", (("content-type", "application/json"),), body))
+    assert asked.members is not None
+    status, _, raw = await ask(openai(call_app(ScriptedApp({CHAT: told}))), asked)
+    why = "We could not parse the JSON body of your request: Expecting value (character 20)."
+    assert (status, json.loads(raw)) == (400, fault(why, code="invalid_request"))
 
 
 async def test_a_body_is_judged_only_when_it_was_refused() -> None:

@@ -186,3 +186,9 @@ def test_bad_settings_names_every_fault() -> None:
     error = errors.BadSettings(["A=1 is wrong", "B is unknown"])
     assert error.faults == ("A=1 is wrong", "B is unknown")
     assert str(error) == "bad settings:\n  - A=1 is wrong\n  - B is unknown"
+
+
+def test_an_error_of_a_start_fits_on_a_line() -> None:
+    """As a parent and a supervisor take it."""
+    assert errors.ModelNotFound("no such\n  folder").line == "no such folder"
+    assert errors.BadSettings(["PORT='x'", "SEED='y'"]).line == "bad settings: PORT='x'; SEED='y'"

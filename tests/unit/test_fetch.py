@@ -18,6 +18,7 @@ from builder.fetch import fetch
 from builder.selection import Choice, needed, remarks
 from builder.store import Asked
 from handler.errors import ModelNotFound, UsageError
+from handler.fetched import models
 from handler.settings import DEFAULT_MODEL
 from tests.gguf_file import gguf_bytes, metadata, weights
 
@@ -135,21 +136,21 @@ def test_cached_model_is_taken(
     model: str | None, revision: str | None, name: str, environ: dict[str, str], console: Console
 ) -> None:
     """Without a network, and without a word."""
-    folder = kept(store.models(environ) / name, Asked(model or DEFAULT_MODEL, revision))
+    folder = kept(models(environ) / name, Asked(model or DEFAULT_MODEL, revision))
     assert fetch(model, environ=environ, console=console, revision=revision) == folder
     assert said(console) == ""
 
 
 def test_cache_follows_xdg(tmp_path: Path) -> None:
     """XDG_CACHE_HOME moves the cache; empty counts as not set."""
-    assert store.models({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/firsttoken/models")
-    assert store.models({"XDG_CACHE_HOME": "", "HOME": "/h"}) == Path("/h/.cache/firsttoken/models")
+    assert models({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/firsttoken/models")
+    assert models({"XDG_CACHE_HOME": "", "HOME": "/h"}) == Path("/h/.cache/firsttoken/models")
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "note"])
 def test_damaged_model_is_fetched_again(damage: str, environ: dict[str, str], console: Console) -> None:
     """A file of another size, one that is gone, a note that can't be read."""
-    folder = kept(store.models(environ) / "org--name")
+    folder = kept(models(environ) / "org--name")
     if damage == "shorter":
         (folder / "model.safetensors").write_text("short")
     elif damage == "gone":
@@ -213,7 +214,7 @@ def test_folder_of_another_choice_is_fetched_again(
     environ: dict[str, str], console: Console, choice: Choice
 ) -> None:
     """What is in it is not all that is asked for."""
-    kept(store.models(environ) / "org--name")
+    kept(models(environ) / "org--name")
     with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
         fetch("org/name", environ=environ, console=console, choice=choice)
     assert "org--name was fetched with other options; fetching the model again" in said(console)
@@ -256,7 +257,7 @@ def test_gguf_file_is_converted_into_the_cache(
     file = tmp_path / "small.gguf"
     file.write_bytes(gguf_bytes(metadata(), weights()))
     folder = fetch(str(file), environ=environ, console=console)
-    assert folder.parent == store.models(environ)
+    assert folder.parent == models(environ)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "fetched.json",
@@ -311,9 +312,9 @@ def test_second_fetch_waits_for_the_first(tmp_path: Path) -> None:
         with store.filling(folder, ASKED, Console(first)) as work:
             assert work is not None
             waiting = pool.submit(late)
-            assert filled.wait(10)  # the second said that it waits
+            assert filled.wait(60)  # the second said that it waits
             store.keep(made(work), folder, ASKED, ORIGIN)
-        assert waiting.result(10) is None
+        assert waiting.result(60) is None
     assert list(tmp_path.iterdir()) == [folder]
 
 

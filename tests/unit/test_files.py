@@ -96,9 +96,9 @@ class Desk:
 
 
 @pytest.fixture
-async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+async def desk(tmp_path: Path, database_url: str) -> AsyncIterator[Desk]:
     """An open one."""
-    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    store = Store.open(database_url)
     yield await Desk(store, tmp_path / "files").open()
     store.close()
 
@@ -277,6 +277,7 @@ async def test_what_is_on_its_way_counts(desk: Desk) -> None:
     assert (await desk.upload(b"12345678"))[0] == 200
 
 
+@pytest.mark.sqlite
 async def test_a_start_removes_what_has_no_row(desk: Desk) -> None:
     """Half of an upload, and a file whose row was not written; what is still written stays."""
     _, file = await desk.upload()

@@ -71,6 +71,15 @@ async def test_openai_request_reaches_the_endpoint_as_v1() -> None:
     assert (seen.method, seen.path, seen.body) == ("POST", "/v1/chat/completions", b'{"a":1}')
 
 
+async def test_who_comes_from_vllms_own_server_hears_where_an_endpoint_is() -> None:
+    """There it is at `/v1`."""
+    _, _, body = await ask(gateway(ScriptedApp({})), "POST", "/v1/chat/completions")
+    assert json.loads(body)["error"]["message"] == (
+        "Unknown request URL: POST /v1/chat/completions. "
+        "The gateway has an endpoint at /v2/{endpoint_id}/openai/v1."
+    )
+
+
 async def test_model_ids_may_hold_slashes() -> None:
     """`/models/{id}` takes the rest of the path."""
     scripted = ScriptedApp({"GET /v1/models/org/name": answer({"id": "org/name"})})
@@ -235,10 +244,33 @@ async def test_stream_passes_through_byte_by_byte() -> None:
     assert body == "data: héllo 😀\n\ndata: 2\n\ndata: [DONE]\n\n".encode()
 
 
-async def test_health_is_open_and_says_how_the_endpoints_are() -> None:
-    """Liveness needs no key and holds no secret."""
-    status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", ())
-    assert (status, json.loads(body)) == (200, HEALTH)
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ((), (200, {"status": "ok"})),
+        ((("authorization", "Basic c2VjcmV0"),), (200, {"status": "ok"})),
+        (KEY, (200, HEALTH)),
+        ((("x-api-key", "own"),), (200, HEALTH)),
+        ((("authorization", "Bearer other"),), (200, {"status": "ok", "endpoints": []})),
+    ],
+)
+async def test_health_says_to_a_key_how_its_endpoints_are(
+    headers: Headers, expected: tuple[int, Mapping[str, Any]]
+) -> None:
+    """Probes have no key, and hear that the gateway answers; what a proxy asks of them is no key of ours."""
+    bound = {"own": frozenset({"local"}), "other": frozenset({"elsewhere"})}
+    stored = [Key(f"key_{name}", name, digest(name), endpoints=to) for name, to in bound.items()]
+    keys = Keys("secret", stored)
+    app = gateways.one(call_app(ScriptedApp({})), keys).app(max_body_bytes=100, cors_origins=())
+    status, _, body = await ask(app, "GET", "/health", headers)
+    assert (status, json.loads(body)) == expected
+
+
+async def test_health_refuses_a_key_that_opens_nothing() -> None:
+    """Who has the wrong one hears of it."""
+    wrong = (("authorization", "Bearer wrong"),)
+    status, _, body = await ask(gateway(ScriptedApp({})), "GET", "/health", wrong)
+    assert (status, error(body)[2]) == (401, "invalid_api_key")
 
 
 @pytest.mark.parametrize(

@@ -14,3 +14,10 @@ def test_arguments_that_are_no_text_are_told(
     """A byte of no letter in a shell is a sentence and 64."""
     assert main(arguments) == 64
     assert capsys.readouterr().err == "firsttoken: the arguments are not all UTF-8\n"
+
+
+def test_a_key_does_not_expire_in_the_past(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said of it is said of the option."""
+    with pytest.raises(SystemExit):
+        main(["keys", "create", "--name", "app", "--expires", "2020-01-01"])
+    assert "argument --expires: '2020-01-01' has begun already, UTC" in capsys.readouterr().err

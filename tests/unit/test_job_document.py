@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from gateway.jobs.document import LARGE_BYTES, Document, beside
+from gateway.jobs.document import Document, beside
+from handler.members import LARGE_BYTES
 
 WHOLE = [
     *("{}", " { } ", "[]", "null", '"a"', "-0", "1e3", '{"a":1}', '{"a":{"b":{"c":{"d":[1,2.5,null]}}}}'),

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from gateway.accounts.usage import USAGE, Prices
 from gateway.app import Gateway
 from gateway.jobs import Jobs
 from gateway.jobs.account import Account
+from gateway.jobs.destinations import Allowed
 from gateway.jobs.rates import LIMITS, Rates
 from gateway.jobs.routes import JobRoutes, worker_counts
-from gateway.jobs.webhooks import Allowed
 from gateway.metrics import Metrics
 from gateway.store import Store
 from handler.asgi import App, call_app
@@ -80,9 +79,9 @@ class Api:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
     """A database of its own."""
-    store = Store.open(f"sqlite:///{tmp_path}/gateway.db")
+    store = Store.open(database_url)
     yield store
     store.close()
 

@@ -413,6 +413,37 @@ async def test_a_stream_that_no_job_could_hold_is_stopped(
     assert (job.state, error["code"], app.seen[0].ended) == (State.FAILED, "answer_too_large", "disconnected")
 
 
+async def test_the_jobs_of_a_key_that_was_closed_are_cancelled(store: Store) -> None:
+    """Those that wait are never asked for, one that runs is stopped; it is said why. Others' go on."""
+    app, closed = ScriptedApp({CHAT: [Script((Pause("here"),)), whole()]}), set[str]()
+    endpoint = ScriptedEndpoint(app, capacity=1)
+    gone = {"status": "CANCELLED", "error": "The key of the job is valid no more."}
+    async with Jobs(store, {"local": endpoint}, costs=Till(), limit=10, closed=lambda: [*closed]) as jobs:
+        runs = await jobs.submit(chat("a"))
+        await app.gate("here").reached.wait()
+        endpoint.gate = asyncio.Event()
+        waits = [await jobs.submit(chat("a", background=background)) for background in (True, False)]
+        other = await jobs.submit(chat("b"))
+        closed.add("a")
+        jobs.keys_changed()
+        ended = [await jobs.wait(job, 60) for job in (runs, *waits)]
+        assert [(job.state, job.error) for job in ended] == [(State.CANCELLED, gone["error"])] * 3
+        assert gone.items() <= (await told(jobs, runs)).items()
+        endpoint.gate.set()
+        assert (await jobs.wait(other, 60)).state is State.COMPLETED
+    assert [seen.ended for seen in app.seen] == ["disconnected", "finished"]
+
+
+async def test_a_gateway_begins_no_job_of_a_key_that_was_closed_before_it(store: Store) -> None:
+    """A command may have revoked it while no gateway ran."""
+    async with Jobs(store, {}, costs=Till(), limit=10) as jobs:
+        job = await jobs.submit(chat("a"))
+    endpoint = ScriptedEndpoint(ScriptedApp({}))
+    async with Jobs(store, {"local": endpoint}, costs=Till(), limit=10, closed=lambda: ["a"]) as jobs:
+        assert (await jobs.wait(job, 60)).state is State.CANCELLED
+    assert endpoint.asked == []
+
+
 async def test_jobs_of_an_endpoint_that_is_not_there_wait_for_it(store: Store) -> None:
     """It may come back with the next reload."""
     endpoints: dict[str, ScriptedEndpoint] = {}

@@ -183,7 +183,7 @@ async def test_a_slow_look_does_not_bring_a_revoked_key_back(store: Store) -> No
         keys.check(bearing(made))
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.sqlite
 async def test_keys_are_heeded_though_nothing_can_be_written(store: Store) -> None:
     """On a full disk, say; when they were used is written down later."""
     keys = Keys(clock=lambda: NOW_S)

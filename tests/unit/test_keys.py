@@ -52,6 +52,16 @@ def test_a_key_opens_until_it_expires_or_is_revoked() -> None:
         with pytest.raises(Unauthorized):
             keys.check(bearing(f"Bearer {secret}"))
         assert not keys.of(f"key_{secret}").opens(now_s)
+    assert keys.closed() == ["key_a", "key_b"]
+
+
+def test_who_wants_to_hears_that_the_keys_have_changed() -> None:
+    """Once they are known."""
+    keys = Keys(None, [key("a")])
+    heard: list[str] = []
+    keys.heard.append(lambda: heard.extend(keys.closed()))
+    keys.store([key("a", revoked_s=1)])
+    assert heard == ["key_a"]
 
 
 @pytest.mark.parametrize("authorization", ["Bearer wrong", "Basic secret", "secret", "Bearer ", ""])

@@ -21,6 +21,7 @@ from scripts.kubernetes import check, names, schema
 from scripts.kubernetes.crds import SOURCES
 from scripts.kubernetes.pods import environ, name, pods
 
+DOCS = ROOT / "docs" / "kubernetes.md"
 OVERLAYS = {folder.name: check.rendered(folder) for folder in check.overlays(check.FOLDER)}
 
 
@@ -49,6 +50,21 @@ def test_nor_has_one_with_a_component_that_no_overlay_has(tmp_path: Path) -> Non
         for component in yaml.safe_load((overlay / "kustomization.yaml").read_text()).get("components", ())
     }
     assert used == {folder.name for folder in (check.FOLDER / "components").iterdir()}
+
+
+@pytest.mark.parametrize("overlay", sorted(OVERLAYS))
+def test_the_overlay_of_the_docs_can_be_pasted(overlay: str, tmp_path: Path) -> None:
+    """Over each of ours; what is not for rayservice says so."""
+    (pasted,) = re.findall(r"(?ms)^   ```yaml\n(   # my/kustomization.*?)^   ```", DOCS.read_text())
+    lines = textwrap.dedent(pasted).splitlines()
+    if overlay == "rayservice":
+        at = next(n for n, line in enumerate(lines) if "Not with rayservice" in line)
+        del lines[at : at + 2]
+    mine = tmp_path / "my"
+    mine.mkdir()
+    (mine / "kustomization.yaml").write_text("\n".join(lines).replace("overlays/keda", f"overlays/{overlay}"))
+    shutil.copytree(check.FOLDER, tmp_path / "deploy" / "kubernetes")
+    assert check.found(mine) == []
 
 
 SLIPS = [

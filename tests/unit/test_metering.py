@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
@@ -202,7 +201,7 @@ async def test_a_stream_that_ends_while_its_checkpoint_waits_is_counted_once(sto
             call = metered(metering, stream.call)(request(stream=True))
             replies.append(await stack.enter_async_context(call))
             assert [await anext(replies[-1].frames) for _ in range(2)] == [ROLE, chunk("a")]
-        blocked = asyncio.create_task(store.write(lambda _: busy.wait(10)))
+        blocked = asyncio.create_task(store.write(lambda _: busy.wait(60)))
         await asyncio.sleep(0)
         ends = []
         for number, (stream, reply) in enumerate(zip(streams, replies, strict=True)):
@@ -250,7 +249,7 @@ async def test_a_database_that_fails_holds_no_answer_up_and_is_tried_again(store
     assert await store.write(counted) == [ONE]
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.sqlite
 async def test_a_database_that_is_locked_holds_no_answer_up(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +384,11 @@ class Lives:
 STEPS = ("begin", "begin", "say", "say", "say", "checkpoint", "checkpoint", "end", "leave", "kill")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # emptied each time
+)
 @given(
     st.lists(
         st.tuples(st.sampled_from(STEPS), st.integers(0, 9)),
@@ -394,18 +397,17 @@ STEPS = ("begin", "begin", "say", "say", "say", "checkpoint", "checkpoint", "end
     )
 )
 async def test_whatever_happens_in_which_order_everything_is_counted_once(
+    store: Store,
     steps: list[tuple[str, int]],
 ) -> None:
     """Streams that end, are left or are cut by the death of their gateway, between any two checkpoints."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(Store.open(f"sqlite:///{folder}/gateway.db")) as store,
-    ):
-        lives = Lives(store)
-        for name, number in steps:
-            await (lives.begin() if name == "begin" else getattr(lives, name)(number))
-        await lives.kill()
-        found = await store.write(counted)
-        requests, prompt, completion = (sum(row[column] for row in found) for column in (3, 4, 5))
-        assert (requests, prompt, completion) == (lives.requests, lives.prompt, lives.completion)
-        assert await store.write(open_rows) == []
+    for table in ("usage", "open_requests"):
+        await store.write(lambda c, table=table: c.execute(text(f"DELETE FROM {table}")))  # type: ignore[misc]
+    lives = Lives(store)
+    for name, number in steps:
+        await (lives.begin() if name == "begin" else getattr(lives, name)(number))
+    await lives.kill()
+    found = await store.write(counted)
+    requests, prompt, completion = (sum(row[column] for row in found) for column in (3, 4, 5))
+    assert (requests, prompt, completion) == (lives.requests, lives.prompt, lives.completion)
+    assert await store.write(open_rows) == []

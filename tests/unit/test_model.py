@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,43 @@ def test_a_proxy_is_left_to_reach_the_hub() -> None:
     environ = {**NOWHERE, "HTTPS_PROXY": "http://127.0.0.1:9"}
     model.check("organisation/model", environ)
     assert "HF_HUB_OFFLINE" not in environ
+
+
+# --- What was fetched ---------------------------------------------------------------------------
+
+
+def in_our_cache(home: Path, name: str = "Qwen/Qwen3-8B") -> tuple[Path, dict[str, str]]:
+    """A folder that `builder fetch` has left, and the environment of its user, without a hub."""
+    folder = home / ".cache" / "firsttoken" / "models" / "Qwen--Qwen3-8B"
+    folder.mkdir(parents=True)
+    (folder / "fetched.json").write_text(json.dumps({"model": name, "revision": None}))
+    return folder, {**NOWHERE, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+
+
+def test_a_model_that_was_fetched_needs_no_hub(tmp_path: Path) -> None:
+    """As `make serve` fetches it; clients know the model by its name."""
+    folder, environ = in_our_cache(tmp_path)
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):
+        found = model.fetched(settings(), {**environ, **more})
+        assert (found.model_name, found.model_id) == (str(folder), "Qwen/Qwen3-8B")
+    assert model.fetched(settings(SERVED_MODEL_NAME="qwen"), environ).model_id == "qwen"
+
+
+def test_the_hub_and_its_cache_come_first(tmp_path: Path) -> None:
+    """They have the revision that is meant, and maybe a newer one."""
+    _, environ = in_our_cache(tmp_path)
+    assert model.fetched(settings(MODEL_REVISION="a"), environ) == settings(MODEL_REVISION="a")
+    assert model.fetched(settings(), {**environ, "HTTPS_PROXY": "http://127.0.0.1:9"}) == settings()
+    (tmp_path / ".cache" / "huggingface" / "hub" / "models--Qwen--Qwen3-8B").mkdir(parents=True)
+    assert model.fetched(settings(), environ) == settings()
+
+
+def test_a_folder_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    """Nor one that nothing was noted in."""
+    folder, environ = in_our_cache(tmp_path, "Qwen/Other")
+    assert model.fetched(settings(), environ) == settings()
+    (folder / "fetched.json").unlink()
+    assert model.fetched(settings(), environ) == settings()
 
 
 # --- RunPod's cached models ---------------------------------------------------------------------

@@ -30,11 +30,26 @@ async def test_lines_are_shown_kept_and_the_last_remembered(
     written(made, b"load", b"ing\n\n 0%\r50%\r100%\r\nOut", " of memöry".encode())
     assert made.tail == ("loading", "100%", "Out of memöry")
     assert (tmp_path / "log").read_text() == "loading\n100%\nOut of memöry\n"
-    assert capfd.readouterr().err == "loading\n\n 0%\r50%\r100%\r\nOut of memöry"
+    assert capfd.readouterr().err == "loading\n100%\nOut of memöry\n"
     assert not made.pipe.exists()
 
 
-async def test_secrets_are_in_neither(tmp_path: Path) -> None:
+async def test_no_terminal_obeys_what_a_worker_has_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A client's text may be in it: neither where it is shown nor where it is kept is anything but text.
+
+    Colours leave no trace: no secret is cut in two by them.
+    """
+    made = Output(tmp_path / "pipe", tmp_path / "log", ("hf_abcdef",))
+    written(made, b"said \x1b]0;title\x07\tand \xc2\x9b2J\b\nhf_\x1b[0;36mabc\x1b[mdef\n")
+    lines = "said \ufffd]0;title\ufffd\tand \ufffd2J\ufffd\n[hidden]\n"
+    assert capfd.readouterr().err == lines
+    assert (tmp_path / "log").read_text() == lines
+    assert made.tail == tuple(lines.splitlines())
+
+
+async def test_secrets_are_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Those that the environment's names say are secret; short ones would hide half the alphabet."""
     environ = {
         "HF_TOKEN": "hf_abcdef",
@@ -47,6 +62,7 @@ async def test_secrets_are_in_neither(tmp_path: Path) -> None:
     written(made, b"401 for hf_abcdef, org/tokenizer, pass-word\n")
     assert made.tail == ("401 for [hidden], org/tokenizer, [hidden]",)
     assert (tmp_path / "log").read_text() == "401 for [hidden], org/tokenizer, [hidden]\n"
+    assert capfd.readouterr().err == "401 for [hidden], org/tokenizer, [hidden]\n"
 
 
 async def test_a_file_is_held_until_its_worker_has_ended(

@@ -36,7 +36,7 @@ def two_lines(stream: Stream) -> str:
     """The second line from now on: the first may have been worked out before."""
     for _ in range(2):
         stream.written.clear()
-        assert stream.written.wait(10)
+        assert stream.written.wait(60)
     return stream.getvalue().splitlines()[-1]
 
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.accounts.usage import Entry
 from gateway.metrics import Metrics, Statuses
-from gateway.scrape import Target, render, scrape
+from gateway.scrape import ANSWER_MAX_BYTES, Target, render, scrape
 from gateway.upstreams.events import Ended, Ready, StartFailed
 from handler.errors import UpstreamFailed
 from handler.messages import Call, Reply, Request, once
@@ -124,15 +124,34 @@ async def test_two_workers_stand_beside_the_gateway() -> None:
         (hanging, "late"),
         (gone, "failed"),
         (saying(b"nothing of the kind", 500), "failed"),
+        (saying(b"", 404), "failed"),
         (saying(b"a{ 1"), "failed"),
         (saying(b"\xff 1"), "failed"),
     ],
 )
 async def test_a_worker_that_says_nothing_useful_is_left_out(call: Call, outcome: str) -> None:
     """The others are there, and it is known which it was."""
-    ill, well = await scrape([Target("a", "w1", call), Target("a", "w2", saying(WORKER))], timeout_s=0.05)
+    ill, well = await scrape([Target("a", "w1", call), Target("a", "w2", saying(WORKER))], timeout_s=0.5)
     assert (ill.outcome, ill.families) == (outcome, ())
     assert well.outcome == "ok"
+
+
+async def test_an_answer_that_is_too_long_is_not_read_to_its_end() -> None:
+    """An upstream is another's: it may say anything."""
+    taken = 0
+
+    async def lines() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while taken < 8:
+            taken += 1
+            yield b"#" * (ANSWER_MAX_BYTES // 2)
+
+    @asynccontextmanager
+    async def long(_: Request) -> AsyncIterator[Reply]:
+        yield Reply(200, (), lines())
+
+    (said,) = await scrape([Target("a", "w1", long)])
+    assert (said.outcome, taken) == ("failed", 3)
 
 
 async def test_a_family_of_another_type_is_left_out() -> None:

@@ -175,9 +175,9 @@ def test_two_commands_take_turns_in_a_folder(bake: Path) -> None:
         said = Said(stream)
         waiting = threading.Thread(target=lambda: seal(bake, environ={}, console=Console(said, "seal")))
         waiting.start()
-        assert said.once.wait(10)
+        assert said.once.wait(60)
         assert not (bake / NAME).exists()
-    waiting.join(10)
+    waiting.join(60)
     assert stream.getvalue().splitlines()[0] == "seal: waiting for another command in this folder"
     assert (bake / NAME).exists()
 

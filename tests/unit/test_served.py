@@ -79,6 +79,7 @@ async def served(site: Site, first: Described) -> AsyncIterator[Served]:
         (LOCAL, {"START_TIMEOUT_S": "1"}, True),
         (LOCAL, HTTP, True),
         (HTTP, {"UPSTREAM_SLOTS": "1"}, True),
+        (HTTP, {"UPSTREAM_METRICS": "on"}, True),
         (HTTP, {"QUEUE_TIMEOUT_S": "1"}, True),
         (RUNPOD, {"QUEUE_LIMIT": "1"}, True),
         (RUNPOD, {"MAX_WORKERS": "2"}, False),

@@ -100,6 +100,7 @@ def test_gateway_defaults() -> None:
         upstream_url=None,
         upstream_key=None,
         upstream_slots=1024,
+        upstream_metrics=False,
         start="now",
         min_workers=0,
         max_workers=1,
@@ -598,9 +599,10 @@ def test_the_data_folder_is_the_users_own() -> None:
     assert "secret" not in repr(settings)
 
 
-def test_the_address_of_a_database_is_not_shown() -> None:
+@pytest.mark.parametrize("url", ["u:secret@host", "mysql://u:secret@host/name"])
+def test_the_address_of_a_database_is_not_shown(url: str) -> None:
     """It may hold a password."""
-    assert gateway_faults({"DATABASE_URL": "u:secret@host"}) == (
+    assert gateway_faults({"DATABASE_URL": url}) == (
         "DATABASE_URL (not shown) is not allowed; allowed: a URL such as sqlite:////srv/gateway.db or postgresql://user:password@host/name",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from itertools import pairwise
@@ -208,6 +209,26 @@ def test_the_command_ranks_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtu
     texts = {one.text for one in ET.parse(svg).iter("{http://www.w3.org/2000/svg}text")}
     assert set(told["policies"]) <= texts
     assert simulate.main(["--trace", str(tmp_path / "none.csv")]) == 65
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--trace", "diurnall"], "diurnall is none of poisson, diurnal, bursty, and no file: No such file"),
+        (["--policy", "best"], "--policy best is in no name of ours, idle auto, "),
+        (["--slots", "0"], "argument --slots: 0 is not above 0"),
+        (["--max-workers", "-1"], "argument --max-workers: -1 is not above 0"),
+        (["--svg", "/nowhere/ranking.svg"], "argument --svg: /nowhere is no folder"),
+    ],
+)
+def test_a_slip_is_told_before_anything_is_simulated(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a line that names it, with a code of its own."""
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(simulate.main(arguments))
+    assert ended.value.code in {2, 64, 65}
+    assert said in capsys.readouterr().err
 
 
 def test_percentiles_are_of_values() -> None:

@@ -14,7 +14,8 @@ import pytest
 from sqlalchemy import Column, Connection, Integer, Table, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from gateway.store import Store, StoreUnusable, metadata
+from gateway.database import StoreUnusable
+from gateway.store import Store, metadata
 
 NUMBERS = Table("test_numbers", metadata, Column("number", Integer, primary_key=True))
 
@@ -31,15 +32,9 @@ def numbers(connection: Connection) -> list[int]:
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A database in a folder that is not there yet."""
-    return f"sqlite:///{tmp_path}/data/gateway.db"
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
+def store(database_url: str) -> Iterator[Store]:
     """An open one."""
-    store = Store.open(url)
+    store = Store.open(database_url)
     yield store
     store.close()
 
@@ -73,24 +68,26 @@ async def test_a_write_is_done_though_its_caller_was_cancelled(store: Store) -> 
     assert await store.read(numbers) == [1, 2]
 
 
-async def test_closing_does_what_was_asked_for(url: str) -> None:
+async def test_closing_does_what_was_asked_for(database_url: str) -> None:
     """And another process finds it."""
-    store = Store.open(url)
+    store = Store.open(database_url)
     writes = [asyncio.ensure_future(store.write(lambda c, n=n: put(n, c))) for n in range(300)]  # type: ignore[misc]
     await asyncio.sleep(0)
     store.close()
     await asyncio.gather(*writes)
-    again = Store.open(url)
+    again = Store.open(database_url)
     assert again.read_now(numbers) == list(range(300))
     again.close()
 
 
-def test_the_file_is_its_owners_alone(url: str, store: Store, tmp_path: Path) -> None:
-    """Keys are hashed in it, but what people asked is not."""
+def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
+    """Keys are hashed in it, but what people asked is not; its folder need not be there."""
+    store = Store.open(f"sqlite:///{tmp_path}/data/gateway.db")
     assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     for file in (tmp_path / "data").iterdir():
         assert file.stat().st_mode & 0o077 == 0, file
     assert store.read_now(numbers) == []
+    store.close()
 
 
 def test_a_database_that_cant_be_opened_is_said_in_words(tmp_path: Path) -> None:
@@ -109,10 +106,10 @@ def _write_and_tell(url: str, told: Pipe) -> None:
         told.send(number)
 
 
-def test_what_was_answered_for_survives_a_kill(url: str) -> None:
+def test_what_was_answered_for_survives_a_kill(database_url: str) -> None:
     """`kill -9` between any two writes loses none that had returned."""
     heard, told = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(url, told))
+    process = multiprocessing.get_context("fork").Process(target=_write_and_tell, args=(database_url, told))
     process.start()
     told.close()
     while heard.recv() < 50:
@@ -126,7 +123,7 @@ def test_what_was_answered_for_survives_a_kill(url: str) -> None:
             last = heard.recv()
     except EOFError:
         pass
-    store = Store.open(url)
+    store = Store.open(database_url)
     kept = store.read_now(numbers)
     store.close()
     assert kept[: last + 1] == list(range(last + 1))

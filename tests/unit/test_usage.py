@@ -96,17 +96,26 @@ async def test_a_stream_is_asked_for_it_and_its_client_does_not_see_that() -> No
         (None, {"include_usage": True}),
         ({}, {"include_usage": True}),
         ({"include_usage": False, "x": "\ud800"}, {"include_usage": True, "x": "\ud800"}),
+        ({"include_usage": "no"}, {"include_usage": True}),
+        (
+            {"include_usage": False, "continuous_usage_stats": "yes"},
+            {"include_usage": True, "continuous_usage_stats": False},
+        ),
+        ({"continuous_usage_stats": "maybe"}, {"include_usage": True, "continuous_usage_stats": "maybe"}),
     ],
 )
 async def test_other_options_of_a_stream_are_kept(options: Any, sent: Any) -> None:
-    """Also half a character, which only JSON can name."""
+    """Also half a character, which only JSON can name; usage on each chunk is for those who ask for usage."""
     engine = Engine(chunk("a"), LAST, sse.DONE)
     body, _ = await asked(engine, chat(stream=True, stream_options=options))
     assert body == chunk("a") + sse.DONE
     assert json.loads(engine.asked[0].body)["stream_options"] == sent
 
 
-@pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": "yes"}, 5, ["include_usage"]])
+@pytest.mark.parametrize(
+    "options",
+    [{"include_usage": True}, {"include_usage": "yes"}, {"include_usage": "maybe"}, 5, ["include_usage"]],
+)
 async def test_who_asks_for_it_sees_it(options: Any) -> None:
     """And options that are wrong are the engine's to refuse."""
     engine = Engine(chunk("a"), LAST, sse.DONE)
@@ -145,6 +154,59 @@ async def test_the_other_routes_say_it_in_their_own_places() -> None:
     body, told = await asked(Engine(*frames), Request("POST", "/v1/messages", JSON, b"{}"))
     assert told == [Usage("m", 7, 9)]
     assert body == b"".join(frames)
+
+
+def end(index: int = 0, **more: Any) -> bytes:
+    """The frame by which a choice ends."""
+    return sse.event({"model": "m", "choices": [{"index": index, "finish_reason": "stop"}], **more})
+
+
+MARK: dict[str, Any] = {"system_fingerprint": "vllm-1"}
+MARKED = sse.event({"model": "m", "choices": [], "usage": USAGE, **MARK})
+
+
+@pytest.mark.parametrize(
+    ("frames", "seen"),
+    [
+        ([chunk("a"), end(), MARKED, sse.DONE], [chunk("a"), end(**MARK), sse.DONE]),
+        ([end(0), end(1), MARKED, sse.DONE], [end(0, **MARK), end(1, **MARK), sse.DONE]),
+        ([end(0), sse.KEEP_ALIVE, end(1), MARKED], [end(0), sse.KEEP_ALIVE, end(1, **MARK)]),
+        ([end(0), chunk("b"), end(1), MARKED], [end(0), chunk("b"), end(1, **MARK)]),
+        ([chunk("a"), end(), LAST, sse.DONE], [chunk("a"), end(), sse.DONE]),
+        ([chunk("a"), end(), sse.DONE], [chunk("a"), end(), sse.DONE]),
+        ([chunk("a"), end()], [chunk("a"), end()]),
+        ([end(), sse.event({"error": {}})], [end(), sse.event({"error": {}})]),
+    ],
+    ids=["one", "together", "a comment", "not together", "no mark", "no usage", "no end", "broken"],
+)
+async def test_the_fingerprint_is_where_a_choice_ends(frames: list[bytes], seen: list[bytes]) -> None:
+    """As vLLM has it for who does not ask for usage: for who does, it is on the chunk that is taken out."""
+    for parts in (frames, [b"".join(frames)]):
+        assert (await asked(Engine(*parts), chat(stream=True)))[0] == b"".join(seen)
+    options = {"include_usage": True}
+    assert (await asked(Engine(*frames), chat(stream=True, stream_options=options)))[0] == b"".join(frames)
+
+
+async def test_a_stream_does_not_say_how_long_it_was() -> None:
+    """It may be shorter for its client."""
+    engine = Engine(chunk("a"), LAST, headers=(*EVENTS, ("content-length", "1000")))
+    async with metered(engine.call, lambda _: None)(chat(stream=True)) as reply:
+        assert (reply.headers, await read(reply)) == (EVENTS, chunk("a"))
+
+
+async def test_what_was_held_is_passed_on_before_an_answer_breaks() -> None:
+    """The client has it as early as without the gateway's reading."""
+    engine = Engine(chunk("a"), end(), b"")
+    async with metered(engine.call, lambda _: None)(chat(stream=True)) as reply:
+        assert [await anext(reply.frames) for _ in range(2)] == [chunk("a"), end()]
+        with pytest.raises(RequestError):
+            await anext(reply.frames)
+
+
+async def test_an_engine_that_tells_usage_to_everybody_is_not_changed() -> None:
+    """vLLM's `--enable-force-include-usage`: then it is on every chunk."""
+    frames = (chunk("a", usage=USAGE), end(usage=USAGE), MARKED, sse.DONE)
+    assert (await asked(Engine(*frames), chat(stream=True)))[0] == b"".join(frames)
 
 
 async def test_a_stream_that_is_left_is_counted_by_its_frames() -> None:

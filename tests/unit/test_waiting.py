@@ -112,9 +112,9 @@ def test_what_a_lost_worker_took_is_no_waiting() -> None:
 
 async def test_a_request_arrives_when_it_is_made() -> None:
     """On the clock of the loop, any loop; two that differ in nothing else are the same."""
+    before_s = asyncio.get_running_loop().time()
     request = Request("GET", "/")
-    assert abs(asyncio.get_running_loop().time() - request.visit.arrived_s) < 1
-    assert request.visit.arrived_s <= time.monotonic()
+    assert before_s <= request.visit.arrived_s <= time.monotonic()
     assert request == Request("GET", "/")
 
 

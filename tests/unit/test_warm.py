@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from handler import engine
+from handler import preparation
 from handler.phases import Phases
 from handler.settings import Settings
 from handler.warm import Parent
@@ -27,13 +27,13 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def warmed(monkeypatch: pytest.MonkeyPatch) -> Parent:
     """A parent that has prepared, which sets two variables."""
 
-    def prepare(settings: Settings, _: Phases, environ: dict[str, str]) -> engine.Prepared:
+    def prepare(settings: Settings, _: Phases, environ: dict[str, str]) -> preparation.Prepared:
         environ["VLLM_SET_LATE"] = "by preparing"
         environ.setdefault("OMP_NUM_THREADS", "1")
-        return engine.Prepared(settings, None, None, "thread", None, {})  # type: ignore[arg-type] # not looked at
+        return preparation.Prepared(settings, None, None, "thread", None, {})  # type: ignore[arg-type] # not looked at
 
-    monkeypatch.setattr(engine, "check", lambda *_: None)
-    monkeypatch.setattr(engine, "prepare", prepare)
+    monkeypatch.setattr(preparation, "check", lambda *_: None)
+    monkeypatch.setattr(preparation, "prepare", prepare)
     parent = Parent(Phases(0.0))
     parent.warm_up(Settings.from_environ({}), os.environ)
     return parent
@@ -56,7 +56,7 @@ def test_the_configuration_is_for_the_same_engine_only(
     """Where the worker listens makes no difference, the model and vLLM's flags do."""
     parent = warmed(monkeypatch)
 
-    def prepared_for(**asked: str) -> engine.Prepared | None:
+    def prepared_for(**asked: str) -> preparation.Prepared | None:
         fork = parent.fork(Asked(asked, 1.0), nobody)
         return fork.prepared_for(Settings.from_environ(os.environ))  # as the worker reads them
 

@@ -184,14 +184,14 @@ def test_a_start_does_not_outlive_who_asked_for_it(bake: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline() == "fetch: making the caches: up\n"
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 LONG_START = """
 import threading
 from builder import start
-from handler import engine
-engine.check = lambda *_: threading.Event().wait()
+from handler import preparation
+preparation.check = lambda *_: threading.Event().wait()
 start.start()
 """
 

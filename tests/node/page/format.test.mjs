@@ -9,6 +9,7 @@ import {
   day,
   elapsed,
   isoDay,
+  onAxis,
   perSecond,
   plural,
   relative,
@@ -57,6 +58,7 @@ test("a moment is as far away as the largest unit says", () => {
 
 test("numbers are grouped, shortened and rounded", () => {
   each(count, [1234567, "1,234,567"]);
+  each(onAxis, [0, "0"], [950, "950"], [1250, "1.25K"], [12.5, "12.5"], [0.00025, "0.00025"]);
   each(compact, [950, "950"], [12_345, "12.3K"], [1_700_000, "1.7M"]);
   each(perSecond, [31.26, "31.3"], [1234.5, "1,235"]);
   each(cost, [0, "0.00"], [12.3, "12.30"], [0.034512, "0.0345"], [0.0000351, "0.0000351"]);

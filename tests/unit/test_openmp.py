@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handler.engine import LARGE_MODEL_BYTES, openmp
+from handler.openmp import LARGE_MODEL_BYTES, openmp
 
 
 @pytest.mark.parametrize(

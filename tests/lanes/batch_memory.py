@@ -8,6 +8,7 @@ from handler.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX
 from tests import batch_stack
 from tests.batch_stack import line
 from tests.batch_worker import environ, worker
+from tests.memory import peak_bytes
 from tests.object_store import ObjectStore
 from tests.until import until
 
@@ -22,10 +23,10 @@ def stream(object_store: ObjectStore, folder: Path, *, lines: int, size_bytes: i
     with worker(environ(resources), folder / "worker.log") as process:
         resources.put("small", [line("x")])
         until(lambda: resources.is_over("small"))
-        before = _peak_bytes(process.pid)
+        before = peak_bytes(process.pid)
         resources.put("large", (_line(number, text) for number in range(lines)))
         until(lambda: resources.is_over("large"), timeout_s=within_s)
-        grew = _peak_bytes(process.pid) - before
+        grew = peak_bytes(process.pid) - before
     found = resources.record("large")
     assert found is not None
     assert found.request_counts is not None
@@ -37,11 +38,6 @@ def stream(object_store: ObjectStore, folder: Path, *, lines: int, size_bytes: i
 def _line(number: int, text: str) -> bytes:
     whole = line(str(number), text=text)
     return whole if number % 5 else whole.replace(b'"POST"', b'"GET"')
-
-
-def _peak_bytes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(row.split()[1]) << 10 for row in status.splitlines() if row.startswith("VmHWM"))
 
 
 def test_fifty_thousand_lines_stream_through_bounded_memory(

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from scripts.metrics_page import worker_rows
 from tests import ray_nodes
 from tests.ray_nodes import Cluster
 from tests.servers import KEY, MODEL, ROOT, Server, engine_environ, first_line, program
@@ -127,13 +130,36 @@ async def stream(client: openai.AsyncOpenAI, asked: Asked) -> None:
         asked.begun.set()
 
 
+def listening(session: int) -> set[str]:
+    """The addresses, without their ports, at which the processes of `session` listen."""
+    said = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    return {
+        line.split()[3].rpartition(":")[0]
+        for line in said.splitlines()
+        if any(of(int(pid)) == session for pid in re.findall(r"pid=(\d+)", line))
+    }
+
+
+def of(pid: int) -> int | None:
+    """The session of a process."""
+    with suppress(ProcessLookupError):
+        return os.getsid(pid)
+    return None
+
+
 def test_one_command_is_enough(tmp_path: Path) -> None:
-    """Without RAY_ADDRESS `ray up` has a cluster of its own, and a replica takes what its engine can hold."""
+    """Without RAY_ADDRESS `ray up` has a cluster of its own, and a replica takes what its engine can hold.
+
+    It is started once, and nobody outside is listened to, but for what Serve has in each replica and binds
+    everywhere; that wants Ray's token.
+    """
     environ = {**engine_environ(ROOT / "tests/tinychat/model"), "PYTHONPATH": str(ROOT), "PORT": "8177"}
     with program("handler", environ, tmp_path, "ray", "up") as (process, errors):
         first_line(process, "ready  http://127.0.0.1:8177/v1", errors)
         models = httpx.get("http://127.0.0.1:8177/v1/models").json()
         assert [model["id"] for model in models["data"]] == [MODEL]
+        assert errors.read_text().count("cold start total_s=") == 1
+        assert listening(process.pid) == {"127.0.0.1", "[::ffff:127.0.0.1]", "*"}
     assert process.returncode == 0
 
 
@@ -153,6 +179,15 @@ async def test_from_none_to_two_and_back(cluster: Cluster) -> None:
                 model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=3
             )
             assert one.usage is not None
+
+
+def test_a_node_without_the_key_serves_nobody(cluster: Cluster) -> None:
+    """A key of who deploys is not sent: a replica that lacks it ends, rather than let everybody in."""
+    own = {"HOST": "0.0.0.0", "PORT": PORT, "API_KEY": KEY}
+    up = cluster.run(sys.executable, "-m", "handler", "ray", "up", **own)
+    assert up.returncode == 70, up.stderr[-4000:]
+    assert "there is no API_KEY" in up.stderr.splitlines()[-1]
+    assert KEY not in up.stderr
 
 
 def test_the_contract_holds(cluster: Cluster) -> None:
@@ -178,6 +213,59 @@ def test_the_contract_holds(cluster: Cluster) -> None:
     said = done.stdout[-6000:]
     assert done.returncode == 0, said
     assert "passed" in said
+
+
+def scraped(urls: list[str]) -> tuple[dict[str, float], set[tuple[str, str]]]:
+    """The tokens that each replica has made, and which of the worker's own metrics each has."""
+    samples = [
+        sample
+        for url in urls
+        for family in text_string_to_metric_families(httpx.get(url).text)
+        for sample in family.samples
+    ]
+    tokens = {
+        sample.labels["ReplicaId"]: sample.value
+        for sample in samples
+        if sample.name == "ray_vllm_generation_tokens_total" and sample.labels["model_name"] == MODEL
+    }
+    return tokens, {
+        (sample.name.removeprefix("ray_"), sample.labels["replica"])
+        for sample in samples
+        if sample.name.startswith("ray_firsttoken_")
+    }
+
+
+async def test_nodes_tell_the_metrics_of_their_replicas(cluster: Cluster) -> None:
+    """vLLM's have the tokens that clients had, the worker's own are there, and each says whose it is."""
+    with deployed(cluster, MIN_WORKERS="2", MAX_WORKERS="2"), gateway(cluster) as server:
+        await until_running(cluster, 2)
+        status = await asyncio.to_thread(cluster.run, sys.executable, "-m", "handler", "ray", "status")
+        urls = re.findall(r"^  metrics: (http://\S+/metrics)$", status.stdout, re.MULTILINE)
+        assert len(urls) == len(cluster.nodes)
+        before, _ = await asyncio.to_thread(scraped, urls)  # a node still has those of replicas that ended
+        async with server.client() as client:
+            answers = await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=40
+                    )
+                    for _ in range(2 * SLOTS)
+                )
+            )
+        made = sum(answer.usage.completion_tokens for answer in answers if answer.usage)
+        deadline_s = time.monotonic() + WAIT_S
+        grown: dict[str, float] = {}
+        while sum(grown.values()) < made:
+            assert time.monotonic() < deadline_s, f"{grown}, wanted {made}"
+            await asyncio.sleep(1)
+            tokens, own = await asyncio.to_thread(scraped, urls)
+            grown = {
+                replica: more for replica in tokens if (more := tokens[replica] - before.get(replica, 0))
+            }
+        assert len(grown) == 2
+        assert own >= {(row.name, replica) for row in worker_rows() for replica in grown}
+        answer = await asyncio.to_thread(httpx.get, f"http://{cluster.nodes[0].address}:{PORT}/metrics")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
 @pytest.mark.parametrize("what", ["replica", "node"])

@@ -1,8 +1,8 @@
 """Faults by chance for as long as one likes: `make soak`, `make chaos`.
 
-    python -m tests.chaos --minutes 10             workers are killed and stopped, the gateway is left alone:
-                                                   its memory and files are watched
-    python -m tests.chaos --minutes 5 --gateway    the gateway is killed too, and told to reload
+    python -m tests.lanes.chaos --minutes 10            workers are killed and stopped, the gateway is left
+                                                        alone: its memory and files are watched
+    python -m tests.lanes.chaos --minutes 5 --gateway   the gateway is killed too, and told to reload
 
 Waves of streams and jobs go through one gateway meanwhile. In the end every job that was accepted has ended,
 every answer that a client has whole is counted once, no other more than once, and nothing hangs. The seed of
@@ -165,7 +165,7 @@ def say(line: str) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.lanes.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     parser.add_argument("--gateway", action="store_true", help="the gateway is killed too")

@@ -11,22 +11,12 @@ import pytest
 
 from handler.batch_lines import FILE_MAX_BYTES, REQUESTS_MAX
 from tests.acceptance.test_gateway_batches import echoing, jsonl, line, over
+from tests.memory import forget_peak, peak_bytes
 
 UPLOAD_BYTES = 500 << 20
 UPLOAD_GROWS_MAX_BYTES = 32 << 20
 BATCH_GROWS_MAX_BYTES = 150 << 20
 """What a gateway may take beyond what it took before; a batch's window alone is 16 MiB."""
-
-
-def peak_bytes(pid: int) -> int:
-    """The most memory that the process has had since `forget_peak`."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(row.split()[1]) << 10 for row in status.splitlines() if row.startswith("VmHWM"))
-
-
-def forget_peak(pid: int) -> None:
-    """Have the peak be what the process has now (proc_pid_clear_refs(5))."""
-    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 async def test_a_file_of_500_mib_streams_to_the_disk_and_back(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.jobs.webhooks import Allowed, Guard, checked
+from gateway.jobs.destinations import Allowed, Guard, checked
 from handler.errors import BadRequest
 from tests.job_endpoints import Names
 
