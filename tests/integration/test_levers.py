@@ -44,7 +44,7 @@ found = {
     "levers_off": phases.facts.get("levers_off"),
     "answers": [engine.submit(ask(engine.call, prompt)).result() for prompt in sys.argv[1:]],
 }
-remember_start(engine, os.environ)
+remember_start(engine.save, os.environ)
 engine.close()
 print(json.dumps(found), flush=True)
 os._exit(0)
