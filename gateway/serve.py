@@ -20,6 +20,7 @@ from gateway.accounts.keys import Keys
 from gateway.alone import alone
 from gateway.assembly import Assembly, Base, faults_told
 from gateway.console import Address, Console
+from gateway.database import StoreUnusable
 from gateway.endpoints.file import Description
 from gateway.running import Running
 from gateway.settings import GatewaySettings
@@ -56,8 +57,10 @@ async def serve(
     Raises `StartError`.
     """
     raise_files_limit()
-    with faults_told():
+    try:
         note = data_folder.make(settings.data_dir)
+    except OSError as error:
+        raise StoreUnusable(f"the gateway's folder can't be used: {error}") from None
     if note:
         log.warning(note)
     with (

@@ -79,7 +79,8 @@ def test_a_full_disk(tmp_path: Path, file_max_bytes: int) -> None:
 
 
 def test_a_database_that_is_elsewhere(tmp_path: Path) -> None:
-    """Then the owner's door is the first that misses the folder."""
-    a_file(tmp_path / "data")
+    """The folder has to be there all the same, for the owner's door and for files."""
+    a_file(path := tmp_path / "data")
     status, said = ended(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/gateway.db")
-    assert (status, said) == (75, f"firsttoken: {tmp_path}/data/admin.sock can't be made: File exists\n")
+    why = f"the gateway's folder can't be used: [Errno 17] File exists: '{path}'"
+    assert (status, said) == (74, f"firsttoken: {why}\n")
