@@ -26,7 +26,7 @@ REFUSED = (
     "Failed to load resource: the server responded with a status of ",
     "Failed to load resource: net::ERR_",
 )
-"""What Chromium says of each refusal of the API and of a gateway that is gone: the page tells it in its own way."""
+"""What Chromium says of each refusal of the API and of a gateway that is gone: the page has its own words."""
 
 
 @asynccontextmanager

@@ -368,7 +368,7 @@ async def test_without_versions_a_file_is_known_by_its_etag(aws: ObjectStore) ->
 async def test_a_batch_is_gone_on_with_after_a_shift(aws: ObjectStore) -> None:
     """By messages of its own: more shifts than a message may fail are no failure.
 
-    A shift's last line gets more than a second to end in, and no message is seen twice: a busy machine stalls.
+    A busy machine stalls: a shift's last line gets more than a second to end in, and a message stays hidden.
     """
     resources = batch_stack.make(aws, dead_after=1)
     ids = [str(number) + "x" for number in range(80)]
