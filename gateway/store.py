@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -68,6 +69,8 @@ _SIGN = text(
 )
 _SWEEP = text("DELETE FROM writers WHERE at < now() - interval '1 day'")
 
+_UNHELD = re.compile(r"[\0\ud800-\udfff]")
+
 _Result = TypeVar("_Result")
 _Work = Callable[[Connection], Any]
 _Asked = tuple[_Work, Future[Any]]
@@ -84,6 +87,11 @@ class OutcomeUnknown(StoreAway):
 AWAY = (OperationalError, InterfaceError, InternalError, ProgrammingError, StoreAway)
 """What is raised while there is no database, or one that can't be written, or lacks a table: SQLite has one
 error for these, PostgreSQL a class for each. It may be there the next time."""
+
+
+def holds(text: str) -> bool:
+    """Whether a row can have that `text`: PostgreSQL's have no zero, and half a surrogate is in no UTF-8."""
+    return _UNHELD.search(text) is None
 
 
 class Store:

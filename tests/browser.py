@@ -22,8 +22,11 @@ FLAGS = (
 )
 TIMEOUT_MS = 60_000
 """How long a state may take to come, on a busy machine."""
-REFUSED = "Failed to load resource: the server responded with a status of "
-"""What Chromium says of each refusal of the API, which the page tells in its own way."""
+REFUSED = (
+    "Failed to load resource: the server responded with a status of ",
+    "Failed to load resource: net::ERR_",
+)
+"""What Chromium says of each refusal of the API and of a gateway that is gone: the page has its own words."""
 
 
 @asynccontextmanager

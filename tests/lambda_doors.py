@@ -208,7 +208,7 @@ class FrontDoors:
         except TimeoutError:
             return web.json_response({"message": "Too Many Requests"}, status=429)
         try:
-            async with asyncio.timeout(self._timeout_s + 1):
+            async with asyncio.timeout(self._timeout_s + self.api.patience_s + 1):
                 if door.streams:
                     return await self._stream(door, request, invocation)
                 return _buffered(door, await invocation.said.get())

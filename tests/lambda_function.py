@@ -44,11 +44,12 @@ async def function(
     *,
     at_once: int = 8,
     timeout_s: float = 900.0,
+    patience_s: float = 0.0,
     cuts: bool = False,
     s3_batch: S3Batch | None = None,
 ) -> AsyncIterator[Function]:
     """A function that is ready, with the settings of `environ`; stopped at the end. Nothing is at fault."""
-    api = RuntimeApi(at_once)
+    api = RuntimeApi(at_once, patience_s)
     doors = FrontDoors(api, timeout_s=timeout_s, cuts=cuts)
     async with api.open(), doors.open():
         given = {**api.environ(), "API_KEY": KEY, "DRAIN_TIMEOUT_S": "0", **(environ or {})}

@@ -97,9 +97,12 @@ class BrokenStream(Exception):
 
 
 class RuntimeApi:
-    """Listens at `address` once it is `open`; an environment may have `at_once` invocations."""
+    """Listens at `address` once it is `open`; an environment may have `at_once` invocations.
 
-    def __init__(self, at_once: int = 8) -> None:
+    It takes an answer for `patience_s` longer than it says.
+    """
+
+    def __init__(self, at_once: int = 8, patience_s: float = 0.0) -> None:
         self.address = ""
         self.faults: list[str] = []
         self.init_errors: list[dict[str, Any]] = []
@@ -110,6 +113,7 @@ class RuntimeApi:
         self.most_at_once = 0
         """How many did at most."""
         self.streaming = 0
+        self.patience_s = patience_s
         self._at_once = at_once
         self._line: list[Invocation] = []
         self._out: dict[str, Invocation] = {}
@@ -207,7 +211,7 @@ class RuntimeApi:
             self.fault(f"an answer to {invocation_id}, which is not out")
         elif headers.get("lambda-runtime-invocation-id") != invocation.echo:
             self.fault("an answer does not repeat Lambda-Runtime-Invocation-Id")
-        elif time.time() <= invocation.deadline_s:
+        elif time.time() <= invocation.deadline_s + self.patience_s:
             return invocation
         return None
 

@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.accounts.keys import ENV_ID, ENV_NAME, Key, Keys
-from gateway.store import Store, metadata
+from gateway.store import Store, holds, metadata
 from handler.auth import digest, generate
 from handler.errors import BadRequest, NotFound
 from handler.table import ENDPOINT_ID
@@ -165,9 +165,7 @@ def revoke(connection: Connection, name: str, now_s: float) -> Key:
     """
     if name in {ENV_ID, ENV_NAME}:
         raise BadRequest("That key is API_KEY's: start the gateway without it.", code="key_is_set")
-    live = TABLE.c.revoked_at.is_(None)
-    found = connection.execute(select(TABLE).where(TABLE.c.id == name)).one_or_none()
-    found = found or connection.execute(select(TABLE).where(TABLE.c.name == name, live)).one_or_none()
+    found = _named(connection, name) if holds(name) else None
     if found is None:
         raise NotFound(f"There is no key `{name}`.", code="key_not_found")
     if found.revoked_at is None:
@@ -177,6 +175,12 @@ def revoke(connection: Connection, name: str, now_s: float) -> Key:
             .values(revoked_at=int(now_s), changed=_revision(connection) + 1)
         )
     return replace(_key(found), revoked_s=found.revoked_at or int(now_s))
+
+
+def _named(connection: Connection, name: str) -> Row[Any] | None:
+    live = TABLE.c.revoked_at.is_(None)
+    found = connection.execute(select(TABLE).where(TABLE.c.id == name)).one_or_none()
+    return found or connection.execute(select(TABLE).where(TABLE.c.name == name, live)).one_or_none()
 
 
 def load(connection: Connection) -> tuple[list[Key], int]:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from gateway.instances import dead
-from gateway.store import metadata
+from gateway.store import holds, metadata
 from handler import batch_object
 from handler.batch_object import Batch
 from handler.errors import Conflict
@@ -87,6 +87,8 @@ def put(connection: Connection, row: Row) -> None:
 
 def find(connection: Connection, batch_id: str, key_id: str | None, endpoint_id: str) -> Batch | None:
     """What clients see of a batch of the endpoint and of the key `key_id`, or of any for None."""
+    if not holds(batch_id):
+        return None
     wanted = select(BATCHES.c.object).where(BATCHES.c.id == batch_id, BATCHES.c.endpoint_id == endpoint_id)
     if key_id is not None:
         wanted = wanted.where(BATCHES.c.key_id == key_id)

@@ -97,7 +97,7 @@ def _talk(runner: asyncio.Runner, asked: Client, conversation: Conversation) -> 
             print()
             return 0
         if line.startswith("/"):
-            _obey(conversation, line)
+            _obey(runner, asked, conversation, line)
         elif line:
             answering = Answering(sys.stdout)
             try:
@@ -108,7 +108,7 @@ def _talk(runner: asyncio.Runner, asked: Client, conversation: Conversation) -> 
                 answering.failed(str(error))
 
 
-def _obey(conversation: Conversation, line: str) -> None:
+def _obey(runner: asyncio.Runner, asked: Client, conversation: Conversation, line: str) -> None:
     """Do what a line that begins with a slash says."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -120,7 +120,12 @@ def _obey(conversation: Conversation, line: str) -> None:
         case "/clear":
             conversation.clear()
         case "/model" if rest:
-            conversation.model = rest
+            try:
+                runner.run(conversation.choose(asked, rest))
+            except KeyboardInterrupt:
+                print("\n[stopped]")
+            except Unreachable as error:
+                print(plain(str(error)))
         case "/model":
             print(plain(conversation.model or "the endpoint's own"))
         case "/save" if rest:

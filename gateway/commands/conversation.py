@@ -59,6 +59,27 @@ class Conversation:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text + "\n")
 
+    async def choose(self, asked: Client, model: str) -> None:
+        """Have `model` answer from now on.
+
+        Raises `Unreachable` if the endpoint has none of that name, which is known while a worker is ready: a
+        name is nothing to start one for.
+        """
+        shown = (await asked.get("/health"))["endpoints"]
+        if any(one["id"] == self.endpoint_id and one["workers"].get("ready") for one in shown):
+            models = await self._models(asked)
+            if model not in models:
+                there = ", ".join(models) or "none for this key"
+                raise Unreachable(f"endpoint {self.endpoint_id} has no {model}; it has {there}")
+        self.model = model
+
+    @property
+    def _base(self) -> str:
+        return f"/v2/{self.endpoint_id}/openai/v1"
+
+    async def _models(self, asked: Client) -> list[str]:
+        return [one["id"] for one in (await asked.get(f"{self._base}/models"))["data"]]
+
     async def ask(self, asked: Client, text: str) -> AsyncGenerator[str, None]:
         """The parts of the answer to `text` as they come.
 
@@ -67,12 +88,11 @@ class Conversation:
         """
         self._forget_figures()
         began_s = self._clock()
-        base = f"/v2/{self.endpoint_id}/openai/v1"
         if self.model is None:
-            listed = (await asked.get(f"{base}/models"))["data"]
-            if not listed:
+            models = await self._models(asked)
+            if not models:
                 raise Unreachable(f"endpoint {self.endpoint_id} has no model for this key; --model names one")
-            self.model = listed[0]["id"]
+            self.model = models[0]
         question = {"role": "user", "content": text}
         body = {
             "model": self.model,
@@ -83,7 +103,7 @@ class Conversation:
         last_s = began_s
         answer = ""
         try:
-            async with aclosing(asked.stream(f"{base}/chat/completions", body)) as events:
+            async with aclosing(asked.stream(f"{self._base}/chat/completions", body)) as events:
                 async for event in events:
                     if part := _text(event):
                         last_s = self._clock()

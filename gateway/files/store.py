@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 
 from gateway.files.draft import Draft, full_disk_is_told
-from gateway.store import Store, metadata
+from gateway.store import Store, holds, metadata
 from handler.errors import NotFound, StartError, StorageFull
 
 T = TypeVar("T")
@@ -101,8 +101,8 @@ def put(connection: Connection, file: File) -> None:
 
 def find(connection: Connection, file_id: str, key_id: str | None, now: float) -> File | None:
     """The file `file_id` of the key `key_id`, or of any for None, unless it has expired."""
-    if "\0" in file_id:
-        return None  # PostgreSQL can't be asked for it
+    if not holds(file_id):
+        return None
     row = connection.execute(select(FILES).where(FILES.c.id == file_id)).mappings().first()
     file = None if row is None else File(**row)
     if file is None or key_id not in {None, file.key_id}:

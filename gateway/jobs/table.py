@@ -35,7 +35,7 @@ from sqlalchemy import (
     update,
 )
 
-from gateway.store import metadata
+from gateway.store import holds, metadata
 
 RUN_KEPT_S = 30 * 60.0
 RUNSYNC_KEPT_S = 60.0
@@ -190,7 +190,7 @@ def add(connection: Connection, new: NewJob, now: float) -> Job:
 
 def find(connection: Connection, job_id: str, now: float) -> Job | None:
     """The job `job_id`, unless its time is over."""
-    return _one(connection, JOBS.c.id == job_id, unexpired(now))
+    return _one(connection, JOBS.c.id == job_id, unexpired(now)) if holds(job_id) else None
 
 
 def find_repeated(connection: Connection, new: NewJob, now: float) -> Job | None:

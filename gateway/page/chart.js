@@ -1,6 +1,6 @@
 /** The two charts of the page, over uPlot. Colours come from the style sheet, so that a theme is one place. */
 
-import { onAxis } from "./format.js";
+import { brief, onAxis } from "./format.js";
 import { stack } from "./series.js";
 import { hide, showAt } from "./tip.js";
 import uPlot from "./vendor/uPlot.esm.js";
@@ -93,7 +93,7 @@ export function stackedBars(parent, { labels, series, format }) {
             const box = self.over.getBoundingClientRect();
             const parts = series
               .filter(({ values }) => values[at])
-              .map(({ name, values }) => `${name}: ${format(values[at])}`)
+              .map(({ name, values }) => `${brief(name)}: ${format(values[at])}`)
               .reverse();
             const total = format(sums.at(-1)?.[at] ?? 0);
             showAt(box.left + self.cursor.left, box.top + self.cursor.top, [

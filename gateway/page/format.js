@@ -80,5 +80,13 @@ export const day = (text) => dayName.format(new Date(`${text}T00:00:00Z`));
 /** The day of a moment in UTC, as the gateway counts days: "2026-11-26". */
 export const isoDay = (moment) => new Date(moment).toISOString().slice(0, 10);
 
+const BRIEF = 32;
+
+/** A name of at most 32 characters: of a longer one both ends, which tell it from others. */
+export function brief(name) {
+  const signs = [...name]; // half of one is none
+  return signs.length > BRIEF ? [...signs.slice(0, BRIEF / 2), "…", ...signs.slice(1 - BRIEF / 2)].join("") : name;
+}
+
 /** "1 worker", "2 workers" */
 export const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;

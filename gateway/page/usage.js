@@ -47,7 +47,9 @@ export function usage() {
       offer();
       draw(answer.totals);
     } catch (error) {
-      if (error.name !== "AbortError") say(find("[data-fault]"), error.message);
+      if (error.name === "AbortError") return;
+      const told = error.code === "connection_failed"; // the bar says that on every view
+      say(find("[data-fault]"), told ? "" : error.message);
     }
   }
 
@@ -126,7 +128,7 @@ export function usage() {
           cell(count(row.requests), "num"),
           cell(count(row.prompt_tokens), "num"),
           cell(count(row.completion_tokens), "num"),
-          cell(row.cost.toFixed(6), "num"),
+          cell(cost(row.cost), "num"),
         ),
       ),
     );

@@ -12,8 +12,7 @@ export function workers() {
   const list = element.querySelector(".endpoints");
   const cards = new Set();
 
-  function update({ status, fault }) {
-    say(element.querySelector("[data-fault]"), fault ? fault.message : "");
+  function update({ status }) {
     if (!status) return;
     const up = elapsed(Date.now() / 1000 - status.started_at);
     say(element.querySelector("[data-summary]"), `firsttoken ${status.version}, up for ${up}`);

@@ -34,6 +34,11 @@ FLUSH_S = 2.0
 """How long an invocation waits for usage to be written, where nothing runs after its end."""
 
 
+def ended_after_s(left_s: float) -> float:
+    """When an invocation is ended whose time is over in `left_s`: what it then says has to arrive."""
+    return left_s - min(LAST_WORD_S, left_s / 4)
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What the settings say of how events are answered. Without `keys` everybody may ask."""
@@ -75,7 +80,7 @@ class Answers:
     async def answer(self, runtime: Runtime, invocation: Invocation) -> None:
         """Answer one invocation, whatever happens. Raises `RuntimeApiFailed` if Lambda does not hear it."""
         left_s = max(0.0, invocation.deadline_s - time.time())
-        deadline_s = asyncio.get_running_loop().time() + left_s - min(LAST_WORD_S, left_s / 4)
+        deadline_s = asyncio.get_running_loop().time() + ended_after_s(left_s)
         try:
             event = events.parse(invocation.event)
             match event:

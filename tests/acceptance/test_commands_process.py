@@ -140,6 +140,10 @@ async def test_chat_streams_remembers_and_stops(tmp_path: Path) -> None:
         seen = await user.sees("]\r\n> ")
         assert "Hello\N{REPLACEMENT CHARACTER}[31m!" in seen
         assert re.search(r"\[first token after \d+\.\d\d s, 2 tokens, \d+\.\d tokens/s$", seen)
+        user.types("/model nope")
+        assert "endpoint chat has no nope; it has org/a\r\n" in await user.sees("> ")
+        user.types("/model org/a")
+        assert "has no" not in await user.sees("> ")
         user.types("/system Be long.")
         await user.sees("> ")
         user.types("More")

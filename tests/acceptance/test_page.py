@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -222,6 +223,24 @@ async def test_a_worker_that_can_not_start_says_why(tmp_path: Path, browser: Bro
             )
 
 
+async def test_a_gateway_that_is_gone_is_told_once(tmp_path: Path, browser: Browser) -> None:
+    """On every view that asks again and again, in the bar above it."""
+    async with gateway(tmp_path, (READY, {"GET /v1/models": MODELS})) as program:
+        await started(program)
+        async with page_of(program, browser) as page:
+            asked: set[str] = set()
+            page.on("requestfailed", lambda request: asked.add(request.url.partition("/admin/")[2][:6]))
+            told = page.get_by_text("The gateway can't be reached.")
+            for view in ("Usage", "Workers"):
+                await show(page, view)
+            assert await program.end(signal.SIGTERM) == 0
+            await expect(told).to_have_count(1)
+            await show(page, "Usage")
+            while "usage?" not in asked:
+                await page.wait_for_event("requestfailed")
+            await expect(told).to_have_count(1)
+
+
 async def test_keys_are_made_used_counted_and_revoked(tmp_path: Path, browser: Browser) -> None:
     """A key that was made here works, its usage shows and moves, and once it is revoked it opens nothing."""
     plays = [usual(7, 3), usual(5, 2)]
@@ -257,7 +276,7 @@ async def test_keys_are_made_used_counted_and_revoked(tmp_path: Path, browser: B
                 )
                 await expect(usage).to_contain_text(re.compile(r"local\s*m\s*1\s*7\s*3"))
                 await ask()
-                await expect(usage).to_contain_text(re.compile(r"local\s*m\s*2\s*12\s*5"))
+                await expect(usage).to_contain_text(re.compile(r"local\s*m\s*2\s*12\s*5\s*0\.00$"))
                 await expect(page.locator("[data-legend]")).to_contain_text("team17")
                 await expect(page.locator("[data-chart] canvas")).to_be_visible()
                 async with page.expect_download() as downloaded:
@@ -432,6 +451,38 @@ async def test_a_long_name_hides_nothing(tmp_path: Path, browser: Browser) -> No
             assert await page.evaluate(FITS)
 
 
+async def test_the_chart_tells_of_keys_with_long_names_what_tells_them_apart(
+    tmp_path: Path, browser: Browser
+) -> None:
+    """As much of it as leaves the chart in sight."""
+    plays = {CHAT: [usual(7, 3)] * COLOURS, "GET /v1/models": MODELS}
+    async with gateway(tmp_path, (READY, plays)) as program:
+        await started(program)
+        async with httpx.AsyncClient(
+            base_url=root(program), headers={"authorization": f"Bearer {KEY}"}
+        ) as http:
+            for number in range(COLOURS):
+                fields = {"name": "W" * 63 + str(number)}
+                made = (await http.post("/admin/keys", json=fields)).json()
+                bearer = {"authorization": f"Bearer {made['key']}"}
+                body = {"model": "org/model", "messages": []}
+                asked = await http.post(f"{program.base_url}/chat/completions", json=body, headers=bearer)
+                assert asked.status_code == 200
+        async with page_of(program, browser) as page:
+            await show(page, "Usage")
+            box = await page.locator("[data-chart] .u-over").bounding_box()
+            assert box is not None
+            await page.mouse.move(box["x"] + box["width"] - 10, box["y"] + box["height"] - 10)
+            tip = page.locator("#tip")
+            await expect(tip.locator("div")).to_have_count(COLOURS)
+            names = {text.partition(":")[0] for text in await tip.locator("div").all_inner_texts()}
+            assert names == {f"{'W' * 16}…{'W' * 14}{number}" for number in range(COLOURS)}
+            shown = await tip.bounding_box()
+            assert shown is not None
+            assert shown["height"] < 400
+
+
+COLOURS = 8
 FITS = "(({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth)(document.querySelector('.scroll'))"
 SIZE = "(({ scrollWidth, scrollHeight }) => [scrollWidth, scrollHeight])(document.scrollingElement)"
 FOCUS = """() => {

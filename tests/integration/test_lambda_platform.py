@@ -12,6 +12,7 @@ import pytest
 from handler import sse
 from handler.errors import ModelNotFound, NoResources
 from handler.platforms.aws_lambda import AwsLambda
+from handler.platforms.lambda_answers import ended_after_s
 from handler.platforms.lambda_doors import ALB_MAX_BYTES, LAMBDA_MAX_BYTES
 from handler.platforms.lambda_messages import Created, Shift
 from handler.settings import Settings
@@ -184,10 +185,20 @@ async def test_a_stream_that_the_door_collects_ends_with_its_error() -> None:
 # --- time, leaving, ending ----------------------------------------------------------------------
 
 
+STALL_S = 30.0
+"""For how long a busy machine may keep the last word back that `ended_after_s` leaves time for."""
+
+
+@pytest.mark.parametrize(("left_s", "after_s"), [(900.0, 899.0), (4.0, 3.0), (2.0, 1.5), (0.0, 0.0)])
+def test_an_invocation_is_ended_while_lambda_still_listens(left_s: float, after_s: float) -> None:
+    """A second before, or a quarter of what there is."""
+    assert ended_after_s(left_s) == after_s
+
+
 async def test_a_stream_ends_with_an_error_before_its_invocation_does() -> None:
-    """One frame, no `[DONE]`, while Lambda still listens; the engine stops."""
+    """One frame, no `[DONE]`; the engine stops."""
     app = ScriptedApp({CHAT: stream(recorded.ROLE, Pause("never"), recorded.LAST)})
-    async with function(app, timeout_s=4.0) as on, on.server().http() as http:
+    async with function(app, timeout_s=4.0, patience_s=STALL_S) as on, on.server().http() as http:
         reply = await http.post("chat/completions", json={**ASK, "stream": True})
         await app.seen[0].over.wait()
     first, last = sse.split(reply.content)
@@ -198,9 +209,9 @@ async def test_a_stream_ends_with_an_error_before_its_invocation_does() -> None:
 
 @pytest.mark.parametrize("door", ["rest", "http"])
 async def test_an_answer_that_has_not_begun_in_time_is_a_504(door: str) -> None:
-    """In OpenAI's shape, and before Lambda gives the invocation up; the engine stops."""
+    """In OpenAI's shape; the engine stops."""
     app = ScriptedApp({CHAT: Script((Pause("never"),))})
-    async with function(app, timeout_s=4.0) as on, on.server(door).http() as http:
+    async with function(app, timeout_s=4.0, patience_s=STALL_S) as on, on.server(door).http() as http:
         reply = await http.post("chat/completions", json=ASK)
         await app.seen[0].over.wait()
     assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")

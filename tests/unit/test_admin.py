@@ -123,6 +123,7 @@ async def test_a_key_is_shown_once_and_opens_until_it_is_revoked(place: Place) -
         ("GET", "/admin/keys/x", None, (405, "method_not_allowed")),
         ("POST", "/admin/usage", {}, (405, "method_not_allowed")),
         ("DELETE", "/admin/keys/x", None, (404, "key_not_found")),
+        ("DELETE", "/admin/keys/x\0", None, (404, "key_not_found")),
         ("DELETE", "/admin/keys/env", None, (400, "key_is_set")),
         ("POST", "/admin/keys", b"{", (400, "invalid_request")),
         ("POST", "/admin/keys", [], (400, "invalid_request")),

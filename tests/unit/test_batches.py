@@ -701,6 +701,8 @@ async def test_a_key_has_so_many_batches_at_most(running: Place, monkeypatch: py
         ("DELETE", "/batch_1", 405),
         ("GET", "/batch_1/cancel", 405),
         ("GET", "/batch_1", 404),
+        ("GET", "/batch_1\0", 404),
+        ("POST", "/batch_\ud800/cancel", 404),
     ],
 )
 async def test_what_there_is_not(running: Place, method: str, path: str, status: int) -> None:

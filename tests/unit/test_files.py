@@ -331,7 +331,7 @@ async def test_other_routes_are_other_parts(desk: Desk, path: str) -> None:
     assert desk.part.find(Request("GET", path)) is None
 
 
-@pytest.mark.parametrize("file_id", ["..", ".", "a%2fb", "file-1.part", "\x00"])
+@pytest.mark.parametrize("file_id", ["..", ".", "a%2fb", "file-1.part", "\x00", "\ud800"])
 async def test_an_id_never_names_a_path(desk: Desk, file_id: str) -> None:
     """Only rows have files."""
     (desk.folder / "file-1.part").write_bytes(b"secret")

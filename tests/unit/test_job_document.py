@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gateway.jobs.document import Document, beside
+from gateway.jobs.document import VALUES_MAX, Document, beside
 from handler.members import LARGE_BYTES
 
 WHOLE = [
@@ -28,6 +28,13 @@ BROKEN = [
 ]
 
 
+@pytest.fixture(params=[VALUES_MAX, -1], ids=["few", "many"])
+def values_max(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text is one of few values, or of many."""
+    monkeypatch.setattr("gateway.jobs.document.VALUES_MAX", request.param)
+
+
+@pytest.mark.usefixtures("values_max")
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
 @pytest.mark.parametrize("text", WHOLE)
 def test_it_is_read_as_ever(text: str, encoding: str) -> None:
@@ -51,6 +58,7 @@ def read(raw: bytes, by: Callable[[bytes], Any]) -> str:
         return "refused"
 
 
+@pytest.mark.usefixtures("values_max")
 @pytest.mark.parametrize("text", BROKEN)
 def test_what_is_broken_is_refused(text: str) -> None:
     """As `json.loads` does."""
@@ -58,6 +66,7 @@ def test_what_is_broken_is_refused(text: str) -> None:
     assert read(raw, json.loads) == read(raw, Document) == "refused"
 
 
+@pytest.mark.usefixtures("values_max")
 def test_whatever_is_done_to_it_is_read_as_ever() -> None:
     """Or refused as ever."""
     chance = random.Random(7)
@@ -90,13 +99,16 @@ async def test_what_is_large_is_read_beside_the_loop() -> None:
     assert await beside(LARGE_BYTES + 1, threading.get_ident) != here
 
 
-@pytest.mark.parametrize("piece", ["{}", "1", "1.5"])
-def test_the_parser_calls_python_on_its_way(piece: str) -> None:
+@pytest.mark.parametrize(
+    ("piece", "count"),
+    [("{}", 1000), ("1", 1000), ("1.5", 1000), ("[]", VALUES_MAX), ('""', VALUES_MAX), ("null", VALUES_MAX)],
+)
+def test_the_parser_calls_python_on_its_way(piece: str, count: int) -> None:
     """Only there it lets others run: a thread alone would hold up the loop as well."""
     calls = Counter[str]()
     sys.setprofile(lambda _, event, __: calls.update([event]))
     try:
-        Document(b'{"input":[' + ",".join([piece] * 1000).encode() + b"]}")
+        Document(b'{"input":[' + ",".join([piece] * (count + 1)).encode() + b"]}")
     finally:
         sys.setprofile(None)
-    assert calls["call"] > 1000
+    assert calls["call"] > count

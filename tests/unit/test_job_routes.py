@@ -309,6 +309,8 @@ async def test_policies_and_webhooks_are_taken(store: Store) -> None:
         ("GET", "cancel/x", 405, "method_not_allowed"),
         ("POST", "health", 405, "method_not_allowed"),
         ("GET", "status/x", 404, "job_not_found"),
+        ("GET", "status/x\0", 404, "job_not_found"),
+        ("POST", "cancel/\0x", 404, "job_not_found"),
         ("GET", "status", 404, "unknown_url"),
         ("GET", "status/x/y", 404, "unknown_url"),
         ("POST", "run/x", 404, "unknown_url"),

@@ -291,6 +291,12 @@ def test_low_priority_is_a_line_of_its_own(connection: Connection) -> None:
     assert len(take(connection, background=True)) == 1
 
 
+@pytest.mark.parametrize("job_id", ["x", "x\0", "\ud800"])
+def test_what_is_no_text_is_no_job_either(connection: Connection, job_id: str) -> None:
+    """No database is asked for what none could hold."""
+    assert table.find(connection, job_id, 0) is None
+
+
 def test_an_idempotency_key_is_one_job(connection: Connection) -> None:
     """Of a key, at an endpoint, until what came of it is forgotten."""
     asked = new("a", idempotency_key="once", digest=b"1")

@@ -118,9 +118,10 @@ def test_a_name_is_free_again_once_its_key_is_revoked(store: Store) -> None:
 
 
 def test_what_cant_be_revoked(store: Store) -> None:
-    """A key that is not there, and the one that is not kept."""
-    with pytest.raises(NotFound):
-        revoke(store, "a")
+    """A key that is not there, what no database could be asked for, and the one that is not kept."""
+    for name in ("a", "a\0", "\ud800"):
+        with pytest.raises(NotFound):
+            revoke(store, name)
     with pytest.raises(BadRequest, match="API_KEY"):
         revoke(store, "env")
 

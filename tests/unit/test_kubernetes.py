@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,28 @@ def test_nor_has_one_with_a_component_that_no_overlay_has(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("overlay", sorted(OVERLAYS))
 def test_the_overlay_of_the_docs_can_be_pasted(overlay: str, tmp_path: Path) -> None:
-    """Over each of ours; what is not for rayservice says so."""
-    (pasted,) = re.findall(r"(?ms)^   ```yaml\n(   # my/kustomization.*?)^   ```", DOCS.read_text())
-    lines = textwrap.dedent(pasted).splitlines()
+    """Over each of ours; what is not for rayservice says so, and what is in its place has the same model."""
+    pasted, for_ray = map(textwrap.dedent, re.findall(r"(?ms)^ +```yaml\n(.*?)^ +```", DOCS.read_text()))
+    lines = pasted.splitlines()
     if overlay == "rayservice":
         at = next(n for n, line in enumerate(lines) if "Not with rayservice" in line)
         del lines[at : at + 2]
+        lines += for_ray.splitlines()
     mine = tmp_path / "my"
     mine.mkdir()
     (mine / "kustomization.yaml").write_text("\n".join(lines).replace("overlays/keda", f"overlays/{overlay}"))
     shutil.copytree(check.FOLDER, tmp_path / "deploy" / "kubernetes")
     assert check.found(mine) == []
+    if overlay == "rayservice":
+        expected, found = map(serve_config, (OVERLAYS[overlay], check.rendered(mine)))
+        expected["applications"][0]["args"].update(MODEL_NAME="Qwen/Qwen3-8B", MAX_MODEL_LEN=8192)
+        assert found == expected
+
+
+def serve_config(objects: Iterable[Mapping[str, Any]]) -> Any:
+    """What Ray is to serve."""
+    (service,) = (one for one in objects if one["kind"] == "RayService")
+    return yaml.safe_load(service["spec"]["serveConfigV2"])
 
 
 SLIPS = [
@@ -125,7 +136,7 @@ def test_one_of_two_gateways_is_not_asked_for_both(copy: Path) -> None:
 def test_the_overlay_of_the_docs_can_be_applied(copy: Path) -> None:
     """What people paste: its model and its images are in what is rendered, and no Secret is left out."""
     page = (ROOT / "docs" / "kubernetes.md").read_text()
-    (snippet,) = re.findall(r"(?s)```yaml\n(.*?)```", page)
+    snippet, _ = re.findall(r"(?s)```yaml\n(.*?)```", page)
     (copy.parent / "deploy").mkdir()
     copy.rename(copy.parent / "deploy" / "kubernetes")
     mine = copy.parent / "my"

@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import {
+  brief,
   bytes,
   compact,
   cost,
@@ -65,6 +66,16 @@ test("numbers are grouped, shortened and rounded", () => {
   each(bytes, [0, "0 B"], [999, "999 B"], [1500, "1.5 KB"], [269_060_552, "269 MB"], [16.1e9, "16 GB"]);
   assert.equal(plural(1, "token"), "1 token");
   assert.equal(plural(2000, "token"), "2,000 tokens");
+});
+
+test("a long name keeps both its ends", () => {
+  each(
+    brief,
+    ["", ""],
+    ["x".repeat(32), "x".repeat(32)],
+    ["organisation/model-of-many-words-8B", "organisation/mod…f-many-words-8B"],
+    ["😀".repeat(40), `${"😀".repeat(16)}…${"😀".repeat(15)}`],
+  );
 });
 
 test("days are those of UTC", () => {
