@@ -193,7 +193,10 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     """By its path."""
     with pytest.raises(BadSettings) as caught:
         load(tmp_path / "endpoints.toml", {})
-    assert caught.value.faults == (f"{tmp_path}/endpoints.toml: No such file or directory",)
+    (fault,) = caught.value.faults
+    assert fault.startswith(
+        f"ENDPOINTS_FILE={tmp_path}/endpoints.toml: No such file or directory; it has to be"
+    )
 
 
 def test_a_secret_in_a_file_that_others_can_read_is_told_without_it(tmp_path: Path) -> None:
