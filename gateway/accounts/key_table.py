@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.accounts.keys import ENV_ID, ENV_NAME, Key, Keys
+from gateway.database import reason
 from gateway.store import Store, metadata
 from handler.auth import digest, generate
 from handler.errors import BadRequest, NotFound
@@ -215,7 +216,7 @@ class Following:
             try:
                 await self.look()
             except SQLAlchemyError as error:
-                log.warning("keys could not be read or written", extra={"reason": str(error)})
+                log.warning("keys could not be read or written", extra={"reason": reason(error)})
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:
