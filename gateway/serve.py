@@ -56,6 +56,7 @@ async def serve(
     Raises `StartError`.
     """
     raise_files_limit()
+    data_folder.check_database(settings.database_url, settings.data_dir, serves=True)
     with faults_told():
         note = data_folder.make(settings.data_dir)
     if note:

@@ -40,6 +40,7 @@ def kept(environ: Mapping[str, str], *, made: bool = True) -> Iterator[Store]:
 
     settings = KeptSettings.from_environ(environ)
     data_folder.check(settings.data_dir, serves=False)
+    data_folder.check_database(settings.database_url, settings.data_dir, serves=False)
     store = Store.open(settings.database_url, made=made)
     try:
         yield store

@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     given = {"ENDPOINTS_FILE": args.endpoints} if args.endpoints else {}
     settings, description = describe({**environ, **given})
     data_folder.check(settings.data_dir, serves=True)
+    data_folder.check_database(settings.database_url, settings.data_dir, serves=True)
     for note in description.notes:
         print(f"firsttoken: {note}", file=sys.stderr)
     listener.resolve(settings.host, settings.port)
