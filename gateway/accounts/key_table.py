@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.accounts.keys import ENV_ID, ENV_NAME, Key, Keys
+from gateway.accounts.keys import ENV_ID, ENV_NAME, OWNER_ID, OWNER_NAME, Key, Keys
 from gateway.database import reason
 from gateway.store import Store, metadata
 from handler.auth import digest, generate
@@ -65,7 +65,7 @@ TABLE = Table(
 )
 
 _NAME_MAX_CHARS = 64
-_TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME})$", re.IGNORECASE)
+_TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME}|{OWNER_ID}|{OWNER_NAME})$", re.IGNORECASE)
 _MODEL = re.compile(r"[\x21-\x7e]{1,256}")
 _MOST = 2**31 - 1
 

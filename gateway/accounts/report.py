@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, case, func, literal, or_, select
 
 from gateway.accounts.key_table import TABLE as KEYS
-from gateway.accounts.keys import ENV_ID, ENV_NAME
+from gateway.accounts.keys import ENV_ID, ENV_NAME, OWNER_ID, OWNER_NAME
 from gateway.accounts.usage import USAGE
 from handler.errors import BadRequest
 
-_NAME = func.coalesce(KEYS.c.name, literal(ENV_NAME))
+_IDS = {ENV_NAME: ENV_ID, OWNER_NAME: OWNER_ID}
+"""Of what has no row among the keys."""
+_NAME = case(
+    (USAGE.c.key_id == OWNER_ID, literal(OWNER_NAME)), else_=func.coalesce(KEYS.c.name, literal(ENV_NAME))
+)
 _GROUPS: Mapping[str, Mapping[str, ColumnElement[Any]]] = {
     "day": {"day": USAGE.c.day},
     "key": {"key_id": USAGE.c.key_id, "key_name": _NAME},
@@ -117,7 +121,7 @@ def _conditions(question: Question) -> list[ColumnElement[bool]]:
     if question.last_day is not None:
         found.append(USAGE.c.day <= question.last_day)
     if question.key is not None:
-        name = ENV_ID if question.key == ENV_NAME else question.key
+        name = _IDS.get(question.key, question.key)
         found.append(or_(USAGE.c.key_id == name, KEYS.c.name == name))
     if question.endpoint is not None:
         found.append(USAGE.c.endpoint == question.endpoint)

@@ -216,6 +216,11 @@ async def test_chat_answers_a_pipe_once_without_decoration(tmp_path: Path) -> No
         elsewhere = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MY_KEY": KEY}
         answered = await command("chat", "--url", url, "--key-from-env", "MY_KEY", stdin="hi", env=elsewhere)
         assert answered == (0, "Hello\n", "")
+        _, used, _ = await beside(tmp_path, "usage", "--by", "key", "--csv")
+        assert [line.split(",")[:3] for line in used.splitlines()[1:]] == [
+            ["door", "this machine", "1"],
+            ["env", "API_KEY", "1"],
+        ]
         code, _, errors = await command("chat", "--url", url, stdin="hi", env=elsewhere)
         assert (code, "API_KEY is not set" in errors) == (78, True)
 
