@@ -34,7 +34,7 @@ def start() -> None:
     loaded = Engine.start(settings, phases, os.environ, prepared)
     try:
         loaded.wait_open()
-        remember_start(loaded, os.environ)
+        remember_start(loaded.save, os.environ)
         found = {
             "report": phases.report(),
             "settings": prepared.shaping,

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,8 @@ def serve(environ: MutableMapping[str, str], fork: Fork | None = None) -> None:
         return
     try:
         log.info("cold start %s", json.dumps(phases.report()))
-        remember = fork.teach if fork else partial(remember_start, engine, environ)
+        keep = fork.teach if fork else engine.save
+        remember = partial(remember_start, keep, environ)
         threading.Thread(target=remember, name="remember", daemon=True).start()
         platform.run(engine, phases, notifier)
     finally:
@@ -170,7 +171,7 @@ def freeze_and_serve(environ: MutableMapping[str, str], folder: Path, timeout_s:
         platforms.find(platforms.chosen(environ))  # so that a copy need not import it
         engine.wait_open()
         log.info("cold start %s", json.dumps(phases.report()))
-        remember_start(engine, environ)
+        remember_start(engine.save, environ)
         frozen = freeze.freeze(engine, environ)
         barrier.announce(frozen, settings.model_id, phases.report())
         log.info("frozen", extra={"slept": frozen.slept, "barrier": str(folder)})
@@ -229,9 +230,9 @@ def keep_parent(environ: MutableMapping[str, str], socket_path: Path | None) -> 
     return zygote.serve(listener, None if lifeline is None else int(lifeline))
 
 
-def remember_start(engine: Engine, environ: MutableMapping[str, str]) -> None:
-    """Write down what this start has read and found out, for the next one."""
-    engine.save()
+def remember_start(keep: Callable[[], None], environ: Mapping[str, str]) -> None:
+    """Note for the next start what this one has found out, which `keep` does, and which files it has read."""
+    keep()
     try:
         readahead.record(readahead.place(environ))
     except OSError as error:

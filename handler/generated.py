@@ -1,8 +1,9 @@
 """The code that `dataclasses` and `namedtuple` write, kept compiled from one start to the next.
 
 Both write the text of a function for a class and have Python compile it: 5,000 texts in the imports
-of a start, 0.4 s of CPU. What a text compiles to depends on the text and on Python alone, so nothing
-kept here can be out of date. Each use has a code object of its own, as if it were compiled.
+of a start, 0.4 s of CPU; from Python 3.13 on one text has all functions of a dataclass, and a start 1,700.
+What a text compiles to depends on the text and on Python alone, so nothing kept here can be out of date.
+Each use has a code object of its own, as if it were compiled.
 """
 
 from __future__ import annotations

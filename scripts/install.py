@@ -237,7 +237,8 @@ def install_torch() -> None:
     # An index that nobody set is asked only where the sources that were set have no such build.
     if not (complaint := pip("install", "--no-deps", "--retries", "2", TORCH, check=False)):
         return
-    if "No matching distribution" not in complaint:
+    # The second is what pip says if its constraints (PIP_CONSTRAINT) name torch too.
+    if not any(words in complaint for words in ("No matching distribution", "ResolutionImpossible")):
         raise Failed(f"{TORCH} could not be installed:\n{complaint}")
     if not reachable(f"{TORCH_INDEX}/torch/", timeout_s=5.0):
         raise Failed(

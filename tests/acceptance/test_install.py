@@ -47,8 +47,8 @@ class Tree:
         (self.root / "backend.py").write_text(BACKEND)
         shutil.copyfile(ROOT / "tests" / "wheel_file.py", self.root / "wheel_file.py")
 
-    def install(self, *extras: str) -> tuple[int, str]:
-        """Run the installer; returns its exit status and what it said."""
+    def install(self, *extras: str, **more: str) -> tuple[int, str]:
+        """Run the installer, with `more` in its environment; returns its exit status and what it said."""
         environ = {
             "HOME": str(self.root),
             "PATH": os.environ["PATH"],
@@ -56,6 +56,7 @@ class Tree:
             "PIP_FIND_LINKS": str(self.wheels),
             "PIP_NO_INDEX": "1",
             "https_proxy": "http://127.0.0.1:9",
+            **more,
         }
         line = [sys.executable, "-m", "scripts.install", *extras]
         done = subprocess.run(line, cwd=self.root, env=environ, capture_output=True, text=True, check=False)
@@ -128,9 +129,13 @@ def test_engine_comes_with_torch_and_without_what_does_not_fit_it(tree: Tree) ->
     assert "`make clean` first" in said
 
 
-def test_torch_that_can_not_be_had_is_named(tree: Tree) -> None:
+@pytest.mark.parametrize("constraint", ["", "torch<3"])
+def test_torch_that_can_not_be_had_is_named(tree: Tree, constraint: str) -> None:
     """pip's own sources have no such build and PyTorch's index is out of reach: what to do, and no trace."""
-    status, said = tree.install("cpu")
+    write_wheel(tree.wheels, "torch", "2.13.0")  # for GPUs
+    file = tree.root / "constraints.txt"
+    file.write_text(constraint)
+    status, said = tree.install("cpu", PIP_CONSTRAINT=str(file))
     assert status == 1
     assert said.splitlines()[-1] == (
         "install: pip's own sources have no torch==2.13.0+cpu, and https://download.pytorch.org/whl/cpu "

@@ -44,7 +44,7 @@ found = {
     "levers_off": phases.facts.get("levers_off"),
     "answers": [engine.submit(ask(engine.call, prompt)).result() for prompt in sys.argv[1:]],
 }
-remember_start(engine, os.environ)
+remember_start(engine.save, os.environ)
 engine.close()
 print(json.dumps(found), flush=True)
 os._exit(0)
@@ -98,7 +98,7 @@ def machine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Machi
 
 
 def test_the_second_start_takes_what_the_first_has_kept(machine: Machine) -> None:
-    """Thousands of modules and of texts, without the compiler, and it writes nothing."""
+    """Thousands of modules and texts, without the compiler, and it writes nothing."""
     before = machine.files()
     second = machine.start()
     assert second["taken"] > 3000
@@ -129,7 +129,7 @@ def test_a_cache_of_somebody_else_is_not_taken(machine: Machine) -> None:
             file.write_bytes(os.urandom(4096))
     again = machine.start()
     assert again["taken"] == 0
-    assert again["compiled"] > 3000
+    assert again["compiled"] > 1000
     assert again["answers"] == answers
     assert {mode for _, mode in machine.files().values()} == {0o600}
     assert machine.start()["taken"] > 3000

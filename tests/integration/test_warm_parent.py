@@ -78,12 +78,17 @@ async def test_the_next_worker_does_not_import(tiny_model: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as name:
         folder = Path(name)
         environ = {**engine_environ(tiny_model), "VLLM_CACHE_ROOT": f"{folder}/cache"}
+        environ["XDG_CACHE_HOME"] = f"{folder}/own"
+        lists = folder / "own/firsttoken/readahead"
         parent = WarmParent([sys.executable, "-m", "handler"], folder / "parent.sock")
         places = [Place(folder, number) for number in range(3)]
         try:
             first, cold = await start(parent, places[0], environ)
             assert {"import vllm", "config"} <= {phase["name"] for phase in cold["phases"]}
             expected = await places[0].says()
+            await asyncio.to_thread(until, lambda: any(lists.glob("*.txt")))
+            (listed,) = lists.glob("*.txt")
+            assert any("/vllm/" in file for file in listed.read_text().splitlines())
             os.kill(first.pid, signal.SIGKILL)
             assert await first.wait() == -signal.SIGKILL
 

@@ -279,10 +279,12 @@ def test_all_faults_are_reported_at_once(parser: Parser) -> None:
         "MAX_NUM_SEQ": "1",
         "VLLM_EXTRA_ARGS": "--block-size x --port 1 --seed y",
     }
-    assert faults(parser, environ) == (
+    # Which quotes are around choices depends on Python: from 3.12.8 and 3.13.1 on there are none.
+    told = tuple(fault.replace("from 'auto', 'half'", "from auto, half") for fault in faults(parser, environ))
+    assert told == (
         "MAX_NUM_SEQ is not a flag of vLLM; the nearest is MAX_NUM_SEQS",
         "VLLM_EXTRA_ARGS: --port is not taken: set PORT",
-        "DTYPE='int3': argument --dtype: invalid choice: 'int3' (choose from 'auto', 'half')",
+        "DTYPE='int3': argument --dtype: invalid choice: 'int3' (choose from auto, half)",
         "MAX_MODEL_LEN='long': argument --max-model-len: invalid int value: 'long'",
         "VLLM_EXTRA_ARGS: argument --block-size: invalid int value: 'x'",
         "VLLM_EXTRA_ARGS: argument --seed: invalid int value: 'y'",
