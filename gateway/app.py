@@ -15,6 +15,7 @@ from sqlalchemy.exc import DataError
 from gateway.accounts.keys import Key
 from gateway.accounts.limits import Limits
 from gateway.bodies import HELD_MAX_BYTES, Bodies
+from gateway.database import reason
 from gateway.metrics import Metrics
 from gateway.store import AWAY
 from handler import asgi, edge
@@ -120,7 +121,7 @@ class Gateway:
             async with self._find(request)(request) as reply:
                 yield reply
         except AWAY as error:  # a full disk, another process that has it, a server that is away
-            log.warning("the database failed a request", extra={"reason": str(error)})
+            log.warning("the database failed a request", extra={"reason": reason(error)})
             raise StorageDown from error
         except DataError:  # PostgreSQL's texts have no zero; with SQLite nobody has such a name
             raise BadRequest("Something in the request is no text that could be kept.") from None

@@ -24,7 +24,7 @@ from gateway.batches.routes import Batches
 from gateway.batches.run import Means
 from gateway.batches.runs import BatchRuns
 from gateway.control import Control
-from gateway.database import StoreUnusable
+from gateway.database import StoreUnusable, reason
 from gateway.endpoints.endpoints import Changes, Endpoints
 from gateway.endpoints.file import Description, describe
 from gateway.endpoints.site import Site
@@ -158,8 +158,7 @@ def faults_told() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        why = getattr(error, "orig", None) or error
-        raise StoreUnusable(f"the gateway's database can't be used: {why}") from error
+        raise StoreUnusable(f"the gateway's database can't be used: {reason(error)}") from error
     except OSError as error:
         raise NoResources(f"the gateway can't start: {error}") from error
 

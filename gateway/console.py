@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-from gateway.upstreams.events import Ended, Event, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.events import (
+    Ended,
+    Event,
+    KeyRefused,
+    KeyTaken,
+    Progress,
+    Ready,
+    StartFailed,
+    Starting,
+)
 from handler.plain import plain
 
 log = logging.getLogger("gateway")
@@ -125,6 +134,10 @@ class Console:
             case Ended(worker, reason, expected):
                 level = logging.INFO if expected else logging.ERROR
                 log.log(level, "worker ended", extra={**of, "worker": worker, "reason": reason})
+            case KeyRefused(worker, reason):
+                log.error("UPSTREAM_KEY is refused", extra={**of, "worker": worker, "reason": reason})
+            case KeyTaken(worker):
+                log.info("UPSTREAM_KEY is taken again", extra={**of, "worker": worker})
 
     def _show(self, how: str) -> None:
         self._shown = True

@@ -17,6 +17,7 @@ from pathlib import Path
 from handler.errors import BadSettings
 
 ROOT = 0
+_WANTED = "it has to be a folder that this user alone may write, mode 0700"
 
 
 def make(folder: Path) -> str | None:
@@ -24,7 +25,10 @@ def make(folder: Path) -> str | None:
 
     Raises `BadSettings` as `check` does, and `OSError`.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise BadSettings([f"DATA_DIR={folder}: {error.strerror}; {_WANTED}"]) from None
     check(folder, serves=True)
     mode = stat.S_IMODE(folder.stat().st_mode)
     if not mode & stat.S_IRWXO:
@@ -44,12 +48,30 @@ def check(folder: Path, *, serves: bool) -> None:
         found = folder.stat()
     except OSError:  # who needs it says so
         return
+    if why := fault(found, _owners(found, serves=serves)):
+        raise BadSettings([f"DATA_DIR={folder} {why}; {_WANTED}"])
+
+
+def check_database(url: str, folder: Path, *, serves: bool) -> None:
+    """Raise `BadSettings` for a SQLite file at `url` whose folder is not there, or as `check` does.
+
+    That of `folder`, DATA_DIR, is made with it and checked by itself.
+    """
+    driver, _, rest = url.partition("://")  # SQLAlchemy would say the same, and its import takes its time
+    place = Path(rest[1:].partition("?")[0]).parent
+    if not driver.startswith("sqlite") or place == folder:
+        return
+    try:
+        found = place.stat()
+    except OSError as error:
+        raise BadSettings([f"DATABASE_URL, the folder {place}: {error.strerror}; {_WANTED}"]) from None
+    if why := fault(found, _owners(found, serves=serves)):
+        raise BadSettings([f"DATABASE_URL, the folder {place} {why}; {_WANTED}"])
+
+
+def _owners(found: os.stat_result, *, serves: bool) -> set[int]:
     me = os.geteuid()
-    owners = {me, ROOT} if serves or me != ROOT else {ROOT, found.st_uid}
-    if why := fault(found, owners):
-        raise BadSettings(
-            [f"DATA_DIR={folder} {why}; it has to be a folder that this user alone may write, mode 0700"]
-        )
+    return {me, ROOT} if serves or me != ROOT else {ROOT, found.st_uid}
 
 
 def fault(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, inspect, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.schema import CreateColumn
 
 from handler.errors import StartError
@@ -34,6 +34,19 @@ class StoreUnusable(StartError):
     """The database can't be opened, or holds what this version does not know."""
 
     exit_code = 74
+
+
+def reason(error: BaseException) -> str:
+    """What a person needs of an error of the database's: its first line, without SQL and SQLAlchemy's links.
+
+    What follows is the statement, or that the same was tried at each address of a host.
+    """
+    if isinstance(error, SQLAlchemyError):
+        error = getattr(error, "orig", None) or error
+        said = str(error.args[0]) if isinstance(error, SQLAlchemyError) and error.args else str(error)
+    else:
+        said = str(error)
+    return said.strip().partition("\n")[0].rstrip() or type(error).__name__
 
 
 def parsed(url: str) -> URL:

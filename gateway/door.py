@@ -2,7 +2,7 @@
 
 Whoever can open it is the user that the gateway runs as, or root; both could read its database and memory. So
 it asks for no key, and no command needs one in its arguments or on disk. What comes in here has the rights of
-`API_KEY`.
+an admin key, and is counted under a name of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gateway.accounts.keys import ENV_ID, Key
+from gateway.accounts.keys import OWNER, Key
 from handler.errors import NoResources
 from handler.listener import listen_unix
 from handler.messages import Request
 
 NAME = "admin.sock"
-
-OWNER = Key(ENV_ID, "API_KEY", b"", admin=True)
 
 
 class Owner:

@@ -34,6 +34,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
 from gateway import presence
+from gateway.database import reason
 from gateway.presence import Held, Presence
 from gateway.store import Store, metadata
 
@@ -144,7 +145,7 @@ class Instance:
             try:
                 await self.beat()
             except SQLAlchemyError as error:
-                log.warning("the gateway's lease could not be renewed", extra={"reason": str(error)})
+                log.warning("the gateway's lease could not be renewed", extra={"reason": reason(error)})
 
     def _enter(self, connection: Connection, held: Held | None) -> None:
         if not self._store.shared:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.database import reason
 from gateway.store import Store
 
 log = logging.getLogger("gateway")
@@ -53,7 +54,7 @@ class Presence:
             try:
                 self._session.execute(_SERVER)
             except SQLAlchemyError as error:
-                log.warning("the gateway's session has ended", extra={"reason": str(error)})
+                log.warning("the gateway's session has ended", extra={"reason": reason(error)})
                 self.close()
             else:
                 return self._held

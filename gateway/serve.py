@@ -20,7 +20,6 @@ from gateway.accounts.keys import Keys
 from gateway.alone import alone
 from gateway.assembly import Assembly, Base, faults_told
 from gateway.console import Address, Console
-from gateway.database import StoreUnusable
 from gateway.endpoints.file import Description
 from gateway.running import Running
 from gateway.settings import GatewaySettings
@@ -57,10 +56,9 @@ async def serve(
     Raises `StartError`.
     """
     raise_files_limit()
-    try:
+    data_folder.check_database(settings.database_url, settings.data_dir, serves=True)
+    with faults_told():
         note = data_folder.make(settings.data_dir)
-    except OSError as error:
-        raise StoreUnusable(f"the gateway's folder can't be used: {error}") from None
     if note:
         log.warning(note)
     with (

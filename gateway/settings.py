@@ -57,8 +57,8 @@ PRICE = Kind("a number from 0 to 1000000, with at most 9 decimals", _price, low=
 URL = Kind("a URL such as `https://host:8000/v1`", matching(r"https?://[^\s/?#@]+(/[^\s?#]*)?"))
 FOLDER = Kind("a folder", Path)
 DATABASE = Kind(
-    "a URL such as `sqlite:////srv/gateway.db` or `postgresql://user:password@host/name`",
-    matching(r"(sqlite|postgres(ql)?)(\+[a-z0-9]+)?://\S*"),
+    "a URL such as `sqlite:////srv/gateway.db`, an absolute path, or `postgresql://user:password@host/name`",
+    matching(r"sqlite(\+[a-z0-9]+)?:////\S+|postgres(ql)?(\+[a-z0-9]+)?://\S*"),
 )
 
 
@@ -84,8 +84,9 @@ KEPT: Table = (
         "database_url",
         DATABASE,
         None,
-        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`. `postgresql://...` for several "
-        "gateways over one (docs/scaling.md).",
+        "The database. If not set: SQLite, in `gateway.db` in `DATA_DIR`. Another folder of a SQLite file "
+        "has to be there, is refused if others may write it, and has `gateway.lock` too. `postgresql://...` "
+        "for several gateways over one (docs/scaling.md).",
         secret=True,
     ),
 )

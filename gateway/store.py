@@ -42,7 +42,7 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from gateway.database import READS, StoreUnusable, connect, make_tables, parsed
+from gateway.database import READS, StoreUnusable, connect, make_tables, parsed, reason
 
 metadata = MetaData()
 """Every table, each declared by the module that owns it."""
@@ -134,7 +134,7 @@ class Store:
         except ModuleNotFoundError as error:
             raise StoreUnusable(f"{error.name} is missing: pip install 'firsttoken[postgres]'") from None
         except (SQLAlchemyError, OSError, ImportError) as error:
-            why = str(getattr(error, "orig", None) or error)
+            why = reason(error)
             if at.password:
                 why = why.replace(str(at.password), "***")
             raise StoreUnusable(f"the gateway's database can't be opened: {why}") from None
@@ -253,7 +253,7 @@ class Store:
         except OutcomeUnknown as unknown:
             return unknown
         if isinstance(error, DBAPIError) and error.connection_invalidated:
-            return StoreAway(f"the connection to the database is lost: {error.orig}")
+            return StoreAway(f"the connection to the database is lost: {reason(error)}")
         return error
 
     def _committed(self) -> bool:

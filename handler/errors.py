@@ -21,6 +21,7 @@ FirstTokenError
 │   ├── EngineDead          500  engine_dead
 │   ├── UpstreamFailed      502  upstream_failed
 │   │   └── AwsFailed       502  a service of AWS, or of its kind, has refused or can't be reached
+│   ├── KeyRefused          502  upstream_unauthorized: the gateway's own key, not the client's
 │   ├── NotAdmitted         503  not_admitted, with Retry-After
 │   │   ├── StartFailed     503  worker_start_failed, with Retry-After
 │   │   └── StorageDown     503  storage_unavailable, with Retry-After
@@ -273,6 +274,13 @@ class AwsFailed(UpstreamFailed):
         super().__init__(message)
         self.reason = reason
         self.http_status = http_status
+
+
+class KeyRefused(RequestError):
+    """The upstream refuses the gateway's own key: its 401 would tell a client that the client's is wrong."""
+
+    status = 502
+    code = "upstream_unauthorized"
 
 
 class NotAdmitted(_RetryLater):

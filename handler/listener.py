@@ -6,10 +6,20 @@ import errno
 import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from handler.errors import BadSettings, NoResources
 
 BACKLOG = 2048
+
+
+def resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address of `host` and `port`. Raises `BadSettings` when `host` is no address."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
+    return family, address
 
 
 def listen(host: str, port: int, *, setting: str = "PORT") -> socket.socket:
@@ -18,10 +28,7 @@ def listen(host: str, port: int, *, setting: str = "PORT") -> socket.socket:
     `setting` is where the port comes from. Raises `NoResources` when it can't be bound and
     `BadSettings` when `host` is no address.
     """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise BadSettings([f"HOST={host}: {error.strerror}"]) from error
+    family, address = resolve(host, port)
     # Its connections have the protocol too, by which asyncio knows that they may be told not to hold back
     # what is small. Else the first token on a connection that is kept waits 40 ms for an acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)

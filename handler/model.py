@@ -88,19 +88,26 @@ def check(name: str, environ: MutableMapping[str, str]) -> None:
             what = "AWS_ENDPOINT_URL_S3 is nothing to Run:ai's streamer, which reads weights"
             raise BadSettings([f"{what}: set AWS_ENDPOINT_URL"])
         return
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not _holds_model(folder):
-            raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
+    if is_folder(name):
         return
-    if is_path(name):
-        raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
     if "HF_HUB_OFFLINE" not in environ and not _reachable(environ):
         if not _cached(name, environ):
             raise ModelNotFound(
                 f"MODEL_NAME={name}: Hugging Face can't be reached and its cache has no such model"
             )
         environ["HF_HUB_OFFLINE"] = "1"
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model, one in no object store, is in a folder. Raises `ModelNotFound` where none is."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not _holds_model(folder):
+            raise ModelNotFound(f"MODEL_NAME={name}: the folder has no config.json, so it holds no model")
+        return True
+    if is_path(name):
+        raise ModelNotFound(f"MODEL_NAME={name}: there is no such folder")
+    return False
 
 
 def _cached(name: str, environ: Mapping[str, str]) -> bool:

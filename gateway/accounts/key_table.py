@@ -31,7 +31,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from gateway.accounts.keys import ENV_ID, ENV_NAME, Key, Keys
+from gateway.accounts.keys import ENV_ID, ENV_NAME, OWNER_ID, OWNER_NAME, Key, Keys
+from gateway.database import reason
 from gateway.store import Store, holds, metadata
 from handler.auth import digest, generate
 from handler.errors import BadRequest, NotFound
@@ -64,7 +65,7 @@ TABLE = Table(
 )
 
 _NAME_MAX_CHARS = 64
-_TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME})$", re.IGNORECASE)
+_TAKEN = re.compile(rf"key_|({ENV_ID}|{ENV_NAME}|{OWNER_ID}|{OWNER_NAME})$", re.IGNORECASE)
 _MODEL = re.compile(r"[\x21-\x7e]{1,256}")
 _MOST = 2**31 - 1
 
@@ -219,7 +220,7 @@ class Following:
             try:
                 await self.look()
             except SQLAlchemyError as error:
-                log.warning("keys could not be read or written", extra={"reason": str(error)})
+                log.warning("keys could not be read or written", extra={"reason": reason(error)})
 
 
 def _touch(connection: Connection, used_s: Mapping[str, int]) -> None:

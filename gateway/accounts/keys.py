@@ -1,6 +1,7 @@
 """Who may come in: the keys that a gateway knows, as hashes, and what each of them may ask.
 
-They are kept in the database (`gateway.accounts.key_table`), but for the one that `API_KEY` gives.
+They are kept in the database (`gateway.accounts.key_table`), but for the one that `API_KEY` gives and for the
+owner's, who needs none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from handler.messages import Request
 ENV_ID = "env"
 ENV_NAME = "API_KEY"
 """The id of the key that `API_KEY` gives, whose hash is kept nowhere."""
+OWNER_ID = "door"
+OWNER_NAME = "this machine"
+"""Under what it is written down that came through the owner's door (`gateway.door`), without a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,9 @@ class Key:
         }
 
 
+OWNER = Key(OWNER_ID, OWNER_NAME, b"", admin=True)
+
+
 class Keys:
     """The keys that a gateway knows: that of `API_KEY`, if there is one, and those that are `stored`."""
 
@@ -100,8 +107,9 @@ class Keys:
 
     def store(self, stored: Iterable[Key]) -> None:
         """Replace the stored keys by these."""
-        self._by_id = {key.id: key for key in (*stored, self._env)}
-        self._by_digest = {key.digest: key for key in self._by_id.values()}
+        by_digest = (*stored, self._env)  # and never the owner, who has no key
+        self._by_id = {key.id: key for key in (*by_digest, OWNER)}
+        self._by_digest = {key.digest: key for key in by_digest}
         for heard in self.heard:
             heard()
 

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.accounts.limits import MINUTE_S, TELL_S, Bucket, BucketId, Level, Limits
+from gateway.database import reason
 from gateway.store import Store, metadata
 
 log = logging.getLogger("gateway")
@@ -114,7 +115,7 @@ class Levels:
         try:
             await self.exchange()
         except SQLAlchemyError as error:
-            log.warning("limits could not be told or heard", extra={"reason": str(error)})
+            log.warning("limits could not be told or heard", extra={"reason": reason(error)})
             return TELL_S
         return min(TELL_S, max(REST_S, loop.time() - began_s))
 

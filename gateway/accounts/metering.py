@@ -45,6 +45,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.accounts.keys import Key, Keys
 from gateway.accounts.limits import Limits
 from gateway.accounts.usage import Entry, Prices, add, kept_name, sums
+from gateway.database import reason
 from gateway.instances import dead
 from gateway.store import Store, metadata
 from handler.messages import Call, Request
@@ -139,8 +140,8 @@ class Metering:
         await asyncio.wait({self._ticking})
         try:
             await self.checkpoint()
-        except SQLAlchemyError:
-            log.exception("usage could not be written down")
+        except SQLAlchemyError as error:
+            log.warning("usage could not be written down", extra={"reason": reason(error)})
 
     async def adopt(self) -> None:
         """Count what gateways have left that are gone."""
@@ -201,7 +202,7 @@ class Metering:
             try:
                 await self.checkpoint()
             except SQLAlchemyError as error:
-                log.warning("usage could not be written down", extra={"reason": str(error)})
+                log.warning("usage could not be written down", extra={"reason": reason(error)})
 
     async def _settle(self, one: _Open) -> None:
         """Count what is whole. An answer is not held up by a database that fails: it is tried again.
@@ -249,7 +250,7 @@ class Metering:
             with self._turn:
                 if self._next is ended:  # it was not even begun
                     self._next = None
-            log.error("usage could not be counted yet", extra={"reason": str(error)})
+            log.error("usage could not be counted yet", extra={"reason": reason(error)})
             self._failed.extend(ended)
 
     def _spend(self, one: _Open, entry: Entry) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, and_, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, and_, case, func, literal, or_, select
 
 from gateway.accounts.key_table import TABLE as KEYS
-from gateway.accounts.keys import ENV_ID, ENV_NAME
+from gateway.accounts.keys import ENV_ID, ENV_NAME, OWNER_ID, OWNER_NAME
 from gateway.accounts.usage import USAGE
 from handler.errors import BadRequest
 
-_NAME = func.coalesce(KEYS.c.name, literal(ENV_NAME))
+_IDS = {ENV_NAME: ENV_ID, OWNER_NAME: OWNER_ID}
+"""Of what has no row among the keys."""
+_NAME = case(
+    (USAGE.c.key_id == OWNER_ID, literal(OWNER_NAME)), else_=func.coalesce(KEYS.c.name, literal(ENV_NAME))
+)
 _GROUPS: Mapping[str, Mapping[str, ColumnElement[Any]]] = {
     "day": {"day": USAGE.c.day},
     "key": {"key_id": USAGE.c.key_id, "key_name": _NAME},
@@ -39,10 +43,10 @@ class Question:
     by: tuple[str, ...] = tuple(_GROUPS)
 
     @classmethod
-    def parse(cls, fields: Mapping[str, str]) -> Question:
+    def parse(cls, fields: Mapping[str, str], called: Callable[[str], str] = str) -> Question:
         """The question that `fields` (from, to, key, endpoint, model, group) ask.
 
-        Raises `BadRequest`, which names every fault.
+        Raises `BadRequest`, which names every fault, and fields as who asks has `called` them.
         """
         faults = [f"`{name}` is not a field of a question" for name in sorted(fields.keys() - _FIELDS)]
 
@@ -50,15 +54,15 @@ class Question:
             try:
                 return date.fromisoformat(text) if (text := fields.get(name)) else None
             except ValueError:
-                faults.append(f"`{name}` must be a day, such as 2027-01-31")
+                faults.append(f"`{called(name)}` must be a day, such as 2027-01-31")
                 return None
 
         first_day, last_day = day("from"), day("to")
         if first_day and last_day and first_day > last_day:
-            faults.append("`from` must not be after `to`")
+            faults.append(f"`{called('from')}` must not be after `{called('to')}`")
         by = tuple(name.strip() for name in fields.get("group", "").split(",") if name.strip())
         if set(by) - set(_GROUPS) or len(set(by)) < len(by):
-            faults.append(f"`group` must be some of {', '.join(_GROUPS)}")
+            faults.append(f"`{called('group')}` must be some of {', '.join(_GROUPS)}, each once")
         if faults:
             raise BadRequest(f"That can't be answered: {'; '.join(faults)}.", code="invalid_question")
         named = {name: fields.get(name) or None for name in ("key", "endpoint", "model")}
@@ -117,7 +121,7 @@ def _conditions(question: Question) -> list[ColumnElement[bool]]:
     if question.last_day is not None:
         found.append(USAGE.c.day <= question.last_day)
     if question.key is not None:
-        name = ENV_ID if question.key == ENV_NAME else question.key
+        name = _IDS.get(question.key, question.key)
         found.append(or_(USAGE.c.key_id == name, KEYS.c.name == name))
     if question.endpoint is not None:
         found.append(USAGE.c.endpoint == question.endpoint)

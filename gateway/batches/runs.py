@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.batches import results, table
 from gateway.batches.run import BatchRun, Means
 from gateway.batches.table import Row
+from gateway.database import reason
 from gateway.files.store import new_id, to_the_end
 from handler import batch_object
 from handler.batch_object import Batch
@@ -135,6 +136,9 @@ class BatchRuns:
             except table.Taken:
                 log.warning("a batch is another gateway's by now", extra={"batch": row.id})
                 return
+            except SQLAlchemyError as error:
+                why = {"batch": row.id, "again_s": again_s, "reason": reason(error)}
+                log.warning("a batch could not be gone on with", extra=why)
             except Exception:  # of one batch: the others go on
                 log.exception(
                     "a batch could not be gone on with", extra={"batch": row.id, "again_s": again_s}
@@ -174,7 +178,7 @@ class BatchRuns:
             try:
                 found = await self.means.store.read(partial(table.standing, ids=tuple(self._runs)))
             except SQLAlchemyError as error:
-                log.warning("batches can't be looked for", extra={"reason": str(error)})
+                log.warning("batches can't be looked for", extra={"reason": reason(error)})
                 continue
             for batch_id, (owner, batch) in found.items():
                 if (run := self._runs.get(batch_id)) is None:
@@ -198,8 +202,8 @@ class BatchRuns:
             try:
                 expired, used = await files.expired(), await self.means.store.read(table.inputs)
                 await files.delete([file_id for file_id in expired if file_id not in used])
-            except (SQLAlchemyError, OSError):  # it will do the next time
-                log.exception("expired files could not be deleted")
+            except (SQLAlchemyError, OSError) as error:  # it will do the next time
+                log.warning("expired files could not be deleted", extra={"reason": reason(error)})
             await self._pause(SWEEP_S)
 
     async def _pause(self, seconds: float) -> None:

@@ -35,16 +35,16 @@ def kept(environ: Mapping[str, str], *, made: bool = True) -> Iterator[Store]:
     """
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - which half of the commands do without
 
-    from gateway.database import StoreUnusable  # noqa: PLC0415 - as above
+    from gateway.database import StoreUnusable, reason  # noqa: PLC0415 - as above
     from gateway.store import Store  # noqa: PLC0415 - as above
 
     settings = KeptSettings.from_environ(environ)
     data_folder.check(settings.data_dir, serves=False)
+    data_folder.check_database(settings.database_url, settings.data_dir, serves=False)
     store = Store.open(settings.database_url, made=made)
     try:
         yield store
     except SQLAlchemyError as error:
-        why = getattr(error, "orig", None) or error
-        raise StoreUnusable(f"the gateway's database can't be used: {why}") from None
+        raise StoreUnusable(f"the gateway's database can't be used: {reason(error)}") from None
     finally:
         store.close()

@@ -47,7 +47,8 @@ def _run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         "group": args.by,
     }
     try:
-        question = Question.parse({name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        question = Question.parse(given, lambda name: "--by" if name == "group" else f"--{name}")
     except RequestError as error:
         raise UsageError(error.message) from None
     with kept(environ, made=False) as store:

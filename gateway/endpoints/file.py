@@ -118,7 +118,8 @@ def load(path: Path, environ: Mapping[str, str]) -> Description:
     try:
         tables = tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # as an editor of Windows writes it
     except OSError as error:
-        raise BadSettings([f"{path}: {error.strerror}"]) from None
+        why = f"{error.strerror}; it has to be a TOML file that this user may read"
+        raise BadSettings([f"ENDPOINTS_FILE={path}: {why}"]) from None
     except (ValueError, RecursionError) as error:  # of numbers without end and brackets in brackets too
         raise BadSettings([f"{path}: no TOML: {error}"]) from None
     faults: list[str] = [

@@ -14,6 +14,7 @@ from typing import Self
 from sqlalchemy import ColumnElement, Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.database import reason
 from gateway.jobs import claims, table
 from gateway.jobs.attempt import first
 from gateway.jobs.desk import Desk
@@ -257,7 +258,7 @@ class Jobs:
             for job in await self._store.read(lambda connection: claims.outdated(connection, running)):
                 self._stop(job)
         except SQLAlchemyError as error:
-            log.warning("jobs can't be looked for", extra={"reason": str(error)})
+            log.warning("jobs can't be looked for", extra={"reason": reason(error)})
 
     async def _cancel_closed(self) -> None:
         """Cancel the jobs of keys that open nothing any more: they are to cost nobody anything."""
@@ -277,8 +278,8 @@ class Jobs:
                 if due is not None and due <= self.ledger.now:
                     gone = await self.ledger.expire(AT_ONCE)
                 await self._cancel_closed()
-            except SQLAlchemyError:
-                log.exception("jobs can't be forgotten or cancelled")
+            except SQLAlchemyError as error:
+                log.warning("jobs can't be forgotten or cancelled", extra={"reason": reason(error)})
             for job in gone:
                 self._stop(job)
             self._desk.forget(gone)

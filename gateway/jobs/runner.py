@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.database import reason
 from gateway.jobs.attempt import Attempt, Lost, Outcome, Refused
 from gateway.jobs.desk import Desk
 from gateway.jobs.ledger import Ledger
@@ -95,6 +96,10 @@ class Runner:
             for background in (False, True):
                 try:
                     await self._fill(background=background)
+                except SQLAlchemyError as error:
+                    why = {"endpoint": self._endpoint_id, "reason": reason(error)}
+                    log.warning("jobs can't be taken", extra=why)
+                    self._pause_s = WRITE_AGAIN_S
                 except Exception:  # the boundary of an endpoint's jobs: they must not stand still
                     log.exception("jobs can't be taken", extra={"endpoint": self._endpoint_id})
                     self._pause_s = WRITE_AGAIN_S
@@ -200,8 +205,9 @@ class Runner:
         while True:
             try:
                 return bool(await write())
-            except SQLAlchemyError:
-                log.exception("a job can't be written", extra={"endpoint": self._endpoint_id})
+            except SQLAlchemyError as error:
+                why = {"endpoint": self._endpoint_id, "reason": reason(error)}
+                log.warning("a job can't be written", extra=why)
                 if self._closing:
                     return False
                 await asyncio.sleep(WRITE_AGAIN_S)

@@ -44,6 +44,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
+from gateway.database import reason
 from gateway.instances import dead
 from gateway.jobs.destinations import Allowed, Guard, is_address
 from gateway.jobs.lookups import Lookups
@@ -160,8 +161,8 @@ class Webhooks:
                 self._news.clear()
                 try:
                     wait_s = await self._begin_due(session, tasks)
-                except SQLAlchemyError:
-                    log.exception("webhooks can't be read")
+                except SQLAlchemyError as error:
+                    log.warning("webhooks can't be read", extra={"reason": reason(error)})
                     wait_s = DATABASE_AGAIN_S
                 try:
                     async with asyncio.timeout(wait_s):
@@ -217,8 +218,8 @@ class Webhooks:
                 body = partial(_body, waiting.id)
                 why = await self._refused(session, URL(waiting.url), await self._store.read(body))
             await self._note(waiting, why)
-        except SQLAlchemyError:
-            log.exception("a webhook can't be read")
+        except SQLAlchemyError as error:
+            log.warning("a webhook can't be read", extra={"reason": reason(error)})
             await asyncio.sleep(DATABASE_AGAIN_S)
         finally:
             del self._sending[waiting.id]
@@ -241,8 +242,8 @@ class Webhooks:
         while True:
             try:
                 return await self._store.write(note)
-            except SQLAlchemyError:
-                log.exception("what came of a webhook can't be written")
+            except SQLAlchemyError as error:
+                log.warning("what came of a webhook can't be written", extra={"reason": reason(error)})
                 await asyncio.sleep(DATABASE_AGAIN_S)
 
     async def _refused(self, session: aiohttp.ClientSession, url: URL, body: bytes) -> str | None:

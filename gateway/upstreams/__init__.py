@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from handler.errors import NotAdmitted, UpstreamFailed
+from handler.errors import RequestError, UpstreamFailed
 from handler.messages import Reply, Request
 
 __all__ = ["WORKER_STATES", "Pool", "WorkerLost", "WorkerView"]
@@ -85,8 +85,8 @@ class Pool(Protocol):
         """Have `heard` called on the loop whenever `free` may have grown or `refusal` has changed."""
 
     @property
-    def refusal(self) -> NotAdmitted | None:
-        """What whoever waits is refused with; None while a worker is there or may come."""
+    def refusal(self) -> RequestError | None:
+        """What whoever waits is refused with; None while a worker is there that answers, or may come."""
         ...
 
     @property

@@ -55,4 +55,19 @@ class Ended:
     expected: bool
 
 
-Event = Starting | Progress | Ready | StartFailed | Ended
+@dataclass(frozen=True, slots=True)
+class KeyRefused:
+    """An upstream that others run refuses the key that it is asked with."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTaken:
+    """It takes the key again."""
+
+    worker: str
+
+
+Event = Starting | Progress | Ready | StartFailed | Ended | KeyRefused | KeyTaken

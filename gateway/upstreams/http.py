@@ -18,11 +18,18 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from gateway.scaling import Scaling
-from gateway.upstreams import WorkerLost, WorkerView
-from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
+from gateway.upstreams import WorkerLost, WorkerView, events
+from gateway.upstreams.events import Ended, Event, KeyTaken, Progress, Ready, Starting
 from gateway.upstreams.proxy import NetworkProxy, Refused
 from handler.drain import STOPPING
-from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed, retry_after
+from handler.errors import (
+    DeadlineExceeded,
+    KeyRefused,
+    NotAdmitted,
+    RequestError,
+    UpstreamFailed,
+    retry_after,
+)
 from handler.messages import Call, Reply, Request, once, without
 from handler.waiting import kept_alive
 
@@ -54,7 +61,8 @@ class HttpPool:
     """The server at `upstream.url` as the one worker of an endpoint (a `Pool`).
 
     A request that it can't take because it is not there waits until it is, within `queue_timeout_s` of its
-    arrival. One whose worker it lost before the first byte is asked again, `TRIES` times in all.
+    arrival. One whose worker it lost before the first byte is asked again, `TRIES` times in all. One that it
+    refuses because of `upstream.key` is answered so at once, and so are all until it takes the key.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class HttpPool:
         self._cold_start_s = COLD_START_GUESS_S
         self._probing: asyncio.Task[None] | None = None
         self._awaited = AWAITED
+        self._key_refused: KeyRefused | None = None
         self.starts = 0
         self.call: Call = kept_alive(self._tried, keep_alive_s)
         """Answers a request (a `handler.messages.Call`)."""
@@ -108,8 +117,12 @@ class HttpPool:
         return self._upstream.slots if self._up.is_set() and not self._stopping else 0
 
     @property
-    def refusal(self) -> NotAdmitted | None:
+    def refusal(self) -> RequestError | None:
         """What whoever waits is refused with. Who runs the upstream may be starting it: nobody is told no."""
+        return self._stop or self._key_refused
+
+    @property
+    def _stop(self) -> NotAdmitted | None:
         return NotAdmitted("The gateway is stopping.", retry_after_s=1) if self._stopping else None
 
     @property
@@ -181,13 +194,19 @@ class HttpPool:
         while True:
             await self._there(request)
             try:
-                return await _answered(await stack.enter_async_context(self._at_its_path(request)))
+                reply = await _answered(await stack.enter_async_context(self._at_its_path(request)))
+            except BadKey as error:
+                return self._refuses_key(error.status).reply()
             except Refused:
                 self._is_gone()
             except WorkerLost:
                 tries += 1
                 if tries == TRIES:
                     raise
+            else:
+                if request.method == "POST":  # the list of models is open to everybody at some
+                    self._takes_key(reply.status)
+                return reply
 
     def _at_its_path(self, request: Request) -> AbstractAsyncContextManager[Reply]:
         return self._proxy.call(replace(request, path=self._prefix + request.path))
@@ -202,8 +221,27 @@ class HttpPool:
                 f"The upstream could not be reached within {self._queue_timeout_s:g} s.",
                 headers=retry_after(self.retry_after_s),
             ) from None
-        if refusal := self.refusal:
-            raise refusal
+        if stop := self._stop:
+            raise stop
+
+    def _refuses_key(self, status: int) -> KeyRefused:
+        """What to say of it. Each request is asked all the same: the next may find that the key is good."""
+        key = self._upstream.key
+        said = KeyRefused(
+            f"The upstream refuses the gateway's own key (status {status}); "
+            f"who runs the gateway has to {'mend' if key else 'set'} UPSTREAM_KEY."
+        )
+        if self._key_refused is None:  # told once, not with each request
+            without_key = "" if key else ", and no key is set"
+            self._tell(events.KeyRefused(NAME, f"it answers with status {status}{without_key}"))
+        self._key_refused = said
+        self._heard()
+        return said
+
+    def _takes_key(self, status: int) -> None:
+        if self._key_refused is not None and status < 500:
+            self._key_refused = None
+            self._tell(KeyTaken(NAME))
 
     # --- whether it is there ------------------------------------------------------------------
 
@@ -214,6 +252,7 @@ class HttpPool:
         if self._up.is_set():
             self._tell(Ended(NAME, "it can't be reached", expected=False))
             self._up.clear()
+        self._key_refused = None
         self._since_s, self._started_at = time.monotonic(), time.time()
         self._awaited = AWAITED
         self.starts += 1
@@ -222,7 +261,7 @@ class HttpPool:
 
     async def _probe(self) -> None:
         wait_s = PROBE_MIN_S
-        while not await self._answers():
+        while (status := await self._answers()) is None:
             await asyncio.sleep(wait_s)
             wait_s = min(PROBE_MAX_S, 2 * wait_s)
         took_s = time.monotonic() - self._since_s
@@ -230,21 +269,23 @@ class HttpPool:
             self._cold_start_s = took_s
         self._up.set()
         self._tell(Ready(NAME, took_s))
+        if status in _KEY_REFUSED:
+            self._refuses_key(status)
         self._heard()
 
-    async def _answers(self) -> bool:
-        """Whether it says anything at all: a model that loads is its own to wait for."""
+    async def _answers(self) -> int | None:
+        """Its status if it says anything at all: a model that loads is its own to wait for."""
         models = Request("GET", "/v1/models")
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S), self._at_its_path(models) as reply:
                 if reply.status not in _NOT_THERE:
-                    return True
+                    return reply.status
                 self._missed(f"it answers with status {reply.status}")
         except TimeoutError:
             self._missed(f"no answer within {PROBE_TIMEOUT_S:g} s")
         except WorkerLost as error:
             self._missed(str(error.__cause__ or error))
-        return False
+        return None
 
     def _missed(self, why: str) -> None:
         awaited = f"{AWAITED}: {why}"
@@ -276,15 +317,27 @@ class HttpPool:
 
 
 _NOT_THERE = frozenset({502, 503, 504})
+_KEY_REFUSED = frozenset({401, 403})
+
+
+class BadKey(Exception):
+    """It refuses the key that it was asked with."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 async def _answered(reply: Reply) -> Reply:
     """`reply`, if it is the model's.
 
-    Raises `NotAdmitted` for a bare 503, `WorkerLost` for another 5xx and for a worker of ours that drains.
+    Raises `NotAdmitted` for a bare 503, `WorkerLost` for another 5xx and for a worker of ours that drains,
+    `BadKey` for a 401 and a bare 403. A 403 in OpenAI's shape may be about what was asked: moderation's is.
     """
-    if reply.status < 500:
+    if reply.status < 500 and reply.status not in _KEY_REFUSED:
         return reply
+    if reply.status == 401:
+        raise BadKey(reply.status)
     body = await _start_of(reply)
     if error := _error(body):
         if error.get("code") == STOPPING:
@@ -293,6 +346,8 @@ async def _answered(reply: Reply) -> Reply:
         if reply.status == 503 and reply.header("retry-after") is None:
             headers = (*headers, *retry_after(FULL_RETRY_AFTER_S))
         return Reply(reply.status, (*headers, ("content-length", str(len(body)))), once(body))
+    if reply.status == 403:
+        raise BadKey(reply.status)
     if reply.status == 503:
         raise NotAdmitted("The upstream takes no more requests now.", retry_after_s=_seconds(reply))
     raise WorkerLost(f"The upstream answered with status {reply.status} and no error of OpenAI's.")

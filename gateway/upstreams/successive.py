@@ -12,7 +12,7 @@ from typing import Protocol, Self
 from gateway.counted import Counted
 from gateway.scaling import Scaling
 from gateway.upstreams import Pool, WorkerView
-from handler.errors import NotAdmitted
+from handler.errors import RequestError
 from handler.messages import Call, Reply, Request
 
 FINISH_S = 600.0
@@ -144,8 +144,8 @@ class Successive:
         return self._pool.capacity
 
     @property
-    def refusal(self) -> NotAdmitted | None:
-        """What whoever waits is refused with; None while a worker is there or may come."""
+    def refusal(self) -> RequestError | None:
+        """What whoever waits is refused with; None while a worker is there that answers, or may come."""
         return self._pool.refusal
 
     @property

@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.acceptance.test_endpoints_process import Cast, Served, endpoint, served
 from tests.gateway_process import CHAT, beside, chunk, command, person
 from tests.scripted_app import Pause, answer, stream
@@ -218,6 +220,11 @@ async def test_chat_answers_a_pipe_once_without_decoration(tmp_path: Path) -> No
         elsewhere = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MY_KEY": KEY}
         answered = await command("chat", "--url", url, "--key-from-env", "MY_KEY", stdin="hi", env=elsewhere)
         assert answered == (0, "Hello\n", "")
+        _, used, _ = await beside(tmp_path, "usage", "--by", "key", "--csv")
+        assert [line.split(",")[:3] for line in used.splitlines()[1:]] == [
+            ["door", "this machine", "1"],
+            ["env", "API_KEY", "1"],
+        ]
         code, _, errors = await command("chat", "--url", url, stdin="hi", env=elsewhere)
         assert (code, "API_KEY is not set" in errors) == (78, True)
 
@@ -296,6 +303,35 @@ async def test_commands_say_that_no_gateway_runs(tmp_path: Path) -> None:
         assert (await beside(tmp_path, "status"))[0] == 0
         assert await running.end(signal.SIGTERM) == 0
         assert not door.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "said"),
+    [
+        ({"HOST": "999.1.1.1"}, 78, "HOST=999.1.1.1: "),
+        ({"MODEL_NAME": "/nope"}, 66, "MODEL_NAME=/nope: there is no such folder"),
+        ({"MODEL_NAME": "/nope", "UPSTREAM": "http", "UPSTREAM_URL": "http://127.0.0.1:1/v1"}, 0, ""),
+    ],
+)
+async def test_check_finds_what_a_start_would_end_with(
+    tmp_path: Path, settings: dict[str, str], code: int, said: str
+) -> None:
+    """An address that is none, a model's folder that is not there; what others serve is theirs to find."""
+    found, _, errors = await command("check", env=person(tmp_path, **settings))
+    assert (found, said in errors) == (code, True)
+
+
+async def test_check_names_the_endpoint_whose_model_is_not_there(tmp_path: Path) -> None:
+    """The others start without it, and all such are told at once."""
+    file = tmp_path / "endpoints.toml"
+    file.write_text(endpoint("chat", "org/a") + endpoint("code", "/nope") + endpoint("more", str(tmp_path)))
+    code, out, errors = await beside(tmp_path, "check", "--endpoints", str(file))
+    assert (code, out) == (66, "")
+    assert errors.splitlines() == [
+        "firsttoken: models are not there:",
+        "  - endpoint 'code': MODEL_NAME=/nope: there is no such folder",
+        f"  - endpoint 'more': MODEL_NAME={tmp_path}: the folder has no config.json, so it holds no model",
+    ]
 
 
 async def test_check_says_what_is_wrong_and_starts_nothing(tmp_path: Path) -> None:

@@ -261,4 +261,4 @@ async def test_usage_is_a_table_with_totals(tmp_path: Path) -> None:
         ]
         assert await program.end(signal.SIGTERM) == 0
     code, _, errors = await beside(tmp_path, "usage", "--from", "yesterday")
-    assert (code, "`from` must be a day" in errors) == (64, True)
+    assert (code, "`--from` must be a day" in errors) == (64, True)

@@ -294,9 +294,8 @@ async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_sti
 
         for at in (killed, still):
             for number in range(3):
-                await at.submit(f"{at.stderr.stem}-{number}", CUT_TOKENS)
+                await at.submit(f"{at.stderr.stem}-{number}", 2 * CUT_TOKENS)
         await come(all_begun)
-        lost, kept = await held(killed_id), await held(still_id)
 
         async def locked() -> bool:
             locks = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
@@ -311,6 +310,9 @@ async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_sti
         still.process.send_signal(signal.SIGSTOP)
         killed.process.kill()
         killed_at_s = asyncio.get_running_loop().time()
+        lost, kept = await held(killed_id), await held(still_id)
+        assert lost, "it had work to do"
+        assert kept, "it has work to do"
 
         async def taken_off() -> bool:
             return (killed_id,) not in await ask("SELECT id FROM instances")

@@ -55,7 +55,6 @@ def a_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "made", "says"),
     [
-        ("data", a_file, "the gateway's folder can't be used: [Errno 17] File exists: '{path}'"),
         ("data/files", a_file, "{path} can't be used for files: File exists"),
         ("data/files/x", partial(Path.mkdir, parents=True), "{path} can't be used for files: Is a directory"),
     ],
@@ -78,9 +77,17 @@ def test_a_full_disk(tmp_path: Path, file_max_bytes: int) -> None:
     assert said.startswith("firsttoken: ")
 
 
-def test_a_database_that_is_elsewhere(tmp_path: Path) -> None:
-    """The folder has to be there all the same, for the owner's door and for files."""
-    a_file(path := tmp_path / "data")
-    status, said = ended(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/gateway.db")
-    why = f"the gateway's folder can't be used: [Errno 17] File exists: '{path}'"
-    assert (status, said) == (74, f"firsttoken: {why}\n")
+def test_a_folder_of_a_database_is_not_made(tmp_path: Path) -> None:
+    """A slip in its path is told, and leaves nothing behind."""
+    status, said = ended(tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/nope/x.db")
+    assert (status, f"DATABASE_URL, the folder {tmp_path}/nope: No such file" in said) == (78, True)
+    assert not (tmp_path / "nope").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_data_folder_that_is_a_file(tmp_path: Path, elsewhere: bool) -> None:
+    """The setting is named, wherever the database is."""
+    a_file(tmp_path / "data")
+    url = f"sqlite:///{tmp_path}/gateway.db" if elsewhere else ""
+    status, said = ended(tmp_path, DATABASE_URL=url)
+    assert (status, f"DATA_DIR={tmp_path}/data: File exists; it has to be a folder" in said) == (78, True)

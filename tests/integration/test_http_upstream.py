@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from gateway.upstreams import WorkerLost
-from gateway.upstreams.events import Ended, Event, Progress, Ready, Starting
+from gateway.upstreams.events import Ended, Event, KeyRefused, KeyTaken, Progress, Ready, Starting
 from gateway.upstreams.http import TRIES, HttpPool, Upstream
 from handler.errors import DeadlineExceeded, NotAdmitted, UpstreamFailed
 from handler.messages import Reply, Request, read
@@ -264,6 +264,62 @@ async def test_why_it_is_not_there_is_told_once() -> None:
         "waiting for the upstream: Cannot connect to host",
         "waiting for the upstream: it answers with status 502",
     ]
+
+
+async def refused(opened: HttpPool) -> bytes:
+    """What a client hears whose own key is good."""
+    async with opened.call(chat()) as reply:
+        body = await read(reply)
+        assert (reply.status, reply.header("www-authenticate")) == (502, None)
+    assert json.loads(body)["error"]["code"] == "upstream_unauthorized"
+    return body
+
+
+async def test_a_key_that_it_refuses_is_the_gateways_fault() -> None:
+    """A 401 would tell clients that theirs is wrong. It is told once, and over with the first good answer."""
+    unauthorized = whole("401 Unauthorized", "application/json", ERROR, "www-authenticate: Bearer")
+    forbidden = whole("403 Forbidden", "application/json", '{"message": "Forbidden"}')
+    good = whole("200 OK", "application/json", "{}")
+
+    async def use(opened: HttpPool) -> None:
+        for _ in range(2):
+            said = await refused(opened)
+        assert opened.refusal is not None
+        assert opened.refusal.message in said.decode()
+        assert opened.free == 8  # the next is asked all the same
+        async with opened.call(chat()) as reply:
+            assert reply.status == 200
+        assert opened.refusal is None
+
+    events = await asked(Scripted(unauthorized, forbidden, good), use)
+    assert [type(event) for event in events] == [Starting, Ready, KeyRefused, KeyTaken]
+
+
+async def test_a_403_of_the_models_is_an_answer() -> None:
+    """What moderation does not let through is about the request, and in OpenAI's shape."""
+
+    async def use(opened: HttpPool) -> None:
+        async with opened.call(chat()) as reply:
+            assert (reply.status, await read(reply)) == (403, ERROR.encode())
+        assert opened.refusal is None
+
+    await asked(Scripted(whole("403 Forbidden", "application/json", ERROR)), use)
+
+
+async def test_a_key_that_its_models_refuse_is_told_before_anybody_asks() -> None:
+    """It is there, and requests hear at once what is wrong."""
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    unauthorized = whole("401 Unauthorized", "application/json", ERROR)
+    async with (
+        served(Scripted(unauthorized, models=unauthorized)) as port,
+        pool(port, key="wrong", tell=events.put_nowait) as opened,
+    ):
+        told = [await events.get() for _ in range(3)]
+        assert [type(event) for event in told] == [Starting, Ready, KeyRefused]
+        assert opened.refusal is not None
+        assert "mend UPSTREAM_KEY" in opened.refusal.message
+        await refused(opened)
+        assert events.empty()
 
 
 async def test_who_finds_it_away_as_the_gateway_stops_is_told_so() -> None:

@@ -254,6 +254,7 @@ async def test_usage_is_answered_by_day_key_endpoint_and_model(place: Place) -> 
         (Entry(key_id, "one", "m", 1, 2, 1), date(2027, 1, 1)),
         (Entry(key_id, "two", "m", 100, 200, 7), date(2027, 1, 2)),
         (Entry("env", "one", "lora", 5, 5, 0, requests=3), date(2027, 1, 2)),
+        (Entry("door", "one", "m", 2, 4, 0), date(2027, 1, 3)),
     ]
     for entry, day in entries:
         place.store.write_now(lambda c, e=entry, d=day: usage.add(c, e, d))  # type: ignore[misc]
@@ -264,10 +265,13 @@ async def test_usage_is_answered_by_day_key_endpoint_and_model(place: Place) -> 
             row("2027-01-01", key_id, "a", "one", "m", (2, 11, 22, 1.500000001)),
             row("2027-01-02", "env", "API_KEY", "one", "lora", (3, 5, 5, 0)),
             row("2027-01-02", key_id, "a", "two", "m", (1, 100, 200, 7e-9)),
+            row("2027-01-03", "door", "this machine", "one", "m", (1, 2, 4, 0)),
         ],
-        "totals": {"requests": 6, "prompt_tokens": 116, "completion_tokens": 227, "cost": 1.500000008},
+        "totals": {"requests": 7, "prompt_tokens": 118, "completion_tokens": 231, "cost": 1.500000008},
     }
     for query, sums in {
+        "key=this+machine": [1, 2, 4],
+        "key=door": [1, 2, 4],
         "from=2027-01-02&key=a": [1, 100, 200],
         f"to=2027-01-01&key={key_id}&endpoint=one&model=m": [2, 11, 22],
         "key=API_KEY&endpoint=": [3, 5, 5],
@@ -281,6 +285,7 @@ async def test_usage_is_answered_by_day_key_endpoint_and_model(place: Place) -> 
     assert headers["content-type"] == "text/csv; charset=utf-8"
     assert table.splitlines() == [
         "endpoint,key_id,key_name,requests,prompt_tokens,completion_tokens,cost",
+        "one,door,this machine,1,2,4,0.00",
         "one,env,API_KEY,3,5,5,0.00",
         f"one,{key_id},a,2,11,22,1.500000001",
         f"two,{key_id},a,1,100,200,0.000000007",

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from gateway.console import Address, Console
-from gateway.upstreams.events import Ended, Progress, Ready, StartFailed, Starting
+from gateway.upstreams.events import Ended, KeyRefused, KeyTaken, Progress, Ready, StartFailed, Starting
 from handler.logs import FieldsFormatter
 
 ADDRESS = Address("http://127.0.0.1:8000/v2/local/openai/v1", "org/m", "ft-made")
@@ -79,6 +79,18 @@ async def test_trouble_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
         ("ERROR", "worker could not start", "no model"),
         ("ERROR", "worker ended", "it was ended by SIGKILL"),
         ("INFO", "worker ended", "it exited with code 0"),
+    ]
+
+
+async def test_a_refused_upstream_key_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Only the operator can mend it, and its end is worth knowing too."""
+    console = Console({"local": ADDRESS}, io.StringIO(), io.StringIO())
+    with caplog.at_level(logging.INFO):
+        console("local", KeyRefused("upstream", "it answers with status 401"))
+        console("local", KeyTaken("upstream"))
+    assert [(r.levelname, r.message, vars(r).get("reason")) for r in caplog.records] == [
+        ("ERROR", "UPSTREAM_KEY is refused", "it answers with status 401"),
+        ("INFO", "UPSTREAM_KEY is taken again", None),
     ]
 
 

@@ -104,3 +104,26 @@ def test_what_everybody_may_read_is_taken_with_a_word(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_no_fault(tmp_path: Path) -> None:
     """It will be made."""
     data_folder.check(tmp_path / "none", serves=False)
+
+
+def test_a_sqlite_file_elsewhere_is_kept_as_the_data_folder_is(tmp_path: Path) -> None:
+    """Its folder has to be there, and nobody else may write it."""
+    wanted = "it has to be a folder that this user alone may write, mode 0700"
+    place = tmp_path / "place"
+    url = f"sqlite:///{place}/x.db?timeout=5"
+    with pytest.raises(BadSettings) as refused:
+        data_folder.check_database(url, tmp_path, serves=True)
+    assert refused.value.faults == (f"DATABASE_URL, the folder {place}: No such file or directory; {wanted}",)
+    place.mkdir(mode=0o700)
+    data_folder.check_database(url, tmp_path, serves=True)
+    place.chmod(0o777)
+    with pytest.raises(BadSettings) as refused:
+        data_folder.check_database(url, tmp_path, serves=False)
+    why = "may be written by everybody (mode 0777)"
+    assert refused.value.faults == (f"DATABASE_URL, the folder {place} {why}; {wanted}",)
+
+
+def test_other_databases_are_not_looked_for(tmp_path: Path) -> None:
+    """DATA_DIR is checked by itself, and may have to be made; a server keeps its files itself."""
+    for url in (f"sqlite:///{tmp_path}/none/gateway.db", "postgresql://host/name"):
+        data_folder.check_database(url, tmp_path / "none", serves=True)

@@ -190,10 +190,12 @@ def test_a_file_may_begin_with_a_mark_of_its_encoding(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
-    """By its path."""
+    """By its variable and its path."""
     with pytest.raises(BadSettings) as caught:
         load(tmp_path / "endpoints.toml", {})
-    assert caught.value.faults == (f"{tmp_path}/endpoints.toml: No such file or directory",)
+    path = f"ENDPOINTS_FILE={tmp_path}/endpoints.toml"
+    why = "No such file or directory; it has to be a TOML file that this user may read"
+    assert caught.value.faults == (f"{path}: {why}",)
 
 
 def test_a_secret_in_a_file_that_others_can_read_is_told_without_it(tmp_path: Path) -> None:

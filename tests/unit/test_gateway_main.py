@@ -21,3 +21,13 @@ def test_a_key_does_not_expire_in_the_past(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["keys", "create", "--name", "app", "--expires", "2020-01-01"])
     assert "argument --expires: '2020-01-01' has begun already, UTC" in capsys.readouterr().err
+
+
+def test_a_fault_of_a_question_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """The admin API's fields are called otherwise."""
+    asked = ("usage", "--by", "nope", "--from", "2027-02-01", "--to", "2027-01-01")
+    assert main(asked) == 64
+    assert capsys.readouterr().err == (
+        "firsttoken: That can't be answered: `--from` must not be after `--to`; "
+        "`--by` must be some of day, key, endpoint, model, each once.\n"
+    )

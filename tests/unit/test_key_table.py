@@ -91,7 +91,7 @@ def test_every_fault_of_a_wish_is_named() -> None:
         assert f"`{name}`" in refused.value.message, name
 
 
-@pytest.mark.parametrize("name", [None, 5, " ", "x" * 65, "key_1", "env", "API_KEY"])
+@pytest.mark.parametrize("name", [None, 5, " ", "x" * 65, "key_1", "env", "API_KEY", "door", "This machine"])
 def test_a_name_is_not_an_id(name: object) -> None:
     """A key can be revoked by either."""
     with pytest.raises(BadRequest, match="`name` must be"):

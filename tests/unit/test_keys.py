@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.accounts.keys import ENV_ID, Key, Keys
+from gateway.accounts.keys import ENV_ID, OWNER_ID, Key, Keys
 from handler.auth import digest
 from handler.errors import Unauthorized
 from handler.messages import Request
@@ -28,6 +28,16 @@ def test_given_key_opens_and_is_an_admins() -> None:
     assert keys.of(ENV_ID) is found
     assert "secret" not in repr((keys, vars(keys)))
     assert keys.used_s == {}
+
+
+def test_the_owner_is_known_and_has_no_key() -> None:
+    """What came through the owner's door is its own later too, and no request bears what opens for it."""
+    keys = Keys("secret", [key("a")])
+    owner = keys.of(OWNER_ID)
+    assert (owner.name, owner.admin, owner.opens(0)) == ("this machine", True, True)
+    for authorization in ("Bearer ", "", f"Bearer {OWNER_ID}"):
+        with pytest.raises(Unauthorized):
+            keys.check(bearing(authorization))
 
 
 def test_stored_keys_open_beside_it_until_others_take_their_place() -> None:

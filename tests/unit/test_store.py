@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Column, Connection, Integer, Table, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from gateway.database import StoreUnusable
-from gateway.store import Store, metadata
+from gateway.database import StoreUnusable, reason
+from gateway.store import Store, StoreAway, metadata
 
 NUMBERS = Table("test_numbers", metadata, Column("number", Integer, primary_key=True))
 
@@ -55,6 +56,34 @@ async def test_a_write_that_fails_takes_no_other_with_it(store: Store) -> None:
     assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [1, 2, 3]
     assert isinstance(outcomes[2], IntegrityError)
     assert await store.read(numbers) == [1, 2, 3]
+
+
+async def test_of_an_error_a_person_gets_the_databases_own_words(store: Store) -> None:
+    """Neither SQL nor a link to SQLAlchemy's pages, of which nobody who runs a gateway has any use."""
+    await store.write(lambda connection: put(7, connection))
+    with pytest.raises(IntegrityError) as caught:
+        await store.write(lambda connection: put(7, connection))
+    assert "sqlalche.me" in str(caught.value)
+    said = reason(caught.value)
+    assert said in {
+        "UNIQUE constraint failed: test_numbers.number",
+        'duplicate key value violates unique constraint "test_numbers_pkey"',
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PoolTimeout("QueuePool limit reached", code="3o7r"), "QueuePool limit reached"),
+        (StoreAway("the database does not answer"), "the database does not answer"),
+        (PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
+        (OperationalError("SELECT 1", {}, Exception("refused\n\tIs it running?")), "refused"),
+        (OperationalError("SELECT 1", {}, ValueError()), "ValueError"),
+    ],
+)
+def test_a_reason_is_one_line(error: Exception, said: str) -> None:
+    """Whatever has raised it."""
+    assert reason(error) == said
 
 
 async def test_a_write_is_done_though_its_caller_was_cancelled(store: Store) -> None:
