@@ -10,7 +10,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from handler import wire
 from handler.asgi import App
+from handler.link import Link
 
 IDLE_S = 75
 """Longer than proxies keep an idle connection (60 s is usual), so that theirs ends first: no sporadic 502."""
@@ -123,16 +125,35 @@ class Protocol(HttpToolsProtocol):
             self._late = None
 
 
-def config(app: App, *, idle_s: int = IDLE_S, shutdown_s: int | None = None) -> uvicorn.Config:
+class LinkedProtocol(Protocol):
+    """HTTP or a link (`handler.wire`), as who connects begins: for a socket that only its owner can open."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take what was read. A preface comes in one piece: nothing was in its way."""
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None or not data.startswith(wire.PREFACE):
+            super().data_received(data)
+            return
+        self._head_came()
+        self.connections.discard(self)
+        link = Link(self.app, self.server_state)
+        self.transport.set_protocol(link)
+        link.connection_made(self.transport)
+        link.data_received(data[len(wire.PREFACE) :])
+
+
+def config(
+    app: App, *, idle_s: int = IDLE_S, shutdown_s: int | None = None, links: bool = False
+) -> uvicorn.Config:
     """How `app` is served.
 
     An idle connection is kept for `idle_s`; once the server ends, a busy one for `shutdown_s` (None: as
-    long as it takes).
+    long as it takes). With `links` whoever connects is trusted, and may have a link.
     """
     return uvicorn.Config(
         app,
         loop="none",
-        http=Protocol,
+        http=LinkedProtocol if links else Protocol,
         ws="none",
         lifespan="off",
         proxy_headers=False,

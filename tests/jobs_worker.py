@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gateway.__main__ import main as gateway_main
-from gateway.upstreams.proxy import SocketProxy
+from gateway.upstreams.link import Link
 from handler import platforms
 from handler.__main__ import end, exit_code
 from handler.engine import Engine
@@ -42,12 +42,12 @@ class SocketEngine:
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Ask on a connection of its own: each test has a server of its own."""
-        proxy = SocketProxy(self._path)
+        link = Link(self._path)
         try:
-            async with proxy.call(request) as reply:
+            async with link.call(request) as reply:
                 yield reply
         finally:
-            await proxy.close()
+            await link.close()
 
     def capacity(self) -> int:
         """How many requests it works on at once."""

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.accounts.keys import Keys
 from gateway.settings import GatewaySettings
-from gateway.upstreams.proxy import SocketProxy
+from gateway.upstreams.link import Link
 from handler.asgi import call_app, serve
 from handler.engine import Engine
 from handler.listener import listen, listen_unix
@@ -159,7 +159,7 @@ async def starting(
 @asynccontextmanager
 async def application(app: ScriptedApp, uds: Path) -> AsyncIterator[None]:
     """The application by itself at the socket `uds`: an engine for a worker in another process."""
-    server = Server(config(serve(call_app(app), max_body_bytes=1 << 30), idle_s=5, shutdown_s=1))
+    server = Server(config(serve(call_app(app), max_body_bytes=1 << 30), idle_s=5, shutdown_s=1, links=True))
     serving = asyncio.create_task(server.serve(sockets=[listen_unix(uds)]))
     try:
         yield
@@ -173,8 +173,8 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
     """The port of a gateway that wants `key` and asks a worker at the socket `uds`."""
     settings = GatewaySettings.from_environ({"DRAIN_TIMEOUT_S": "0"})
     async with worker(app, {"UDS": str(uds)}):
-        proxy = SocketProxy(uds)
-        gate = gateways.one(proxy.call, Keys(key), endpoint_id=settings.endpoint_id)
+        link = Link(uds)
+        gate = gateways.one(link.call, Keys(key), endpoint_id=settings.endpoint_id)
         asgi = gate.app(max_body_bytes=settings.max_body_bytes, cors_origins=())
         server = Server(config(asgi, shutdown_s=2))
         listener = listen(HOST, 0)
@@ -184,4 +184,4 @@ async def gateway(app: ScriptedApp, key: str, uds: Path) -> AsyncIterator[int]:
         finally:
             server.should_exit = True
             await serving
-            await proxy.close()
+            await link.close()

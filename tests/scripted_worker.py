@@ -14,15 +14,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from handler.asgi import App, Message, Receive, Send
+from handler.server import Server, config
 from handler.supervision import watch_lifeline
 from tests.scripted_app import Script, ScriptedApp, echo
 
@@ -161,12 +160,6 @@ def _probed(app: ScriptedApp, tell: Callable[[str, str], None]) -> App:
     return probed
 
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class Actor:
     """The worker itself: starts as its play says, serves its scripts, drains on SIGTERM."""
 
@@ -184,15 +177,7 @@ class Actor:
         )
         self._slots = "16"
         drain_s = math.ceil(float(environ.get("DRAIN_TIMEOUT_S", "30")))
-        config = uvicorn.Config(
-            _probed(self.app, self._tell),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=drain_s,
-        )
-        self._server = _Server(config)
+        self._server = Server(config(_probed(self.app, self._tell), shutdown_s=drain_s, links=True))
 
     def _tell(self, what: str, name: str) -> None:
         self._writer.write(json.dumps([what, name]).encode() + b"\n")

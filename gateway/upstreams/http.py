@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from gateway.scaling import Scaling
 from gateway.upstreams import WorkerLost, WorkerView, events
 from gateway.upstreams.events import Ended, Event, KeyTaken, Progress, Ready, Starting
-from gateway.upstreams.proxy import NetworkProxy, Refused
+from gateway.upstreams.proxy import Proxy, Refused
 from handler.drain import STOPPING
 from handler.errors import (
     DeadlineExceeded,
@@ -79,7 +79,7 @@ class HttpPool:
         self._queue_timeout_s = queue_timeout_s
         self._tell = tell
         headers = (("authorization", f"Bearer {upstream.key}"),) if upstream.key else ()
-        self._proxy = NetworkProxy(f"{parts.scheme}://{parts.netloc}", headers)
+        self._proxy = Proxy(f"{parts.scheme}://{parts.netloc}", headers)
         self._listeners: list[Callable[[], None]] = []
         self._in_flight = 0
         self._idle_since_s = time.monotonic()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.launch import Launcher
+from gateway.upstreams.link import Link
 from gateway.upstreams.pool import KILL_GRACE_S, Keep, WorkerPool
-from gateway.upstreams.proxy import Refused, SocketProxy
+from gateway.upstreams.proxy import Refused
 from gateway.upstreams.worker import Worker
 from handler.messages import Call, Reply, Request
 
@@ -40,13 +41,13 @@ class LocalPool(WorkerPool):
         super().__init__(launcher, environ, keep)
         self._probe_every_s = probe_every_s
         self._hung_s = hung_s
-        self._proxies: dict[Worker, SocketProxy] = {}
+        self._links: dict[Worker, Link] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Ask the least loaded worker. Raises `WorkerLost` while it has answered nothing."""
-        ready = [worker for worker in self._proxies if worker.takes]
+        ready = [worker for worker in self._links if worker.takes]
         if not ready:
             raise WorkerLost("There is no worker.")
         worker = min(ready, key=lambda worker: (worker.in_flight / worker.slots, worker.number))
@@ -62,13 +63,13 @@ class LocalPool(WorkerPool):
     @property
     def askable(self) -> Mapping[str, Call]:
         """The ready workers."""
-        return {worker.id: proxy.call for worker, proxy in self._proxies.items() if worker.serves}
+        return {worker.id: link.call for worker, link in self._links.items() if worker.serves}
 
     async def _ask(self, worker: Worker, request: Request, stack: AsyncExitStack) -> Reply:
         asked_s = self._loop.time()
         process = worker.process
         try:
-            reply = await stack.enter_async_context(self._proxies[worker].call(request))
+            reply = await stack.enter_async_context(self._links[worker].call(request))
         except Refused:
             process.leave()  # it may live on and finish what it holds
             raise
@@ -87,13 +88,13 @@ class LocalPool(WorkerPool):
         return reply
 
     async def _watch(self, worker: Worker) -> None:
-        proxy = self._proxies[worker]
+        link = self._links[worker]
         while True:
             await asyncio.sleep(self._probe_every_s)
             try:
                 async with asyncio.timeout(self._hung_s):
                     with suppress(WorkerLost):  # it ends, and its process says so
-                        async with proxy.call(Request("GET", "/ping")):
+                        async with link.call(Request("GET", "/ping")):
                             pass
             except TimeoutError:
                 why = f"it has not answered for {self._hung_s:g} s"
@@ -105,15 +106,15 @@ class LocalPool(WorkerPool):
         return {"PLATFORM": "http", "UDS": str(_socket(worker))}
 
     def _opened(self, worker: Worker) -> None:
-        self._proxies[worker] = SocketProxy(_socket(worker))
+        self._links[worker] = Link(_socket(worker))
 
     def _retire(self, worker: Worker, *, retired: bool) -> None:
         """Nothing to tell the worker: it is not asked any more."""
 
     def _lost(self, worker: Worker) -> None:
         _socket(worker).unlink(missing_ok=True)
-        if proxy := self._proxies.pop(worker, None):
-            task = self._loop.create_task(proxy.close())
+        if link := self._links.pop(worker, None):
+            task = self._loop.create_task(link.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 

@@ -6,7 +6,6 @@ import asyncio
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from urllib.parse import quote
 
 import aiohttp
@@ -34,21 +33,39 @@ _NOT_FOR_THE_WORKER = (
 _NOT_FOR_THE_CLIENT = (*_HOP_BY_HOP, "date", "server")
 
 
+def for_worker(headers: Headers) -> Headers:
+    """What of a client's `headers` a worker gets."""
+    return without(headers, _NOT_FOR_THE_WORKER)
+
+
+def for_client(headers: Headers) -> Headers:
+    """What of a worker's `headers` a client gets."""
+    return without(headers, _NOT_FOR_THE_CLIENT)
+
+
 class Refused(WorkerLost):
-    """Nothing listens at the socket: the worker is dead or takes no more."""
+    """Nothing listens there: the worker is dead or takes no more."""
 
 
 class Proxy:
     """Asks the HTTP server at `base`, a URL without a path, with `headers` on each request.
 
-    Leaving a reply closes its connection at once, which is how the worker learns that its
-    client has gone. Raises `WorkerLost` while nothing was answered, and `UpstreamFailed`
-    from the frames when the answer is cut off.
+    It may be another machine, or many behind one address. Each request has a connection of its own: what
+    balances connections (a Kubernetes service) spreads requests then, and a new worker gets its share at
+    once. TLS is worth keeping: who ends it sees requests.
+
+    Leaving a reply closes its connection at once, which is how the worker learns that its client has gone.
+    Raises `WorkerLost` while nothing was answered, and `UpstreamFailed` from the frames when the answer is
+    cut off.
     """
 
-    def __init__(self, base: str, connector: aiohttp.BaseConnector, headers: Headers = ()) -> None:
+    def __init__(self, base: str, headers: Headers = ()) -> None:
         self._base = base
         self._headers = headers
+        if base.startswith("https:"):
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        else:
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -83,7 +100,7 @@ class Proxy:
                 request.method,
                 self._url(request),
                 data=_payload(request.body),
-                headers=(*without(request.headers, _NOT_FOR_THE_WORKER), *self._headers),
+                headers=(*for_worker(request.headers), *self._headers),
                 allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
@@ -112,29 +129,6 @@ class Proxy:
             await self._session.close()
 
 
-class SocketProxy(Proxy):
-    """Asks the HTTP server at the unix socket `path`."""
-
-    def __init__(self, path: Path) -> None:
-        connector = aiohttp.UnixConnector(str(path), limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        super().__init__("http://worker", connector)
-
-
-class NetworkProxy(Proxy):
-    """Asks the HTTP server at `base`, which may be another machine, or many behind one address.
-
-    Each request has a connection of its own: what balances connections (a Kubernetes service) spreads
-    requests then, and a new worker gets its share at once. TLS is worth keeping: who ends it sees requests.
-    """
-
-    def __init__(self, base: str, headers: Headers = ()) -> None:
-        if base.startswith("https:"):
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        else:
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        super().__init__(base, connector, headers)
-
-
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
     # aiohttp warns of large `bytes`, which it would write in one go.
     return (body or None) if len(body) < LARGE_BODY_BYTES else io.BytesIO(body)
@@ -145,7 +139,7 @@ def _reply(response: aiohttp.ClientResponse, begun: bytes) -> Reply:
         (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.raw_headers
     )
     chunks = _chunks(begun, response.content)
-    reply = Reply(response.status, without(headers, _NOT_FOR_THE_CLIENT), chunks)
+    reply = Reply(response.status, for_client(headers), chunks)
     return Reply(reply.status, reply.headers, sse.frames(chunks)) if reply.streams else reply
 
 

@@ -150,7 +150,7 @@ class _Server:
         app = door.application(
             self.call, self._settings, self.state, self._registry, followed=traces.here(self._settings)
         )
-        server = Server(config(app))
+        server = Server(config(app, links=self._settings.uds is not None))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await self._stop.wait()
         deadline_s = asyncio.get_running_loop().time() + self._settings.drain_timeout_s

@@ -24,6 +24,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
     {"batch_ask", "batch_object", "batch_source", "batch_window"},
     {"batch_lines"},
     {"edge", "server"},
+    {"link"},
     {"asgi"},
     {"admission", "shaping", "slots", "traces"},
     {
@@ -64,6 +65,7 @@ LAYERS = (  # of handler/, from the top: a file imports only from lines below it
         "structure",
         "supervision",
         "tracing",
+        "wire",
     },
     {"stored"},
     {"manifest", "pack", "phases", "zygote"},

@@ -1,0 +1,130 @@
+"""The frames of a link: many requests on one connection between a gateway and a worker of its own machine.
+
+With HTTP/1.1 each request has a connection, so each token costs either side a call of the kernel and a
+wake-up. On a link all that is said in one turn of a loop goes out in one piece, whomever it is for.
+
+A frame is its kind (1 byte), the number of its request (4), the length of what follows (4), and that. The
+gateway connects to the socket on which the worker speaks HTTP, opens with `PREFACE`, and says
+
+    ASK     {"method", "path", "query", "headers", "body_bytes"} in JSON; the body follows
+    BODY    a piece of it
+    LEAVE   nobody wants the answer any more
+    PAUSE   whoever reads it is slow: say no more for now
+    RESUME  go on
+
+to which the worker answers
+
+    HEAD    {"status", "headers"} in JSON
+    DATA    a chunk of the answer: of an event stream whole frames (`handler.messages.Reply`)
+    END     that was all of it
+    CUT     it breaks off here
+
+Numbers are given by the gateway, each once. What is said of one that is over is not heard: it has crossed
+the news of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from abc import ABC, abstractmethod
+
+PREFACE = b"firsttoken-link/1\n"
+
+ASK, BODY, LEAVE, PAUSE, RESUME, HEAD, DATA, END, CUT = range(1, 10)
+
+PIECE_BYTES = 64 * 1024
+"""What is larger, and can be, is cut into pieces of that size, between which others have their say."""
+
+_FRAME = struct.Struct("!BII")
+_pack, _unpack, _SIZE = _FRAME.pack, _FRAME.unpack_from, _FRAME.size
+
+log = logging.getLogger(__name__)
+
+
+class Wire(asyncio.Protocol, ABC):
+    """One end of a link."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._parts: list[bytes] = []
+        """Read, and no whole frame yet."""
+        self._missing = _SIZE
+        """How many bytes more make one, at least."""
+        self._room: asyncio.Future[None] | None = None
+
+    @abstractmethod
+    def took(self, kind: int, number: int, payload: bytes) -> None:
+        """The other end has said this of the request `number`."""
+
+    def put(self, kind: int, number: int, payload: bytes = b"") -> None:
+        """Say this of the request `number`, with all else that is said in this turn of the loop."""
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out += (_pack(kind, number, len(payload)), payload)
+        self._out_bytes += len(payload)
+        if self._out_bytes > PIECE_BYTES:  # so that who says much in one turn sees when it is too much
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._out and not self.transport.is_closing():
+            self.transport.write(b"".join(self._out))
+        self._out.clear()
+        self._out_bytes = 0
+
+    @property
+    def full(self) -> asyncio.Future[None] | None:
+        """None, or what is done as soon as the other end reads again, or is gone."""
+        return self._room
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin."""
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
+        """End."""
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what was read, each whole frame by itself."""
+        if self._parts:
+            self._parts.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return
+            data = b"".join(self._parts)
+            self._parts.clear()
+        at, size, took = 0, len(data), self.took
+        while True:
+            begin = at + _SIZE
+            if begin > size:
+                self._missing = begin - size
+                break
+            kind, number, length = _unpack(data, at)
+            end = begin + length
+            if not ASK <= kind <= CUT:
+                log.error("what the other end of a link says is no frame")
+                self.transport.abort()
+                return
+            if end > size:
+                self._missing = end - size
+                break
+            took(kind, number, data[begin:end])
+            at = end
+        if at < size:
+            self._parts.append(data[at:])
+
+    def pause_writing(self) -> None:
+        """The other end does not read as fast as it is written to."""
+        self._room = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """It does."""
+        if self._room is not None:
+            self._room.set_result(None)
+            self._room = None

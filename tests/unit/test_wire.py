@@ -1,0 +1,154 @@
+"""The frames of a link, cut anywhere on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handler import wire
+
+Said = tuple[int, int, bytes]
+
+
+class Transport:
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.aborted = False
+
+    def write(self, data: bytes) -> None:
+        """Keep it."""
+        self.written.append(data)
+
+    def is_closing(self) -> bool:
+        """Whether it takes no more."""
+        return self.aborted
+
+    def abort(self) -> None:
+        """Close."""
+        self.aborted = True
+
+
+class End(wire.Wire):
+    """Keeps what the other end says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[Said] = []
+        self.connection_made(cast("asyncio.Transport", Transport()))
+
+    @property
+    def pipe(self) -> Transport:
+        """Its transport."""
+        return cast("Transport", self.transport)
+
+    def took(self, kind: int, number: int, payload: bytes) -> None:
+        """Keep it."""
+        self.said.append((kind, number, payload))
+
+
+frames = st.lists(
+    st.tuples(st.integers(wire.ASK, wire.CUT), st.integers(0, 2**32 - 1), st.binary(max_size=40)), max_size=8
+)
+
+
+@settings(deadline=None)
+@given(frames, st.lists(st.integers(0, 400), max_size=12))
+def test_frames_are_whole_however_they_are_cut(said: list[Said], cuts: list[int]) -> None:
+    """What is put is taken: the same frames in the same order."""
+
+    async def go() -> None:
+        sender, taker = End(), End()
+        for frame in said:
+            sender.put(*frame)
+        await asyncio.sleep(0)
+        sent = b"".join(sender.pipe.written)
+        places = sorted({0, len(sent), *(cut for cut in cuts if cut < len(sent))})
+        for begin, end in pairwise(places):
+            taker.data_received(sent[begin:end])
+        assert taker.said == said
+
+    asyncio.run(go())
+
+
+async def test_what_is_said_in_one_turn_goes_out_together() -> None:
+    """One write for all requests: that is what a link is for."""
+    end = End()
+    for number in range(32):
+        end.put(wire.DATA, number, b"token")
+    assert end.pipe.written == []
+    await asyncio.sleep(0)
+    assert len(end.pipe.written) == 1
+    end.put(wire.END, 0)
+    await asyncio.sleep(0)
+    assert len(end.pipe.written) == 2
+
+
+async def test_much_goes_out_at_once() -> None:
+    """Who says it sees by that when the other end has enough."""
+    end = End()
+    end.put(wire.DATA, 1, b"x" * wire.PIECE_BYTES)
+    assert end.pipe.written == []
+    end.put(wire.DATA, 1, b"x")
+    assert len(end.pipe.written) == 1
+    await asyncio.sleep(0)
+    assert len(end.pipe.written) == 1
+
+
+async def test_nothing_is_written_to_a_connection_that_is_gone() -> None:
+    """What was put in the same turn as it ended is dropped."""
+    end = End()
+    end.put(wire.LEAVE, 1)
+    end.pipe.aborted = True
+    await asyncio.sleep(0)
+    assert end.pipe.written == []
+
+
+@pytest.mark.parametrize("kind", [0, 10, ord("H")])
+async def test_what_is_no_frame_ends_the_connection(kind: int, caplog: pytest.LogCaptureFixture) -> None:
+    """`HTTP/1.1 400`, say. The frames before it count."""
+    end = End()
+    with caplog.at_level(logging.ERROR):
+        end.data_received(struct.pack("!BII", wire.END, 7, 0) + bytes([kind]) + b"TTP/1.1 400 Bad Request")
+    assert end.said == [(wire.END, 7, b"")]
+    assert end.pipe.aborted
+    assert "no frame" in caplog.text
+
+
+async def test_a_full_connection_is_waited_for() -> None:
+    """Until the other end reads again, or is gone."""
+    end = End()
+    assert end.full is None
+    for over in (end.resume_writing, lambda: end.connection_lost(None)):
+        end.pause_writing()
+        waiting = asyncio.ensure_future(cast("Any", end.full))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        over()
+        await waiting
+        assert end.full is None
+
+
+async def test_a_large_frame_costs_no_more_than_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that comes in many reads is put together once, not with each of them."""
+    end, joined = End(), []
+
+    class Parts(list[bytes]):
+        def clear(self) -> None:
+            joined.append(len(self))
+            super().clear()
+
+    monkeypatch.setattr(end, "_parts", Parts())
+    sent = struct.pack("!BII", wire.DATA, 1, 1000) + b"x" * 1000
+    for at in range(0, len(sent), 10):
+        end.data_received(sent[at : at + 10])
+    assert end.said == [(wire.DATA, 1, b"x" * 1000)]
+    assert joined == [101]
