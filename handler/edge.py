@@ -53,16 +53,18 @@ _ELSEWHERE = {"/v1/tokenize": "/tokenize", "/v1/detokenize": "/detokenize"}  # w
 REQUEST_ID_MAX_CHARS = 128
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{REQUEST_ID_MAX_CHARS}}}")
 
-_NOT_FOR_THE_ENGINE = (
-    "authorization",
-    "x-api-key",
-    "cookie",
-    "x-request-id",
-    "host",
-    "accept-encoding",
-    "origin",
-    "x-priority",  # vLLM's: who may go first, and on which rank, is not the client's to say
-    "x-data-parallel-rank",
+_NOT_FOR_THE_ENGINE = frozenset(
+    {
+        "authorization",
+        "x-api-key",
+        "cookie",
+        "x-request-id",
+        "host",
+        "accept-encoding",
+        "origin",
+        "x-priority",  # vLLM's: who may go first, and on which rank, is not the client's to say
+        "x-data-parallel-rank",
+    }
 )
 
 OVERLOADED_RETRY_AFTER_S = 5

@@ -140,7 +140,7 @@ def first(headers: Headers, name: str) -> str | None:
 def without(headers: Headers, names: Iterable[str]) -> Headers:
     """`headers` without the fields called `names` (lower case)."""
     drop = frozenset(names)
-    return tuple(pair for pair in headers if pair[0] not in drop)
+    return tuple([pair for pair in headers if pair[0] not in drop])
 
 
 def as_json(value: object) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from gateway.upstreams import folder
 from gateway.upstreams.output import Output, secrets_of
+from gateway.upstreams.precedence import before_us
 
 FORK_LINE_MAX_BYTES = 64 << 10
 NEWS_S = 1.0
@@ -231,15 +232,16 @@ async def _spawn(
     said = os.open(output.pipe, os.O_WRONLY | os.O_CLOEXEC)
     theirs, ours = os.pipe()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            env={**environ, "LIFELINE_FD": str(theirs)},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            pass_fds=(theirs,),
-            start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
-        )
+        with before_us():
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                env={**environ, "LIFELINE_FD": str(theirs)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=(theirs,),
+                start_new_session=True,  # a terminal's Ctrl-C is for the gateway to pass on
+            )
     except OSError as error:
         os.close(ours)
         raise OSError(error.errno, f"{command[0]}: {error.strerror}") from error

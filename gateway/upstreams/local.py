@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -107,7 +106,6 @@ class LocalPool(WorkerPool):
         return {"PLATFORM": "http", "UDS": str(_socket(worker))}
 
     def _opened(self, worker: Worker) -> None:
-        _give_way()
         self._links[worker] = Link(_socket(worker))
 
     def _retire(self, worker: Worker, *, retired: bool) -> None:
@@ -125,16 +123,6 @@ class LocalPool(WorkerPool):
             _, slow = await asyncio.wait(self._closing, timeout=KILL_GRACE_S)
             for task in slow:
                 task.cancel()
-
-
-def _give_way() -> None:
-    """Have this thread, the loop's, push no worker off its core as it wakes, but wait for a free one.
-
-    It wakes with each token, in whose midst the worker would stop to make more; it is in no such hurry. What
-    it starts is as any other. Where that is not allowed, or no such thing is known, it is only slower.
-    """
-    with suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 
 
 def _socket(worker: Worker) -> Path:

@@ -25,12 +25,14 @@ _HOP_BY_HOP = (
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"),
     *("te", "trailer", "transfer-encoding", "upgrade"),
 )
-_NOT_FOR_THE_WORKER = (
-    *_HOP_BY_HOP,
-    *("host", "content-length", "expect", "accept-encoding", "origin"),
-    *("authorization", "cookie", "api-key", "x-api-key"),
+_NOT_FOR_THE_WORKER = frozenset(
+    {
+        *_HOP_BY_HOP,
+        *("host", "content-length", "expect", "accept-encoding", "origin"),
+        *("authorization", "cookie", "api-key", "x-api-key"),
+    }
 )
-_NOT_FOR_THE_CLIENT = (*_HOP_BY_HOP, "date", "server")
+_NOT_FOR_THE_CLIENT = frozenset({*_HOP_BY_HOP, "date", "server"})
 
 
 def for_worker(headers: Headers) -> Headers:

@@ -211,6 +211,19 @@ async def test_stream_arrives_frame_by_frame(tmp_path: Path) -> None:
             assert await read(reply) == b"data: 2\n\ndata: [DONE]\n\n"
 
 
+async def test_workers_have_precedence_over_the_loop(tmp_path: Path) -> None:
+    """It does not push them off their cores as it wakes; they are as any other process, the second too."""
+    async with stage(tmp_path, (READY, {}), (READY, {})) as on:
+        first = await ready(on)
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+        assert os.sched_getscheduler(first.pid) == os.SCHED_OTHER
+        first.kill()
+        await on.until(lambda event: isinstance(event, Ended))
+        second = await ready(on)
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+        assert os.sched_getscheduler(second.pid) == os.SCHED_OTHER
+
+
 async def test_a_large_frame_arrives_whole(tmp_path: Path) -> None:
     """One that takes many reads leaves in one piece."""
     async with stage(tmp_path, (READY, {ROUTE: stream("1", Pause("between"), "h" * 300_000)})) as on:
