@@ -106,7 +106,9 @@ class _Asked:
         if not self._unread_bytes:
             self._pieces.append(b"")
         self._news = asyncio.Event()
-        self._paused: asyncio.Future[None] | None = None
+        self._wanted = asyncio.Event()
+        """Set unless its reader is slow."""
+        self._wanted.set()
         self._begun = False
         self._over = False
         """Answered, or left."""
@@ -126,14 +128,11 @@ class _Asked:
 
     def pause(self) -> None:
         """Say no more for now."""
-        if self._paused is None:
-            self._paused = asyncio.get_running_loop().create_future()
+        self._wanted.clear()
 
     def resume(self) -> None:
         """Go on."""
-        if self._paused is not None:
-            self._paused.set_result(None)
-            self._paused = None
+        self._wanted.set()
 
     def fail(self) -> None:
         """The application has raised."""
@@ -179,10 +178,14 @@ class _Asked:
         if not message.get("more_body", False):
             self._link.put(wire.END, self.number)
             self._end()
-        elif self._paused is not None:
-            await self._paused
-        elif (room := self._link.full) is not None:
-            await room
+        else:
+            await self._turn()
+
+    async def _turn(self) -> None:
+        """Return once it may say more."""
+        while not (self._wanted.is_set() and self._link.room.is_set()):
+            await self._wanted.wait()
+            await self._link.room.wait()
 
     def _start(self, message: Message) -> None:
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
@@ -196,7 +199,6 @@ class _Asked:
         for at in range(0, len(body), wire.PIECE_BYTES):
             self._link.put(wire.DATA, self.number, body[at : at + wire.PIECE_BYTES])
             await asyncio.sleep(0)  # it goes out, and others have their say
-            while (wait := self._paused or self._link.full) is not None:
-                await wait
+            await self._turn()
             if self._over:
                 return

@@ -56,7 +56,9 @@ class Wire(asyncio.Protocol, ABC):
         """Read, and no whole frame yet."""
         self._missing = _SIZE
         """How many bytes more make one, at least."""
-        self._room: asyncio.Future[None] | None = None
+        self.room = asyncio.Event()
+        """Set while the other end reads as fast as it is written to, and once it is gone."""
+        self.room.set()
 
     @abstractmethod
     def took(self, kind: int, number: int, payload: bytes) -> None:
@@ -76,11 +78,6 @@ class Wire(asyncio.Protocol, ABC):
             self.transport.write(b"".join(self._out))
         self._out.clear()
         self._out_bytes = 0
-
-    @property
-    def full(self) -> asyncio.Future[None] | None:
-        """None, or what is done as soon as the other end reads again, or is gone."""
-        return self._room
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -121,10 +118,8 @@ class Wire(asyncio.Protocol, ABC):
 
     def pause_writing(self) -> None:
         """The other end does not read as fast as it is written to."""
-        self._room = self._loop.create_future()
+        self.room.clear()
 
     def resume_writing(self) -> None:
         """It does."""
-        if self._room is not None:
-            self._room.set_result(None)
-            self._room = None
+        self.room.set()

@@ -150,8 +150,7 @@ class _Answer:
         for at in range(0, size_bytes, wire.PIECE_BYTES):
             self._end.put(wire.BODY, self._number, body[at : at + wire.PIECE_BYTES])
             await asyncio.sleep(0)  # it goes out, and others have their say
-            while (room := self._end.full) is not None:
-                await room
+            await self._end.room.wait()
             if self._ended or self._cut:
                 return
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import struct
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from uvicorn.server import ServerState
 
 from handler import wire
+from handler.asgi import Message, Receive, Send
+from handler.link import Link
 
 Said = tuple[int, int, bytes]
 
@@ -124,17 +128,18 @@ async def test_what_is_no_frame_ends_the_connection(kind: int, caplog: pytest.Lo
 
 
 async def test_a_full_connection_is_waited_for() -> None:
-    """Until the other end reads again, or is gone."""
+    """Until the other end reads again, or is gone. Who waits no more takes nobody's turn away."""
     end = End()
-    assert end.full is None
+    assert end.room.is_set()
     for over in (end.resume_writing, lambda: end.connection_lost(None)):
         end.pause_writing()
-        waiting = asyncio.ensure_future(cast("Any", end.full))
+        waiting, leaving = (asyncio.ensure_future(end.room.wait()) for _ in range(2))
+        await asyncio.sleep(0)
+        leaving.cancel()
         await asyncio.sleep(0)
         assert not waiting.done()
         over()
         await waiting
-        assert end.full is None
 
 
 async def test_a_large_frame_costs_no_more_than_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +157,47 @@ async def test_a_large_frame_costs_no_more_than_its_size(monkeypatch: pytest.Mon
         end.data_received(sent[at : at + 10])
     assert end.said == [(wire.DATA, 1, b"x" * 1000)]
     assert joined == [101]
+
+
+async def test_an_application_may_be_cancelled_while_its_answer_waits() -> None:
+    """Its reader goes on all the same, and hears the rest."""
+    waits, cancel, cancelled, end = (asyncio.Event() for _ in range(4))
+
+    async def app(_: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        waiting = asyncio.ensure_future(
+            send({"type": "http.response.body", "body": b"first", "more_body": True})
+        )
+        await asyncio.sleep(0)
+        waits.set()
+        await cancel.wait()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert waiting.cancelled()
+        cancelled.set()
+        await end.wait()
+        await send({"type": "http.response.body", "body": b"last"})
+
+    def frame(kind: int, payload: bytes = b"") -> bytes:
+        return struct.pack("!BII", kind, 1, len(payload)) + payload
+
+    link, hears = Link(app, ServerState()), End()
+    link.connection_made(cast("asyncio.Transport", Transport()))
+    head = {"method": "POST", "path": "/", "query": "", "headers": [], "body_bytes": 0}
+    link.data_received(frame(wire.ASK, json.dumps(head).encode()) + frame(wire.PAUSE))
+    await waits.wait()
+    cancel.set()
+    await cancelled.wait()
+    link.data_received(frame(wire.RESUME))
+    end.set()
+    (task,) = asyncio.all_tasks() - {asyncio.current_task()}
+    await task
+    await asyncio.sleep(0)
+    for written in cast("Transport", link.transport).written:
+        hears.data_received(written)
+    assert [(kind, payload) for kind, _, payload in hears.said][1:] == [
+        (wire.DATA, b"first"),
+        (wire.DATA, b"last"),
+        (wire.END, b""),
+    ]
