@@ -15,15 +15,15 @@ from handler.asgi import App, Message
 
 log = logging.getLogger(__name__)
 
-_FAILED = {"status": 500, "headers": [("content-type", "text/plain; charset=utf-8")]}
-"""How uvicorn answers for an application that has failed and said nothing."""
+_FAILED = b"Internal Server Error"
+"""How uvicorn answers for an application that has said nothing."""
 
 
 class Link(wire.Wire):
     """Answers with `app`. Counted in `state` with uvicorn's connections, which it is asked to end like."""
 
     def __init__(self, app: App, state: ServerState) -> None:
-        super().__init__()
+        super().__init__("the gateway")
         self._app = app
         self._connections: set[Any] = state.connections
         self._tasks = state.tasks
@@ -38,12 +38,12 @@ class Link(wire.Wire):
     def connection_lost(self, exc: Exception | None) -> None:
         """End: who has asked is gone."""
         self._connections.discard(self)
-        super().connection_lost(exc)
         for asked in self._asked.values():
             asked.leave()
+        super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """Close once all that was asked is answered. Called by uvicorn."""
+        """Close as soon as nothing is asked. Called by uvicorn."""
         self._shut = True
         self._close_if_over()
 
@@ -54,10 +54,7 @@ class Link(wire.Wire):
     def took(self, kind: int, number: int, payload: bytes) -> None:
         """The gateway has said this."""
         if kind == wire.ASK:
-            asked = self._asked[number] = _Asked(self, number, json.loads(payload))
-            task = self._loop.create_task(self._answer(asked))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(number, payload)
         elif (known := self._asked.get(number)) is None:
             pass
         elif kind == wire.BODY:
@@ -69,24 +66,55 @@ class Link(wire.Wire):
         elif kind == wire.RESUME:
             known.resume()
 
+    def _begin(self, number: int, payload: bytes) -> None:
+        asked = self._asked[number] = _Asked(self, number)
+        try:
+            asked.read_head(json.loads(payload))
+        except Exception:  # whatever it was, it is one request's: the others go on
+            log.exception("what was asked can't be read")
+            self._finished(asked)
+            return
+        task = self._loop.create_task(self._answer(asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _answer(self, asked: _Asked) -> None:
         try:
             await self._app(asked.scope, asked.receive, asked.send)
         except Exception:  # the boundary of one request
             log.exception("application failed")
-            asked.fail()
         finally:
-            del self._asked[asked.number]
-            asked.cut()
-            self._close_if_over()
+            self._finished(asked)
+
+    def _finished(self, asked: _Asked) -> None:
+        del self._asked[asked.number]
+        asked.complete()
+        self._close_if_over()
 
 
 class _Asked:
     """One request, as the application reads and answers it."""
 
-    def __init__(self, link: wire.Wire, number: int, head: dict[str, Any]) -> None:
+    scope: Message
+
+    def __init__(self, link: wire.Wire, number: int) -> None:
         self.number = number
-        self.scope: Message = {
+        self._link = link
+        self._unread_bytes = 0
+        self._pieces: deque[bytes] = deque()
+        self._news = asyncio.Event()
+        self._wanted = asyncio.Event()
+        """Set unless its reader is slow."""
+        self._wanted.set()
+        self._begun = False
+        self._over = False
+        """Answered, or left."""
+        self._piecewise = False
+        """Whether the answer may be cut anywhere."""
+
+    def read_head(self, head: dict[str, Any]) -> None:
+        """Know what is asked."""
+        self.scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
@@ -100,20 +128,9 @@ class _Asked:
             "client": None,
             "server": None,
         }
-        self._link = link
-        self._unread_bytes: int = head["body_bytes"]
-        self._pieces: deque[bytes] = deque()
+        self._unread_bytes = head["body_bytes"]
         if not self._unread_bytes:
             self._pieces.append(b"")
-        self._news = asyncio.Event()
-        self._wanted = asyncio.Event()
-        """Set unless its reader is slow."""
-        self._wanted.set()
-        self._begun = False
-        self._over = False
-        """Answered, or left."""
-        self._piecewise = False
-        """Whether the answer may be cut anywhere."""
 
     def add(self, piece: bytes) -> None:
         """A piece of its body has come."""
@@ -123,7 +140,7 @@ class _Asked:
 
     def leave(self) -> None:
         """Nobody wants the answer any more."""
-        self._end()
+        self._finish()
         self.resume()
 
     def pause(self) -> None:
@@ -134,21 +151,19 @@ class _Asked:
         """Go on."""
         self._wanted.set()
 
-    def fail(self) -> None:
-        """The application has raised."""
-        if not (self._begun or self._over):
-            self._link.put(wire.HEAD, self.number, json.dumps(_FAILED).encode())
-            self._link.put(wire.DATA, self.number, b"Internal Server Error")
-            self._link.put(wire.END, self.number)
-            self._end()
-
-    def cut(self) -> None:
-        """The application has returned: whatever it has not said is missing."""
-        if not self._over:
+    def complete(self) -> None:
+        """The application has returned, or raised: what it has not said is missing."""
+        if self._over:
+            return
+        if self._begun:
             self._link.put(wire.CUT, self.number)
-            self._end()
+        else:
+            self._say_head(500, [("content-type", "text/plain; charset=utf-8")])
+            self._link.put(wire.DATA, self.number, _FAILED)
+            self._link.put(wire.END, self.number)
+        self._finish()
 
-    def _end(self) -> None:
+    def _finish(self) -> None:
         self._over = True
         self._news.set()
 
@@ -166,6 +181,7 @@ class _Asked:
     async def send(self, message: Message) -> None:
         """A message of the application."""
         if self._over:
+            await asyncio.sleep(0)  # that is how who talks on without a pause comes to be stopped
             return
         if message["type"] == "http.response.start":
             self._start(message)
@@ -177,7 +193,7 @@ class _Asked:
                 self._link.put(wire.DATA, self.number, body)
         if not message.get("more_body", False):
             self._link.put(wire.END, self.number)
-            self._end()
+            self._finish()
         else:
             await self._turn()
 
@@ -188,12 +204,15 @@ class _Asked:
             await self._link.room.wait()
 
     def _start(self, message: Message) -> None:
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
+        fields = message.get("headers", ())
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in fields]
         kinds = [value for name, value in headers if name.lower() == "content-type"]
         self._piecewise = not any(kind.startswith("text/event-stream") for kind in kinds)
+        self._say_head(message["status"], headers)
+
+    def _say_head(self, status: int, headers: list[tuple[str, str]]) -> None:
         self._begun = True
-        head = {"status": message["status"], "headers": headers}
-        self._link.put(wire.HEAD, self.number, json.dumps(head).encode())
+        self._link.put(wire.HEAD, self.number, json.dumps({"status": status, "headers": headers}).encode())
 
     async def _send_pieces(self, body: bytes) -> None:
         for at in range(0, len(body), wire.PIECE_BYTES):

@@ -19,7 +19,7 @@ to which the worker answers
     END     that was all of it
     CUT     it breaks off here
 
-Numbers are given by the gateway, each once. What is said of one that is over is not heard: it has crossed
+Numbers are given by the gateway, each in turn. What is said of one that is over is not heard: it has crossed
 the news of that.
 """
 
@@ -31,11 +31,14 @@ import struct
 from abc import ABC, abstractmethod
 
 PREFACE = b"firsttoken-link/1\n"
+"""The first that is written to a unix socket in which nothing is: so it comes in one piece."""
 
 ASK, BODY, LEAVE, PAUSE, RESUME, HEAD, DATA, END, CUT = range(1, 10)
 
 PIECE_BYTES = 64 * 1024
 """What is larger, and can be, is cut into pieces of that size, between which others have their say."""
+
+NUMBER_MAX = 2**32 - 1
 
 _FRAME = struct.Struct("!BII")
 _pack, _unpack, _SIZE = _FRAME.pack, _FRAME.unpack_from, _FRAME.size
@@ -44,11 +47,12 @@ log = logging.getLogger(__name__)
 
 
 class Wire(asyncio.Protocol, ABC):
-    """One end of a link."""
+    """One end of a link; the other is `peer`, for a person to read."""
 
     transport: asyncio.Transport
 
-    def __init__(self) -> None:
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._out_bytes = 0
@@ -74,10 +78,9 @@ class Wire(asyncio.Protocol, ABC):
             self._flush()
 
     def _flush(self) -> None:
-        if self._out and not self.transport.is_closing():
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
-        self._out_bytes = 0
+        out, self._out, self._out_bytes = self._out, [], 0
+        if out and not self.transport.is_closing():
+            self.transport.write(b"".join(out))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -105,7 +108,7 @@ class Wire(asyncio.Protocol, ABC):
             kind, number, length = _unpack(data, at)
             end = begin + length
             if not ASK <= kind <= CUT:
-                log.error("what the other end of a link says is no frame")
+                log.error("what came on a link is no frame", extra={"peer": self._peer})
                 self.transport.abort()
                 return
             if end > size:

@@ -11,11 +11,11 @@ from pathlib import Path
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.proxy import CONNECT_TIMEOUT_S, Refused, for_client, for_worker
 from handler import wire
-from handler.errors import UpstreamFailed
+from handler.errors import BadRequest, UpstreamFailed
 from handler.messages import Headers, Reply, Request
 
 HIGH_WATER_BYTES = 64 * 1024
-"""A worker is told to wait with an answer of which so much is unread."""
+"""A worker is told to wait with an answer of which so much is unread; what is on its way still comes."""
 
 
 class Link:
@@ -27,8 +27,8 @@ class Link:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._end: _End | None = None
-        self._opening = asyncio.Lock()
+        self._connection: _Connection | None = None
+        self._connecting = asyncio.Lock()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -39,7 +39,7 @@ class Link:
         self._in_flight += 1
         self._idle.clear()
         try:
-            answer = _Answer(self._ready_end() or await self._open())
+            answer = _Answer(self._connected() or await self._connect())
             try:
                 await answer.ask(request)
                 status, headers = await answer.head()
@@ -51,41 +51,47 @@ class Link:
             if not self._in_flight:
                 self._idle.set()
 
-    def _ready_end(self) -> _End | None:
-        return None if self._end is None or self._end.transport.is_closing() else self._end
+    def _connected(self) -> _Connection | None:
+        connection = self._connection
+        return None if connection is None or connection.transport.is_closing() else connection
 
-    async def _open(self) -> _End:
-        async with self._opening:
-            if (end := self._ready_end()) is not None:
-                return end
+    async def _connect(self) -> _Connection:
+        async with self._connecting:
+            if (connection := self._connected()) is not None:
+                return connection
             loop = asyncio.get_running_loop()
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                    _, self._end = await loop.create_unix_connection(_End, str(self._path))
+                    _, connection = await loop.create_unix_connection(
+                        lambda: _Connection(f"the worker at {self._path.name}"), str(self._path)
+                    )
             except (OSError, TimeoutError) as error:
                 raise Refused("The worker could not be reached.") from error
-            return self._end
+            if connection.transport.is_closing():  # it was, and is gone by now
+                raise Refused("The worker could not be reached.")
+            self._connection = connection
+            return connection
 
     async def close(self) -> None:
         """Wait for what is in flight to end, then close the connection."""
         try:
             await self._idle.wait()
         finally:
-            if self._end is not None:
-                self._end.transport.close()
+            if self._connection is not None:
+                self._connection.transport.close()
 
 
-class _End(wire.Wire):
+class _Connection(wire.Wire):
     """The gateway's end of one connection."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, peer: str) -> None:
+        super().__init__(peer)
         self.answers: dict[int, _Answer] = {}
         self._asked = 0
 
     def number(self) -> int:
-        """A number that no request has had."""
-        self._asked += 1
+        """One that no request has had for a very long time."""
+        self._asked = self._asked % wire.NUMBER_MAX + 1
         return self._asked
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -95,10 +101,10 @@ class _End(wire.Wire):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End: no answer goes on."""
-        super().connection_lost(exc)
         for answer in self.answers.values():
             answer.cut()
         self.answers.clear()
+        super().connection_lost(exc)
 
     def took(self, kind: int, number: int, payload: bytes) -> None:
         """The worker has said this."""
@@ -119,9 +125,9 @@ class _End(wire.Wire):
 class _Answer:
     """What has come of one answer."""
 
-    def __init__(self, end: _End) -> None:
-        self._end = end
-        self._number = end.number()
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._number = connection.number()
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Future[None] = self._loop.create_future()
         self._head: bytes | None = None
@@ -130,34 +136,32 @@ class _Answer:
         self._paused = False
         self._ended = False
         self._cut = False
-        end.answers[self._number] = self
+        connection.answers[self._number] = self
 
     async def ask(self, request: Request) -> None:
-        """Send `request`: as fast as the worker reads, or until it has answered."""
-        body, size_bytes = request.body, len(request.body)
-        head = {
-            "method": request.method,
-            "path": request.path,
-            "query": request.query,
-            "headers": for_worker(request.headers),
-            "body_bytes": size_bytes,
-        }
-        self._end.put(wire.ASK, self._number, json.dumps(head).encode())
-        if size_bytes <= wire.PIECE_BYTES:
-            if body:
-                self._end.put(wire.BODY, self._number, body)
+        """Send `request`: as fast as the worker reads, or until it has answered.
+
+        Raises `BadRequest` if it says what can't be sent.
+        """
+        head, body = _head(request), request.body
+        await self._connection.room.wait()
+        if self._cut:
             return
-        for at in range(0, size_bytes, wire.PIECE_BYTES):
-            self._end.put(wire.BODY, self._number, body[at : at + wire.PIECE_BYTES])
+        self._connection.put(wire.ASK, self._number, head)
+        if body and len(body) <= wire.PIECE_BYTES:
+            self._connection.put(wire.BODY, self._number, body)
+            return
+        for at in range(0, len(body), wire.PIECE_BYTES):
+            self._connection.put(wire.BODY, self._number, body[at : at + wire.PIECE_BYTES])
             await asyncio.sleep(0)  # it goes out, and others have their say
-            await self._end.room.wait()
+            await self._connection.room.wait()
             if self._ended or self._cut:
                 return
 
     def leave(self) -> None:
         """Nobody reads it any more."""
-        if self._end.answers.pop(self._number, None) is not None:
-            self._end.put(wire.LEAVE, self._number)
+        if self._connection.answers.pop(self._number, None) is not None:
+            self._connection.put(wire.LEAVE, self._number)
 
     def begin(self, head: bytes) -> None:
         """Its head has come: that is told with what follows, until which another worker may be asked."""
@@ -169,7 +173,7 @@ class _Answer:
         self._ready_bytes += len(chunk)
         if self._ready_bytes > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
-            self._end.put(wire.PAUSE, self._number)
+            self._connection.put(wire.PAUSE, self._number)
         if not self._news.done():
             self._news.set_result(None)
 
@@ -204,7 +208,7 @@ class _Answer:
                 self._ready_bytes = 0
                 if self._paused:
                     self._paused = False
-                    self._end.put(wire.RESUME, self._number)
+                    self._connection.put(wire.RESUME, self._number)
                 yield ready
             elif self._ended:
                 return
@@ -213,3 +217,20 @@ class _Answer:
             else:
                 self._news = self._loop.create_future()
                 await self._news
+
+
+def _head(request: Request) -> bytes:
+    headers = for_worker(request.headers)
+    try:
+        request.path.encode()
+        "".join([request.query, *(text for pair in headers for text in pair)]).encode("latin-1")
+    except UnicodeEncodeError:
+        raise BadRequest("Something in the request is no text that could be sent.") from None
+    head = {
+        "method": request.method,
+        "path": request.path,
+        "query": request.query,
+        "headers": headers,
+        "body_bytes": len(request.body),
+    }
+    return json.dumps(head).encode()

@@ -75,7 +75,7 @@ class LocalPool(WorkerPool):
             raise
         except WorkerLost as lost:
             lost.worked_s = self._loop.time() - asked_s
-            # Its connections may end before the news of its death: don't ask the dead again.
+            # Its connection may end before the news of its death: don't ask the dead again.
             worker.doubts += 1
             try:
                 await asyncio.wait({process.exited}, timeout=NOTICE_S)

@@ -13,8 +13,8 @@ def before_us() -> Iterator[None]:
 
     The loop wakes with each token, by what the worker has written. An ordinary task that wakes may take the
     core from who has woken it, which would go on to make the next token; a batch task waits for a free core,
-    or for its turn. Nothing changes for a gateway that was started with a policy of its own (`chrt`), or
-    where the kernel knows no such thing or does not allow it.
+    or for its turn. What it starts elsewhere, threads too, is as itself. Nothing changes for a gateway that
+    was started with another policy (`chrt`), or where the kernel knows no such thing or does not allow it.
     """
     _be("SCHED_OTHER")  # a child has what its parent has as it is made, before the first `await`
     try:

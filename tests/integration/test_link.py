@@ -17,7 +17,7 @@ from gateway.upstreams.link import Link
 from gateway.upstreams.proxy import Refused
 from handler import wire
 from handler.asgi import Message, Receive, Send
-from handler.errors import UpstreamFailed
+from handler.errors import BadRequest, UpstreamFailed
 from handler.listener import listen, listen_unix
 from handler.messages import Request, read
 from handler.server import Server, config
@@ -117,6 +117,9 @@ class App:
     async def raises(self, receive: Receive, send: Send) -> None:
         """A fault before anything is said."""
         raise ValueError("at once")
+
+    async def says_nothing(self, receive: Receive, send: Send) -> None:
+        """It returns."""
 
     async def breaks(self, receive: Receive, send: Send) -> None:
         """A fault in the middle."""
@@ -289,9 +292,10 @@ async def test_an_answer_may_come_before_the_body_is_sent(tmp_path: Path) -> Non
             assert await read(reply) == b"{}"
 
 
-async def test_a_fault_before_the_answer_is_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["raises", "says_nothing"])
+async def test_a_fault_before_the_answer_is_one(tmp_path: Path, path: str) -> None:
     """As uvicorn has it."""
-    async with stage(tmp_path) as on, on.link.call(post("raises")) as reply:
+    async with stage(tmp_path) as on, on.link.call(post(path)) as reply:
         assert (reply.status, await read(reply)) == (500, b"Internal Server Error")
 
 
@@ -304,6 +308,26 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_whole(tmp_path: Path, 
             with pytest.raises(UpstreamFailed):
                 await anext(reply.frames)
         assert on.connections() == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Request("POST", "/v1/models/\ud800"),
+        Request("POST", "/echo", query="\u20ac"),
+        Request("POST", "/echo", (("x-mine", "\u20ac"),)),
+    ],
+    ids=["path", "query", "header"],
+)
+async def test_what_no_http_could_say_is_one_request_s_fault(tmp_path: Path, bad: Request) -> None:
+    """A job may name any route. Those beside it go on."""
+    async with stage(tmp_path) as on, on.link.call(post("stream")) as reply:
+        await anext(reply.frames)
+        with pytest.raises(BadRequest):
+            async with on.link.call(bad):
+                pass
+        on.app.open.set()
+        assert await read(reply) == b"data: 2\n\n"
 
 
 async def test_nothing_listens(tmp_path: Path) -> None:
@@ -348,6 +372,82 @@ async def test_a_worker_that_goes_before_it_answers_is_lost(tmp_path: Path, answ
                 async with link.call(post("echo")):
                     pass
         assert came() == 2
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_worker_that_goes_while_it_is_connected_to_is_lost(tmp_path: Path, turns: int) -> None:
+    """At whichever moment: nobody waits for what can't come."""
+    link = Link(tmp_path / "leaving.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "leaving.sock"))
+        listener.listen()
+
+        async def ask() -> None:
+            async with link.call(post("echo")):
+                pass
+
+        asking = asyncio.create_task(ask())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+    with pytest.raises(WorkerLost):
+        await asking
+    await link.close()
+
+
+@asynccontextmanager
+async def stopped(tmp_path: Path) -> AsyncIterator[tuple[Link, asyncio.Event]]:
+    """A worker that reads nothing, and goes once it is told."""
+    path, over = tmp_path / "stopped.sock", asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await over.wait()
+        writer.transport.abort()
+
+    server = await asyncio.start_unix_server(accept, str(path), limit=1)
+    link = Link(path)
+    try:
+        yield link, over
+    finally:
+        over.set()
+        await link.close()
+        server.close()
+
+
+async def test_who_leaves_a_worker_that_stands_still_takes_nobody_along(tmp_path: Path) -> None:
+    """The others wait on, and hear when it is gone."""
+    async with stopped(tmp_path) as (link, over):
+
+        async def ask(size_bytes: int) -> None:
+            async with link.call(post("echo", b"x" * size_bytes)):
+                pass
+
+        leaving, large, small = (asyncio.create_task(ask(size)) for size in (LARGE_BYTES, LARGE_BYTES, 1))
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.sleep(0.05)
+        assert not large.done()
+        assert not small.done()
+        over.set()
+        for asking in (large, small):
+            with pytest.raises(WorkerLost):
+                await asking
+
+
+async def test_what_nobody_wants_is_not_kept_for_a_worker_that_stands_still(tmp_path: Path) -> None:
+    """Clients that ask and leave cost no memory."""
+    async with stopped(tmp_path) as (link, _):
+
+        async def ask() -> None:
+            async with link.call(post("echo", b"x" * 60_000)):
+                pass
+
+        for _ in range(100):
+            asking = asyncio.create_task(ask())
+            await asyncio.wait({asking}, timeout=0.001)
+            asking.cancel()
+            await asyncio.wait({asking})
+        assert link._connection is not None
+        assert link._connection.transport.get_write_buffer_size() < 1 << 20
 
 
 async def test_a_head_alone_is_no_answer_yet(tmp_path: Path) -> None:

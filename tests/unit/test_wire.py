@@ -45,7 +45,7 @@ class End(wire.Wire):
     """Keeps what the other end says."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("the other end")
         self.said: list[Said] = []
         self.connection_made(cast("asyncio.Transport", Transport()))
 
@@ -201,3 +201,29 @@ async def test_an_application_may_be_cancelled_while_its_answer_waits() -> None:
         (wire.DATA, b"last"),
         (wire.END, b""),
     ]
+
+
+async def test_what_can_t_be_read_is_one_request_s_fault() -> None:
+    """It is answered, and so is the next."""
+
+    async def app(_: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 204})
+        await send({"type": "http.response.body"})
+
+    def ask(number: int, path: str) -> bytes:
+        head = {"method": "POST", "path": path, "query": "", "headers": [], "body_bytes": 0}
+        payload = json.dumps(head).encode()
+        return struct.pack("!BII", wire.ASK, number, len(payload)) + payload
+
+    link, hears = Link(app, ServerState()), End()
+    link.connection_made(cast("asyncio.Transport", Transport()))
+    link.data_received(ask(1, "/\ud800") + ask(2, "/"))
+    (task,) = asyncio.all_tasks() - {asyncio.current_task()}
+    await task
+    await asyncio.sleep(0)
+    for written in cast("Transport", link.transport).written:
+        hears.data_received(written)
+    heads = {number: json.loads(said)["status"] for kind, number, said in hears.said if kind == wire.HEAD}
+    assert heads == {1: 500, 2: 204}
+    assert [number for kind, number, _ in hears.said if kind == wire.END] == [1, 2]
