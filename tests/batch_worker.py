@@ -1,7 +1,7 @@
 """`PLATFORM=sqs python -m handler` with other engines, and quicker: `python -m tests.batch_worker`.
 
-It asks the HTTP server at the socket `ENGINE_SOCKET`, which is the test's, or without one answers by itself
-(`tests.scripted_app.echo`) until `ENGINE_DIES_AFTER` so many requests.
+It asks the server of links at the socket `ENGINE_SOCKET`, which is the test's, or without one answers by
+itself (`tests.scripted_app.echo`) until `ENGINE_DIES_AFTER` so many requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A worker of RunPod (the real SDK) or Lambda whose engine is an application in the test's own process.
 
-`python -m tests.jobs_worker` is that worker and asks the HTTP server at the socket `ENGINE_SOCKET`.
+`python -m tests.jobs_worker` is that worker and asks the server of links at the socket `ENGINE_SOCKET`.
 `python -m tests.jobs_worker gateway` is a gateway in front of one of RunPod.
 """
 
@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "tests.jobs_worker")
 
 
 class SocketEngine:
-    """What the platform asks of an engine, asked of the server at `path`."""
+    """What the platform asks of an engine, asked of the server of links at `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -41,7 +41,7 @@ class SocketEngine:
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
-        """Ask on a connection of its own: each test has a server of its own."""
+        """Ask on a link of its own: each test has a server of its own."""
         link = Link(self._path)
         try:
             async with link.call(request) as reply:

@@ -189,7 +189,7 @@ def path(folder: Path, **settings: str) -> Iterator[Path_]:
 async def engine(app: Any, folder: Path) -> AsyncIterator[None]:
     """`app` at the socket that the worker asks."""
     asgi = serve(call_app(app), max_body_bytes=1 << 20)
-    server = HttpServer(config(asgi, idle_s=5, shutdown_s=1))
+    server = HttpServer(config(asgi, idle_s=5, shutdown_s=1, links=True))
     serving = asyncio.create_task(server.serve(sockets=[listen_unix(folder / "engine.sock")]))
     try:
         yield
