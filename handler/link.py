@@ -122,7 +122,7 @@ class _Asked:
             "scheme": "http",
             "path": head["path"],
             "raw_path": head["path"].encode(),
-            "query_string": head["query"].encode("latin-1"),
+            "query_string": head["query_string"].encode("latin-1"),
             "root_path": "",
             "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head["headers"]],
             "client": None,

@@ -6,7 +6,7 @@ wake-up. On a link all that is said in one turn of a loop goes out in one piece,
 A frame is its kind (1 byte), the number of its request (4), the length of what follows (4), and that. The
 gateway connects to the socket on which the worker speaks HTTP, opens with `PREFACE`, and says
 
-    ASK     {"method", "path", "query", "headers", "body_bytes"} in JSON; the body follows
+    ASK     {"method", "path", "query_string", "headers", "body_bytes"} in JSON; the body follows
     BODY    a piece of it
     LEAVE   nobody wants the answer any more
     PAUSE   whoever reads it is slow: say no more for now

@@ -229,7 +229,7 @@ def _head(request: Request) -> bytes:
     head = {
         "method": request.method,
         "path": request.path,
-        "query": request.query,
+        "query_string": request.query,
         "headers": headers,
         "body_bytes": len(request.body),
     }

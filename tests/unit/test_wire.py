@@ -184,7 +184,7 @@ async def test_an_application_may_be_cancelled_while_its_answer_waits() -> None:
 
     link, hears = Link(app, ServerState()), End()
     link.connection_made(cast("asyncio.Transport", Transport()))
-    head = {"method": "POST", "path": "/", "query": "", "headers": [], "body_bytes": 0}
+    head = {"method": "POST", "path": "/", "query_string": "", "headers": [], "body_bytes": 0}
     link.data_received(frame(wire.ASK, json.dumps(head).encode()) + frame(wire.PAUSE))
     await waits.wait()
     cancel.set()
@@ -212,7 +212,7 @@ async def test_what_can_t_be_read_is_one_request_s_fault() -> None:
         await send({"type": "http.response.body"})
 
     def ask(number: int, path: str) -> bytes:
-        head = {"method": "POST", "path": path, "query": "", "headers": [], "body_bytes": 0}
+        head = {"method": "POST", "path": path, "query_string": "", "headers": [], "body_bytes": 0}
         payload = json.dumps(head).encode()
         return struct.pack("!BII", wire.ASK, number, len(payload)) + payload
 
