@@ -22,6 +22,9 @@ ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": 
 LONG = {**ASK, "max_tokens": MAX_MODEL_LEN - 64, "stream": True}
 ON = {"ignore_eos": True}
 """So that no stop token ends it."""
+ENDLESS: dict[str, Any] = {**LONG, "n": 16, "temperature": 1, "extra_body": ON}
+"""With one sequence at a time (`ONE`) it takes ten seconds, however late a test is to end it."""
+ONE = {"MAX_NUM_SEQS": "1"}
 
 
 def direct(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +114,7 @@ async def streaming(api: RuntimeApi) -> AsyncIterator[Any]:
     """A client's stream through a REST API, which has begun."""
     doors = FrontDoors(api)
     async with doors.open(["rest"]), Server(doors.urls["rest"]).client() as client:
-        stream = await client.chat.completions.create(**LONG, extra_body=ON)
+        stream = await client.chat.completions.create(**ENDLESS)
         await anext(aiter(stream))
         yield stream
 
@@ -126,7 +129,7 @@ async def test_a_worker_whose_engine_dies_fails_what_it_holds_and_exits(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """The stream ends with an error; exit 70, so that Lambda replaces the worker."""
-    async with environment(tiny_model, tmp_path, {"ENGINE_MODE": "fork"}) as (api, process):
+    async with environment(tiny_model, tmp_path, {**ONE, "ENGINE_MODE": "fork"}) as (api, process):
         await api.polled(4)
         async with streaming(api) as stream:
             (core,) = children(process.pid)
@@ -139,7 +142,7 @@ async def test_a_worker_whose_engine_dies_fails_what_it_holds_and_exits(
 
 async def test_a_worker_that_is_killed_answers_nothing_more(tiny_model: Path, tmp_path: Path) -> None:
     """Its connections end with it, by which Lambda knows: the client of a stream gets no end."""
-    async with environment(tiny_model, tmp_path) as (api, process):
+    async with environment(tiny_model, tmp_path, ONE) as (api, process):
         await api.polled(4)
         async with streaming(api) as stream:
             process.kill()
