@@ -292,11 +292,6 @@ async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_sti
                 "SELECT id FROM jobs WHERE state <> 'IN_PROGRESS'"
             )
 
-        for at in (killed, still):
-            for number in range(3):
-                await at.submit(f"{at.stderr.stem}-{number}", 2 * CUT_TOKENS)
-        await come(all_begun)
-
         async def locked() -> bool:
             locks = "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory'"
             wanted = {(int.from_bytes(bytes.fromhex(one), signed=True),) for one in known}
@@ -307,6 +302,10 @@ async def test_a_gateway_that_is_killed_is_known_at_once_and_one_that_stands_sti
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'firsttoken'"
         )
         await come(locked)
+        for at in (killed, still):  # now, so that none ends before it is to
+            for number in range(3):
+                await at.submit(f"{at.stderr.stem}-{number}", 2 * CUT_TOKENS)
+        await come(all_begun)
         still.process.send_signal(signal.SIGSTOP)
         killed.process.kill()
         killed_at_s = asyncio.get_running_loop().time()
