@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from gateway.counted import Inside
 from gateway.upstreams import WorkerLost
 from gateway.upstreams.proxy import CONNECT_TIMEOUT_S, Refused, for_client, for_worker
 from handler import wire
@@ -29,16 +30,12 @@ class Link:
         self._path = path
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._inside = Inside()
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Answer `request` (a `handler.messages.Call`)."""
-        self._in_flight += 1
-        self._idle.clear()
-        try:
+        with self._inside:
             answer = _Answer(self._connected() or await self._connect())
             try:
                 await answer.ask(request)
@@ -46,10 +43,6 @@ class Link:
                 yield Reply(status, for_client(headers), answer.chunks())
             finally:
                 answer.leave()
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
 
     def _connected(self) -> _Connection | None:
         connection = self._connection
@@ -75,7 +68,7 @@ class Link:
     async def close(self) -> None:
         """Wait for what is in flight to end, then close the connection."""
         try:
-            await self._idle.wait()
+            await self._inside.empty()
         finally:
             if self._connection is not None:
                 self._connection.transport.close()
@@ -174,8 +167,7 @@ class _Answer:
         if self._ready_bytes > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self._connection.put(wire.PAUSE, self._number)
-        if not self._news.done():
-            self._news.set_result(None)
+        self._wake()
 
     def end(self) -> None:
         """That was all."""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import aiohttp
 from yarl import URL
 
+from gateway.counted import Inside
 from gateway.upstreams import WorkerLost
 from handler import sse
 from handler.errors import UpstreamFailed
@@ -75,25 +76,17 @@ class Proxy:
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("accept", "accept-encoding", "content-type", "user-agent"),
         )
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._inside = Inside()
 
     @asynccontextmanager
     async def call(self, request: Request) -> AsyncIterator[Reply]:
         """Answer `request`; leaving the reply closes its connection."""
-        self._in_flight += 1
-        self._idle.clear()
-        try:
+        with self._inside:
             response, begun = await self._open(request)
             try:
                 yield _reply(response, begun)
             finally:
                 response.close()
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
 
     async def _open(self, request: Request) -> tuple[aiohttp.ClientResponse, bytes]:
         """The response and the first bytes of its body: until then another worker may be asked."""
@@ -126,7 +119,7 @@ class Proxy:
     async def close(self) -> None:
         """Wait for what is in flight to end, then close every connection."""
         try:
-            await self._idle.wait()
+            await self._inside.empty()
         finally:
             await self._session.close()
 
